@@ -1,0 +1,67 @@
+"""Layer groups: what the paper calls a layer, and the chain of stages that a model is.
+
+Every model is a chain of *stages*, one per layer group, in forward order. What flows from stage to
+stage is the state: a tensor, or inside a residual block the pair (branch, shortcut). So an
+experiment can compute the activations in front of a group once and go on from there with other
+weights (`run_stages`), and never repeats what lies below the group that it changes.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+State = Tensor | tuple[Tensor, ...]
+Stage = tuple[str, tuple[str, ...], Callable[[State], State]]  # name, prefixes, forward
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """One layer of the paper: a set of parameters and buffers, and the stage that uses them."""
+
+    index: int
+    name: str
+    prefixes: tuple[str, ...]  # modules or parameters; their tensors' names begin like this
+    forward: Callable[[State], State]  # bound to the model that the group was made from
+
+    def owns(self, name: str) -> bool:
+        """Whether the parameter or buffer of this name (a state_dict key) belongs to the group."""
+        return any(name == prefix or name.startswith(prefix + ".") for prefix in self.prefixes)
+
+    def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The group's parameters by name, in the model's order; the model may be a copy."""
+        return {name: p for name, p in model.named_parameters() if self.owns(name)}
+
+
+class StagedModel(nn.Module):
+    """A model that is defined by its stages: forward runs them, so the two cannot drift apart."""
+
+    min_image_size: ClassVar[int] = 1
+
+    def stages(self) -> list[Stage]:
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> Tensor:
+        state = images
+        for _, _, stage in self.stages():
+            state = stage(state)
+        return state
+
+
+def layer_groups(model: StagedModel) -> list[LayerGroup]:
+    """The model's layer groups in forward order; they partition its parameters and buffers."""
+    groups = [LayerGroup(index, *stage) for index, stage in enumerate(model.stages())]
+    for name in model.state_dict():
+        owners = [group.name for group in groups if group.owns(name)]
+        assert len(owners) == 1, f"{name} must belong to one layer group, not to {owners}"
+    return groups
+
+
+def run_stages(
+    groups: Sequence[LayerGroup], state: State, start: int = 0, stop: int | None = None
+) -> State:
+    """Run the groups start..stop-1 on the state in front of group `start`; all: the logits."""
+    for group in groups[start:stop]:
+        state = group.forward(state)
+    return state

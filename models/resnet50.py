@@ -1,0 +1,32 @@
+"""ResNet-50 as in torchvision, for any number of channels and classes; six layer groups."""
+
+from torch import Tensor, nn
+from torchvision.models.resnet import Bottleneck, ResNet
+
+from models.layer_groups import Stage, StagedModel
+
+
+class ResNet50(StagedModel, ResNet):
+    """torchvision's ResNet-50, untrained, with its parameter names; its forward runs the stages."""
+
+    def __init__(self, channels: int = 3, classes: int = 10):
+        super().__init__(Bottleneck, [3, 4, 6, 3], num_classes=classes)
+        if channels != 3:
+            self.conv1 = nn.Conv2d(channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
+            nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+
+    def stages(self) -> list[Stage]:
+        return [
+            ("stem", ("conv1", "bn1"), self.stem),
+            ("layer1", ("layer1",), self.layer1),
+            ("layer2", ("layer2",), self.layer2),
+            ("layer3", ("layer3",), self.layer3),
+            ("layer4", ("layer4",), self.layer4),
+            ("fc", ("fc",), self.head),
+        ]
+
+    def stem(self, images: Tensor) -> Tensor:
+        return self.maxpool(self.relu(self.bn1(self.conv1(images))))
+
+    def head(self, x: Tensor) -> Tensor:
+        return self.fc(self.avgpool(x).flatten(1))
