@@ -1,0 +1,36 @@
+"""From a name to batches.
+
+    load_dataset        name -> Dataset: all images and true labels, in the published order
+    load_c_scores       how typical each example is
+    load_human_labels   what people called it
+    make_split          Dataset -> Split: the chosen images, their labels, and who is memorized
+    batches             Split -> Batch: normalized images with label, memorized and index
+
+Nothing here knows of models or of training, and no draw touches a global random generator.
+"""
+
+from data.batches import Batch, augment, batch_rows, batches, epoch_order, normalize
+from data.c_scores import load_c_scores, tfds_order
+from data.human_labels import load_human_labels
+from data.images import DataError, Dataset, file_digest, load_dataset
+from data.label_noise import add_label_noise
+from data.split import Split, make_split
+
+__all__ = [
+    "Batch",
+    "DataError",
+    "Dataset",
+    "Split",
+    "add_label_noise",
+    "augment",
+    "batch_rows",
+    "batches",
+    "epoch_order",
+    "file_digest",
+    "load_c_scores",
+    "load_dataset",
+    "load_human_labels",
+    "make_split",
+    "normalize",
+    "tfds_order",
+]

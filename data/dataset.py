@@ -1,0 +1,51 @@
+"""What every loader returns, and how every loader complains."""
+
+import hashlib
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+# What reading a damaged .npz or .npy can raise.
+UNREADABLE = (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+
+
+class DataError(ValueError):
+    """The user's mistake or a missing file, said in one line."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(line.strip() for line in message.splitlines()))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A whole data set as it was published: in its original order, with its true labels."""
+
+    name: str  # mnist, cifar10, svhn, glyphs or npz
+    images: torch.Tensor  # uint8 [n, channels, height, width]
+    label: torch.Tensor  # int64 [n]
+    test_images: torch.Tensor
+    test_label: torch.Tensor
+    class_names: tuple[str, ...]
+    typicality: torch.Tensor | None = None  # float64 [n] in [0, 1], where the data set knows it
+    noisy_label: torch.Tensor | None = None  # int64 [n], what annotators said (npz only)
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file's bytes in hexadecimal, read a megabyte at a time."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    return digest.hexdigest()
+
+
+def reason(error: Exception) -> str:
+    """The last line of a library's message (the cause, where one was chained), or its type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

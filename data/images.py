@@ -1,0 +1,171 @@
+"""Load a data set by name: MNIST, CIFAR-10 and SVHN through torchvision, glyphs, or one's own npz.
+
+Images stay uint8, a quarter of the memory of floats; batches normalize them on the fly.
+"""
+
+import contextlib
+import difflib
+import io
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torchvision import datasets as published
+
+from data.dataset import DataError, Dataset, file_digest, reason
+from data.glyphs import GLYPH_NAMES, make_glyphs
+from data.npz import load_npz
+
+__all__ = ["DATASETS", "DataError", "Dataset", "file_digest", "load_dataset"]
+
+DATASETS = ("mnist", "cifar10", "svhn", "glyphs", "npz")
+DIGITS = tuple("0123456789")
+NETWORK_TIMEOUT = 30  # seconds; without one, a silent network holds the program for ever
+
+
+def load_dataset(
+    name: str,
+    *,
+    root: str | Path = "datasets",
+    path: str | Path | None = None,
+    train_size: int | None = None,
+    test_size: int | None = None,
+) -> Dataset:
+    """The data set called `name`, whole.
+
+    `root` is where the published files lie or are downloaded to; `path` is the file of an npz. The
+    sizes say how many glyphs are made; of a finite data set, `make_split` takes the subset.
+    """
+    if name == "glyphs":
+        return _load_glyphs(train_size, test_size)
+    if name == "npz":
+        if path is None:
+            raise DataError("npz: no file given; say where your .npz lies (data.path)")
+        return load_npz(path)
+    if name in PUBLISHED:
+        return _load_published(name, Path(root).expanduser())
+    close = difflib.get_close_matches(str(name), DATASETS, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise DataError(f"unknown data set {name!r}; allowed: {', '.join(DATASETS)}{hint}")
+
+
+def _load_glyphs(train_size: int | None, test_size: int | None) -> Dataset:
+    sizes = {
+        "train_size": 4000 if train_size is None else train_size,
+        "test_size": 1000 if test_size is None else test_size,
+    }
+    for key, size in sizes.items():
+        if size < 1:
+            raise DataError(f"glyphs: {key} is {size}; allowed: 1 or more")
+    images, label, typicality = make_glyphs(sizes["train_size"], "train")
+    test_images, test_label, _ = make_glyphs(sizes["test_size"], "test")
+    return Dataset("glyphs", images, label, test_images, test_label, GLYPH_NAMES, typicality)
+
+
+@dataclass(frozen=True)
+class _Published:
+    """A data set that torchvision knows: the files that it consists of, and how to read a half."""
+
+    folder: str  # below the root
+    files: tuple[str, ...]
+    class_names: tuple[str, ...]
+
+    def missing(self, root: Path) -> list[str]:
+        return [file for file in self.files if not (root / self.folder / file).is_file()]
+
+
+PUBLISHED = {
+    "mnist": _Published(
+        "MNIST/raw",
+        (
+            "train-images-idx3-ubyte",
+            "train-labels-idx1-ubyte",
+            "t10k-images-idx3-ubyte",
+            "t10k-labels-idx1-ubyte",
+        ),
+        DIGITS,
+    ),
+    "cifar10": _Published(
+        "cifar-10-batches-py",
+        (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"),
+        (
+            "airplane",
+            "automobile",
+            "bird",
+            "cat",
+            "deer",
+            "dog",
+            "frog",
+            "horse",
+            "ship",
+            "truck",
+        ),
+    ),
+    "svhn": _Published("", ("train_32x32.mat", "test_32x32.mat"), DIGITS),
+}
+
+
+def _load_published(name: str, root: Path) -> Dataset:
+    """Read the files below root, after downloading them if some are missing.
+
+    Files that are there are never replaced: what is damaged is reported.
+    """
+    source = PUBLISHED[name]
+    where = root / source.folder
+    files = ", ".join(source.files)
+    missing = source.missing(root)
+    try:
+        with _considerate_network():
+            train = _read_half(name, root, True, download=bool(missing))
+            test = _read_half(name, root, False, download=bool(missing))
+    except ModuleNotFoundError:
+        raise  # SVHN without scipy is a broken installation, not a broken file
+    except Exception as error:  # torchvision raises nearly anything when a file is damaged
+        if missing := source.missing(root):
+            raise DataError(
+                f"{name}: {where / missing[0]} is not there and could not be downloaded"
+                f" ({reason(error)}); put these files into {where}: {files}"
+            ) from None
+        raise DataError(
+            f"{name}: a file in {where} is damaged or incomplete ({reason(error)});"
+            f" replace it, or delete it to have it downloaded again; the files are {files}"
+        ) from None
+    return Dataset(name, *train, *test, source.class_names)
+
+
+def _read_half(
+    name: str, root: Path, train: bool, download: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Training or test images uint8 NCHW and labels int64, through torchvision."""
+    if name == "mnist":
+        half = published.MNIST(root, train=train, download=download)
+        images, label = half.data[:, None], half.targets
+    elif name == "cifar10":
+        half = published.CIFAR10(root, train=train, download=download)
+        images, label = half.data.transpose(0, 3, 1, 2), half.targets
+    else:
+        half = published.SVHN(root, split="train" if train else "test", download=download)
+        images, label = half.data, half.labels
+    images = torch.from_numpy(np.ascontiguousarray(images))
+    label = torch.as_tensor(label, dtype=torch.int64)
+    if len(images) != len(label):
+        raise DataError(f"{len(images)} images but {len(label)} labels")
+    return images, label
+
+
+@contextlib.contextmanager
+def _considerate_network() -> Iterator[None]:
+    """Give up on a silent network, and keep torchvision's remarks off stdout.
+
+    Its progress bar, on stderr, appears only when a download really runs.
+    """
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(NETWORK_TIMEOUT)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        socket.setdefaulttimeout(before)
