@@ -1,0 +1,1 @@
+"""What every script shares: configuration, run directories, training, evaluation, command line."""

@@ -1,0 +1,71 @@
+"""The command line that all scripts share: CONFIG, overrides, --dry-run, --device."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from data import DataError
+from engine.config import Config, load_configs
+from engine.errors import RunFailed, UserError
+from engine.runs import Run, with_device
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UserError(f"command line: {message}; see --help")
+
+
+def _parser(description: str) -> argparse.ArgumentParser:
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the directory of a run")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.path=value", help="the value is read as YAML"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"))
+    return parser
+
+
+def find_runs(config: str, overrides: Sequence[str], device: str | None = None) -> list[Run]:
+    """The runs that a command is about: those of a configuration's sweep, or the one given."""
+    if Path(config).is_dir():
+        run = Run.at(Path(config), tuple(overrides))
+        return [Run(run.directory, with_device(run.config, device))]
+    return [Run.of(with_device(c, device)) for c in load_configs(config, overrides)]
+
+
+def run_script(
+    description: str,
+    work: Callable[[Run], str],
+    plan: Callable[[Run], str],
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """Do the work of a script for every run, a line of results each; the exit status.
+
+    `work` returns what came out, `plan` says in words what it would do; neither names the run's
+    directory, which ends every line.
+    """
+    try:
+        given = _parser(description).parse_intermixed_args(arguments)
+        for run in find_runs(given.config, given.overrides, given.device):
+            result = plan(run) if given.dry_run else work(run)
+            print(f"{result}  {run.directory}", flush=True)
+    except (UserError, DataError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    except RunFailed as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def title(config: Config) -> str:
+    """A run in a few words, at the beginning of its line."""
+    split = {
+        "noise": f"noise {config.data.noise_rate:g}",
+        "human": config.data.human_labels.column,
+        "atypical": "atypical",
+    }[config.data.split]
+    data = Path(config.data.path).stem if config.data.path else config.data.name
+    return f"{data} {config.model.name} {split} seed {config.seed}"

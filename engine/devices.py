@@ -1,0 +1,75 @@
+"""Where a run computes, in which precision, and with which random numbers."""
+
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+
+from data.random_streams import random_stream
+from engine.errors import UserError
+
+
+def resolve_device(name: str) -> torch.device:
+    """auto | cpu | cuda as a device that exists."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: 'cuda' is not allowed: this machine has no usable GPU; use cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def describe_device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_processor()} ({torch.get_num_threads()} threads)"
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+@contextmanager
+def compute_precision(precision: str, device: torch.device) -> Iterator[None]:
+    """fp32, tf32 or bf16 for what runs inside; the settings before are restored.
+
+    fp32 means fp32: the GPU's default of rounding convolutions to TF32 is switched off.
+    """
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [backend.fp32_precision for backend in backends]
+    autocast = torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+    try:
+        for backend in backends:
+            backend.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+        with autocast:
+            yield
+    finally:
+        for backend, value in zip(backends, before):
+            backend.fp32_precision = value
+
+
+def derive_seed(purpose: str, *numbers: int) -> int:
+    """A seed for torch's generators, such that no two purposes share a stream."""
+    return int(random_stream(purpose, *numbers).integers(2**63))
+
+
+@contextmanager
+def isolated_rng(seed: int, device: torch.device) -> Iterator[None]:
+    """A random stream of its own for layers that draw from torch's global one (ViT's dropout).
+
+    The global state is put back afterwards. Seeding every epoch anew is what lets an interrupted
+    run go on exactly, without storing generator states.
+    """
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_gpu else []):
+        # torch.manual_seed would reseed every GPU's generator, and only this one's is put back.
+        torch.default_generator.manual_seed(seed)
+        if on_gpu:
+            torch.cuda.manual_seed(seed)
+        yield

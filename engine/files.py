@@ -1,0 +1,137 @@
+"""Files that are whole or not there: atomic writes, and reads that say what is wrong."""
+
+import csv
+import io
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+
+from engine.errors import UserError
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let `write` fill a temporary file, then give it its name in one step, durably."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+
+
+# ---------------------------------------------------------------- CSV: what a run measured
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:
+    """Floats get ten significant digits: more than float32 holds, and the same bytes every time."""
+
+    def cell(value: object) -> object:
+        return f"{value:.10g}" if isinstance(value, float) else value
+
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([cell(row[column]) for column in columns] for row in rows)
+    write_text(path, text.getvalue())
+
+
+def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, float]]:
+    """The rows of a file of numbers; its header must be `columns`."""
+    lines = list(csv.reader(io.StringIO(read_text(path))))
+    if not lines or lines[0] != list(columns):
+        raise UserError(f"{path}: damaged: its first line is not {','.join(columns)}")
+    rows = []
+    for number, line in enumerate(lines[1:], start=2):
+        try:
+            rows.append(dict(zip(columns, map(float, line), strict=True)))
+        except ValueError:
+            raise UserError(f"{path}: damaged: line {number} is not a row of numbers") from None
+    return rows
+
+
+# ---------------------------------------------------------------- JSON, NumPy, torch
+
+
+def write_json(path: Path, content: Mapping) -> None:
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(read_text(path))
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: damaged: not valid JSON") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: damaged: not a JSON object")
+    return content
+
+
+def write_arrays(path: Path, **arrays: np.ndarray) -> None:
+    write_atomically(path, lambda file: np.savez(file, **arrays))
+
+
+def read_arrays(path: Path, *names: str) -> dict[str, np.ndarray]:
+    """The named arrays of an .npz file; nothing in the file is executed."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in names}
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except Exception as error:  # zip, header, and checksum errors are of many kinds
+        raise UserError(f"{path}: damaged: {_first_line(error)}") from None
+
+
+def write_tensors(path: Path, content: Mapping) -> None:
+    write_atomically(path, lambda file: torch.save(dict(content), file))
+
+
+def read_tensors(path: Path) -> dict:
+    """A dictionary of tensors and plain values; nothing in the file is executed."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the error below says all there is to say
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except Exception as error:  # what a damaged pickle or zip raises has no common type
+        raise UserError(f"{path}: damaged or not a checkpoint: {_first_line(error)}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a checkpoint: it holds no dictionary")
+    return content
+
+
+def _first_line(error: Exception) -> str:
+    message = str(error).strip().partition("\n")[0]
+    return (message or type(error).__name__)[:120]
+
+
+def megabytes(size: float) -> str:
+    return f"{size / 1e6:,.1f} MB" if size < 1e9 else f"{size / 1e9:,.1f} GB"

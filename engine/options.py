@@ -1,0 +1,117 @@
+"""One configuration key: its default, its meaning, and which values it takes.
+
+`engine/config.py` declares every key with `option(default, kind, meaning)`. A `Kind` knows how to
+turn what YAML gave into the value that the program uses, and how to say in words what is allowed.
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import Field, dataclass, field
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A set of allowed values, in words and as a function that raises ValueError outside of it."""
+
+    allowed: str
+    parse: Callable[[object], object]
+    choices: tuple[str, ...] = ()
+
+
+def option(default: object, kind: Kind, meaning: str) -> Field:
+    """A dataclass field that can be validated and documented."""
+    return field(default=default, metadata={"kind": kind, "meaning": meaning})
+
+
+def nearest(word: object, words: Iterable[str]) -> str:
+    """'; did you mean X?' for the closest spelling, or nothing where none is close."""
+    close = difflib.get_close_matches(str(word), list(words), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _require(condition: bool) -> None:
+    if not condition:
+        raise ValueError
+
+
+def _in_range(value: float, least: float | None, most: float | None, above: float | None) -> bool:
+    return (
+        math.isfinite(value)
+        and (least is None or value >= least)
+        and (most is None or value <= most)
+        and (above is None or value > above)
+    )
+
+
+def _range_words(least: float | None, most: float | None, above: float | None) -> str:
+    if least is not None and most is not None:
+        return f" from {least:g} to {most:g}"
+    if above is not None:
+        return f" above {above:g}" + (f", {most:g} at the most" if most is not None else "")
+    return f", {least:g} or more" if least is not None else ""
+
+
+def integer(least: int | None = None, most: int | None = None) -> Kind:
+    def parse(value: object) -> int:
+        # YAML's true is Python's True, which is an int; nobody means that.
+        _require(isinstance(value, int) and not isinstance(value, bool))
+        _require(_in_range(value, least, most, None))
+        return value
+
+    return Kind("a whole number" + _range_words(least, most, None), parse)
+
+
+def number(
+    least: float | None = None, most: float | None = None, above: float | None = None
+) -> Kind:
+    def parse(value: object) -> float:
+        _require(isinstance(value, (int, float)) and not isinstance(value, bool))
+        _require(_in_range(value, least, most, above))
+        return float(value)
+
+    return Kind("a number" + _range_words(least, most, above), parse)
+
+
+def flag() -> Kind:
+    def parse(value: object) -> bool:
+        _require(isinstance(value, bool))
+        return value
+
+    return Kind("true or false", parse)
+
+
+def one_of(*choices: str) -> Kind:
+    def parse(value: object) -> str:
+        _require(isinstance(value, str) and value in choices)
+        return value
+
+    return Kind("one of " + ", ".join(choices), parse, choices)
+
+
+def text() -> Kind:
+    def parse(value: object) -> str:
+        _require(isinstance(value, str) and bool(value.strip()) and value.isprintable())
+        return value
+
+    return Kind("text on one line", parse)
+
+
+def epochs() -> Kind:
+    """Which epochs: 'all', or a list of them, kept sorted and without repeats."""
+
+    def parse(value: object) -> str | tuple[int, ...]:
+        if value == "all":
+            return "all"
+        _require(isinstance(value, (list, tuple)) and len(value) > 0)
+        _require(all(type(epoch) is int and epoch >= 0 for epoch in value))
+        return tuple(sorted(set(value)))
+
+    return Kind("all, or a list of epochs such as [0, 5, 10]", parse, ("all",))
+
+
+def optional(kind: Kind) -> Kind:
+    def parse(value: object) -> object:
+        return None if value is None else kind.parse(value)
+
+    return Kind(f"{kind.allowed}, or null", parse, kind.choices)

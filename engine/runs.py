@@ -1,0 +1,264 @@
+"""Run directories: which one belongs to a training, and what lies in it.
+
+What decides the weights decides the directory. `deciding_settings` names those settings, a digest
+over them is the run's identity, and the identity is written into every checkpoint: a run never
+reads another run's files by mistake, and a run that was moved elsewhere is still itself.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from data import Split, file_digest
+from engine import files
+from engine.config import SCHEMA, Config, flatten, load_configs, to_yaml
+from engine.errors import UserError
+from models import MODELS, model_options
+
+HISTORY_COLUMNS = (
+    "epoch", "lr",
+    "loss_clean", "loss_noisy", "loss_total", "loss_test",
+    "acc_clean", "acc_noisy", "acc_total", "acc_test",
+)  # fmt: skip
+
+# Settings of these sections, and these keys, decide what is trained.
+_DECIDING = re.compile(r"seed|precision|(data|model|train)\..+")
+# Where a file lies does not matter; what is in it does (see deciding_settings).
+_PLACES = ("data.root", "data.path", "data.c_scores", "data.human_labels.path")
+_SPLIT_KEYS = {
+    "noise": ("data.noise_rate", "data.noise_seed"),
+    "human": ("data.human_labels.column",),
+    "atypical": ("data.c_score_threshold",),
+}
+
+
+def deciding_settings(config: Config) -> dict[str, object]:
+    """The settings that decide a training's weights, those that have no effect left out.
+
+    A value at its default is left out too (but for the three that name the run), so that a key
+    which a later version adds does not rename the runs of an earlier one.
+    """
+    without_effect = {
+        *_PLACES,
+        *(key for kind, keys in _SPLIT_KEYS.items() if kind != config.data.split for key in keys),
+        *(f"model.{key}" for name in MODELS for key in model_options(name)),
+    } - {f"model.{key}" for key in config.model.options}
+    always = {"data.name", "model.name", "data.split"}
+    settings = {
+        key: value
+        for key, value in flatten(config).items()
+        if _DECIDING.fullmatch(key)
+        and key not in without_effect
+        and (key in always or value != SCHEMA[key].default)
+    }
+    for key in _PLACES[1:]:
+        if (path := flatten(config)[key]) is not None:
+            settings[f"{key}.sha256"] = file_digest(path)
+    return settings
+
+
+def identity_of(config: Config) -> str:
+    return _digest(deciding_settings(config))
+
+
+def _digest(settings: dict[str, object]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def run_directory(config: Config) -> Path:
+    """output_dir/<data>-<model>-<split>-<what differs from the defaults>-<digest>/seed<k>"""
+    settings = deciding_settings(config)
+    settings.pop("seed", None)
+    data = Path(config.data.path).stem if config.data.path else config.data.name
+    split = {
+        "noise": f"noise{config.data.noise_rate:g}",
+        "human": config.data.human_labels.column,
+        "atypical": f"atypical{config.data.c_score_threshold:g}",
+    }[config.data.split]
+    named = {"data.name", "model.name", "data.split", *_SPLIT_KEYS[config.data.split][:1]}
+    changed = [
+        f"{key.rpartition('.')[2]}{value}"
+        for key, value in settings.items()
+        if key not in named and not key.endswith(".sha256")
+    ]
+    readable = "-".join([data, config.model.name, split, *changed])
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "_", readable).strip(".")[:150]
+    return Path(config.output_dir) / f"{readable}-{_digest(settings)[:8]}" / f"seed{config.seed}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training's directory, and the settings that made it."""
+
+    directory: Path
+    config: Config
+
+    @classmethod
+    def of(cls, config: Config) -> "Run":
+        """The run that a configuration asks for, whether it is there yet or not."""
+        return cls(run_directory(config), config)
+
+    @classmethod
+    def at(cls, directory: Path, overrides: tuple[str, ...] = ()) -> "Run":
+        """The run that lies in a directory, wherever it was made.
+
+        Overrides can change what a measurement does, never what was trained.
+        """
+        path = directory / "config.yaml"
+        (made,) = load_configs(path)
+        configs = load_configs(path, overrides)
+        for config in configs:
+            for key, value in flatten(made).items():
+                if _DECIDING.fullmatch(key) and flatten(config)[key] != value:
+                    raise UserError(
+                        f"command line: {key}: cannot be changed, {directory} was trained "
+                        f"with {value!r}"
+                    )
+        if len(configs) != 1:
+            raise UserError("command line: a sweep needs a configuration file, not one run")
+        return cls(directory, configs[0])
+
+    # ------------------------------------------------------------ identity and state
+
+    @cached_property
+    def identity(self) -> str:
+        """From the files of a run that exists (it may have been moved), else from its settings."""
+        if self.provenance_path.exists():
+            identity = files.read_json(self.provenance_path).get("identity")
+            if not isinstance(identity, str):
+                raise UserError(f"{self.provenance_path}: damaged: it has no identity")
+            return identity
+        return identity_of(self.config)
+
+    @property
+    def finished(self) -> bool:
+        path = self.provenance_path
+        return path.exists() and files.read_json(path).get("finished") is True
+
+    @property
+    def state(self) -> str:
+        """In words, for a person: what there is of this run."""
+        if self.finished:
+            return "finished"
+        epochs = self.resumable_epochs()
+        return f"interrupted after epoch {epochs[0]}" if epochs else "to do"
+
+    # ------------------------------------------------------------ files
+
+    @property
+    def provenance_path(self) -> Path:
+        return self.directory / "provenance.json"
+
+    @property
+    def config_path(self) -> Path:
+        return self.directory / "config.yaml"
+
+    @property
+    def split_path(self) -> Path:
+        return self.directory / "split.npz"
+
+    @property
+    def history_path(self) -> Path:
+        return self.directory / "history.csv"
+
+    @property
+    def examples_path(self) -> Path:
+        return self.directory / "examples.npz"
+
+    def checkpoint_path(self, epoch: int) -> Path:
+        return self.directory / "checkpoints" / f"epoch_{epoch:03d}.pt"
+
+    def resume_path(self, epoch: int) -> Path:
+        return self.directory / "resume" / f"epoch_{epoch:03d}.pt"
+
+    def resumable_epochs(self) -> list[int]:
+        """Epochs after which training could go on, the latest first."""
+        names = [path.stem for path in (self.directory / "resume").glob("epoch_*.pt")]
+        return sorted((int(name.removeprefix("epoch_")) for name in names), reverse=True)
+
+    def kept(self, epoch: int) -> bool:
+        """Whether this epoch's weights are to stay on disk."""
+        keep = self.config.checkpoints.keep
+        return keep == "all" or epoch in keep or epoch == self.config.train.epochs
+
+    def discard(self, epochs: list[int]) -> None:
+        """Drop what it took to go on from these epochs, and weights that are not to be kept."""
+        for epoch in epochs:
+            if not self.kept(epoch):
+                self.checkpoint_path(epoch).unlink(missing_ok=True)
+            self.resume_path(epoch).unlink(missing_ok=True)
+
+    # ------------------------------------------------------------ writing and reading
+
+    def write_settings(self, split: Split) -> None:
+        """config.yaml and split.npz; those of an earlier start must say the same."""
+        if self.split_path.exists():
+            self.check_split(split)
+        else:
+            arrays = {
+                "label": split.label, "true_label": split.true_label,
+                "memorized": split.memorized, "index": split.index,
+            }  # fmt: skip
+            if split.typicality is not None:
+                arrays["typicality"] = split.typicality
+            files.write_arrays(self.split_path, **{k: v.cpu().numpy() for k, v in arrays.items()})
+        files.write_text(self.config_path, to_yaml(self.config))
+
+    def check_split(self, split: Split) -> None:
+        """The data set must still be the one that this run was trained on."""
+        names = ("label", "true_label", "memorized", "index")
+        for name, saved in files.read_arrays(self.split_path, *names).items():
+            if not np.array_equal(saved, getattr(split, name).cpu().numpy()):
+                raise UserError(
+                    f"{self.split_path}: its {name} is not what the data set gives now; "
+                    "the data changed since this run began, or the file is another run's"
+                )
+
+    def write_checkpoint(self, epoch: int, model: nn.Module) -> None:
+        state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+        content = {"identity": self.identity, "epoch": epoch, "model": state}
+        files.write_tensors(self.checkpoint_path(epoch), content)
+
+    def read_checkpoint(self, epoch: int) -> dict[str, torch.Tensor]:
+        """The weights (state_dict) after an epoch, on the CPU; 0 is the initialization."""
+        path = self.checkpoint_path(epoch)
+        content = self.read_own(path, epoch)
+        state = content.get("model")
+        if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
+            raise UserError(f"{path}: damaged: it holds no weights")
+        return state
+
+    def read_own(self, path: Path, epoch: int) -> dict:
+        """A file of tensors that this very run wrote at this epoch."""
+        content = files.read_tensors(path)
+        if content.get("identity") != self.identity:
+            raise UserError(f"{path}: belongs to another run, not to {self.directory}")
+        if content.get("epoch") != epoch:
+            raise UserError(f"{path}: is of epoch {content.get('epoch')}, not {epoch}")
+        return content
+
+
+def load_weights(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
+    """Put a checkpoint's weights into a model that must be of the same shape."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError:
+        own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        found = {name: tuple(value.shape) for name, value in state.items()}
+        wrong = next(n for n in (*own, *found) if own.get(n) != found.get(n))
+        raise UserError(
+            f"{path}: of another model: {wrong} is {found.get(wrong, 'missing')} there "
+            f"and {own.get(wrong, 'missing')} in this run's model"
+        ) from None
+
+
+def with_device(config: Config, device: str | None) -> Config:
+    return config if device is None else dataclasses.replace(config, device=device)

@@ -1,0 +1,71 @@
+"""From a configuration to the things that it names: the split and the model."""
+
+import torch
+from torch import nn
+
+from data import Split, load_c_scores, load_dataset, load_human_labels, make_split
+from engine.config import Config
+from engine.errors import UserError
+from models import build_model
+
+
+def load_split(config: Config) -> Split:
+    """The training and test examples, with their labels and who is memorized."""
+    data = config.data
+    dataset = load_dataset(
+        data.name,
+        root=data.root,
+        path=data.path,
+        train_size=data.train_size,
+        test_size=data.test_size,
+    )
+    c_scores = human_label = None
+    if data.split == "atypical":
+        c_scores = load_c_scores(dataset, root=data.root, path=data.c_scores)
+    if data.split == "human":
+        human = data.human_labels
+        human_label = load_human_labels(
+            dataset, root=data.root, path=human.path, column=human.column
+        )
+    return make_split(
+        dataset,
+        kind=data.split,
+        noise_rate=data.noise_rate,
+        noise_seed=data.noise_seed,
+        train_size=data.train_size,
+        test_size=data.test_size,
+        keep_memorized=data.keep_memorized,
+        c_scores=c_scores,
+        c_score_threshold=data.c_score_threshold,
+        human_label=human_label,
+    )
+
+
+def make_model(config: Config, split: Split) -> nn.Module:
+    """The network at its initialization, on the CPU.
+
+    Weights lie channels-last, and so do the activations that convolutions make with them: that is
+    the faster layout on CPUs and on tensor cores, and changes no shape.
+    """
+    channels, height, width = split.shape
+    if height != width:
+        raise UserError(f"data: images of {height} x {width} pixels; the models need square ones")
+    try:
+        model = build_model(
+            config.model.name,
+            channels=channels,
+            classes=split.classes,
+            image_size=height,
+            seed=config.seed,
+            **config.model.options,
+        )
+    except ValueError as error:
+        raise UserError(f"model: {error}") from None
+    return model.to(memory_format=torch.channels_last)
+
+
+def state_bytes(config: Config, split: Split) -> int:
+    """The size of one checkpoint's tensors, without allocating them."""
+    with torch.device("meta"):
+        model = make_model(config, split)
+    return sum(value.numel() * value.element_size() for value in model.state_dict().values())

@@ -1,0 +1,243 @@
+"""The one training loop: SGD under a schedule, with everything recorded after every epoch.
+
+What an epoch leaves behind is written in an order that a kill at any moment cannot hurt: first the
+weights (`checkpoints/`), then all that is needed to go on from there (`resume/`), then the tables
+for people, which are made from the same record. The next start goes on from the newest epoch that
+has both.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data import Batch, Split, batch_rows, batches, epoch_order
+from engine import files, provenance
+from engine.config import Config, TrainConfig
+from engine.devices import compute_precision, derive_seed, isolated_rng
+from engine.errors import RunFailed, UserError
+from engine.evaluation import evaluate_split, mean_by_subset
+from engine.runs import HISTORY_COLUMNS, Run, load_weights
+
+
+class Accountant(Protocol):
+    """Takes over the backward pass, and has something to say about every epoch."""
+
+    file_name: str
+    columns: tuple[str, ...]
+
+    def backward(self, losses: Tensor, batch: Batch) -> None:
+        """Leave in every parameter's .grad the gradient of losses.mean()."""
+
+    def epoch_rows(self, epoch: int) -> list[dict[str, float]]:
+        """What was accounted since the last call, as rows of the file."""
+
+
+class PlainBackward:
+    """The backward pass of everybody who accounts nothing."""
+
+    file_name = ""
+    columns = ()
+
+    def backward(self, losses: Tensor, batch: Batch) -> None:
+        losses.mean().backward()
+
+    def epoch_rows(self, epoch: int) -> list[dict[str, float]]:
+        return []
+
+
+def learning_rate(step: int, steps_per_epoch: int, train: TrainConfig) -> float:
+    """The rate of a step, counted from 0 over the whole training.
+
+    The last step of `peak_epoch` has `peak_lr`, the last step of all has 0.
+    """
+    epoch = (step + 1) / steps_per_epoch
+    if epoch <= train.peak_epoch:
+        return train.peak_lr * epoch / train.peak_epoch
+    done = (epoch - train.peak_epoch) / (train.epochs - train.peak_epoch)
+    if train.schedule == "warmup_cosine":
+        return train.peak_lr * 0.5 * (1 + float(np.cos(np.pi * done)))
+    return train.peak_lr * (1 - done)
+
+
+@dataclass
+class Record:
+    """All that a run has measured so far; whole in memory, small on disk."""
+
+    history: list[dict[str, float]] = field(default_factory=list)
+    accounts: list[dict[str, float]] = field(default_factory=list)
+    correct: list[Tensor] = field(default_factory=list)  # per epoch from 1 on: bits, packed
+    loss: list[Tensor] = field(default_factory=list)  # per epoch from 1 on: float16 [n]
+    seconds: float = 0.0
+
+    def measure(self, model: nn.Module, split: Split, epoch: int, lr: float) -> dict[str, float]:
+        """Evaluate every example, and append what comes out."""
+        train, test = evaluate_split(model, split)
+        row = {"epoch": epoch, "lr": lr}
+        row |= mean_by_subset(train.loss, split.memorized, "loss")
+        row["loss_test"] = test.loss.double().mean().item()
+        row |= mean_by_subset(train.correct, split.memorized, "acc")
+        row["acc_test"] = test.correct.double().mean().item()
+        self.history.append(row)
+        if epoch > 0:
+            self.correct.append(torch.from_numpy(np.packbits(train.correct.cpu().numpy())))
+            self.loss.append(train.loss.clamp(max=65504).half().cpu())  # float16's largest
+        return row
+
+    def write_tables(self, run: Run, accountant: Accountant) -> None:
+        files.write_csv(run.history_path, HISTORY_COLUMNS, self.history)
+        if accountant.columns:
+            path = run.directory / accountant.file_name
+            files.write_csv(path, accountant.columns, self.accounts)
+
+    def write_examples(self, run: Run, split: Split) -> None:
+        bits = torch.stack(self.correct).numpy()
+        files.write_arrays(
+            run.examples_path,
+            epoch=np.arange(1, len(bits) + 1),
+            correct=np.unpackbits(bits, axis=1, count=split.n).astype(bool),
+            loss=torch.stack(self.loss).numpy(),
+        )
+
+
+# ---------------------------------------------------------------- one epoch
+
+
+def train_epoch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    split: Split,
+    config: Config,
+    epoch: int,
+    backward: Callable[[Tensor, Batch], None],
+    after_step: Callable[[], object] = lambda: None,
+) -> float:
+    """One pass over the training set in this epoch's order; the last step's learning rate."""
+    train = config.train
+    steps = len(batch_rows(split.n, train.batch_size))
+    order = epoch_order(split.n, config.seed, epoch)
+    augmenting = None
+    if config.data.augment:
+        augmenting = torch.Generator().manual_seed(derive_seed("augmentation", config.seed, epoch))
+    mean_loss = torch.empty(steps, device=split.label.device)
+    model.train()
+    with isolated_rng(derive_seed("layer noise", config.seed, epoch), split.label.device):
+        for step, batch in enumerate(batches(split, train.batch_size, order, augmenting)):
+            rate = learning_rate((epoch - 1) * steps + step, steps, train)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            losses = F.cross_entropy(model(batch.image).float(), batch.label, reduction="none")
+            optimizer.zero_grad(set_to_none=True)
+            backward(losses, batch)
+            optimizer.step()
+            mean_loss[step] = losses.detach().mean()
+            after_step()
+    _require_finite(mean_loss, epoch, train)
+    return rate
+
+
+def _require_finite(mean_loss: Tensor, epoch: int, train: TrainConfig) -> None:
+    """Looked at once an epoch, so that no step waits for the device."""
+    bad = (~mean_loss.isfinite()).nonzero()
+    if len(bad):
+        step, steps = int(bad[0]), len(mean_loss)
+        rate = learning_rate((epoch - 1) * steps + step, steps, train)
+        raise RunFailed(
+            f"the loss became {mean_loss[step].item()} at epoch {epoch}, step {step + 1} of "
+            f"{steps}, learning rate {rate:.4g}; epoch {epoch - 1} is kept. "
+            f"A lower train.peak_lr than {train.peak_lr:g} may help"
+        )
+
+
+# ---------------------------------------------------------------- one run
+
+
+def train_run(
+    run: Run,
+    split: Split,
+    model: nn.Module,
+    device: torch.device,
+    accountant: Accountant | None = None,
+) -> None:
+    """Train a run to its end, from its beginning or from where it was interrupted."""
+    config, accountant = run.config, accountant or PlainBackward()
+    train = config.train
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=0.0, momentum=train.momentum, weight_decay=train.weight_decay
+    )
+    run.write_settings(split)
+    source = provenance.describe(device) | {"identity": run.identity, "finished": False}
+    files.write_json(run.provenance_path, source)
+
+    record = Record()
+    last = _resume(run, model, optimizer, record)
+    began = time.perf_counter() - record.seconds
+    steps = len(batch_rows(split.n, train.batch_size))
+    bar = tqdm(
+        desc=f"{run.directory.parent.name[:40]}/{run.directory.name}",
+        total=train.epochs * steps,
+        initial=max(last, 0) * steps,
+        unit="step",
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+    )
+    with bar, compute_precision(config.precision, device):
+        for epoch in range(last + 1, train.epochs + 1):
+            rate = 0.0
+            if epoch > 0:
+                rate = train_epoch(
+                    model, optimizer, split, config, epoch, accountant.backward, bar.update
+                )
+                record.accounts += accountant.epoch_rows(epoch)
+            row = record.measure(model, split, epoch, rate)
+            record.seconds = time.perf_counter() - began
+            _save(run, epoch, model, optimizer, record)
+            record.write_tables(run, accountant)
+            bar.set_postfix({k: f"{row[f'acc_{k}']:.1%}" for k in ("clean", "noisy", "test")})
+
+    record.write_tables(run, accountant)
+    record.write_examples(run, split)
+    finished = {"seconds": round(record.seconds, 1), "finished": True}
+    files.write_json(run.provenance_path, source | finished)
+    run.discard(run.resumable_epochs())
+
+
+def _save(
+    run: Run, epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer, record: Record
+) -> None:
+    """This epoch's weights and what it takes to go on; the epoch before it stays as a reserve."""
+    run.write_checkpoint(epoch, model)
+    momentum = [optimizer.state[p].get("momentum_buffer") for p in model.parameters()]
+    content = {
+        "identity": run.identity,
+        "epoch": epoch,
+        "momentum": [None if m is None else m.cpu() for m in momentum],
+        **vars(record),
+    }
+    files.write_tensors(run.resume_path(epoch), content)
+    run.discard(run.resumable_epochs()[2:])
+
+
+def _resume(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, record: Record) -> int:
+    """Restore the newest epoch whose files are whole; -1 where there is nothing to go on from."""
+    for epoch in run.resumable_epochs():
+        try:
+            content = run.read_own(run.resume_path(epoch), epoch)
+            state = run.read_checkpoint(epoch)
+        except UserError as error:
+            print(f"{error}; going back an epoch", file=sys.stderr)
+            continue
+        load_weights(model, state, run.checkpoint_path(epoch))
+        for parameter, momentum in zip(model.parameters(), content["momentum"]):
+            if momentum is not None:
+                optimizer.state[parameter]["momentum_buffer"] = momentum.to(parameter.device)
+        for name in vars(record):
+            setattr(record, name, content[name])
+        return epoch
+    return -1

@@ -1,0 +1,131 @@
+"""Gradient accounting (Section 4): who moves the weights, clean or mislabeled examples?
+
+Claims: (i) in every layer, the 10% mislabeled examples contribute as much gradient norm as all
+clean ones together (Figures 1, 10-14); (ii) the two gradients point in opposite directions, with
+cosines below -0.75 while the mislabeled examples are learned (Figure 2).
+
+    python gradient_accounting.py configs/paper/figures_1_2_10.yaml
+
+Trains a run for every combination of the sweep, with a checkpoint after every epoch for the other
+scripts, and writes gradient_accounting.csv beside them. Accounting takes a second backward pass at
+every step: 5/3 of the time of plain training. `train.account_gradients: false` trains without.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from data import Batch
+from engine import files
+from engine.cli import run_script, title
+from engine.devices import resolve_device
+from engine.runs import HISTORY_COLUMNS, Run
+from engine.setup import load_split, make_model, state_bytes
+from engine.training import train_run
+from models.layer_groups import layer_groups
+
+FILE_NAME = "gradient_accounting.csv"
+COLUMNS = ("epoch", "group", "norm_clean", "norm_noisy", "norm_total", "cosine", "parameters")
+
+
+def compute_row(clean: Sequence[Tensor], noisy: Sequence[Tensor]) -> dict[str, float]:
+    """Norms and cosine of one group's two accumulated gradients, over all its parameters.
+
+    Norms are divided by the square root of the number of parameters. The total is the norm of the
+    sum of the two, so that total^2 = clean^2 + noisy^2 + 2 * cosine * clean * noisy.
+    """
+
+    def inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+        return sum((a.double() * b.double()).sum() for a, b in zip(left, right)).item()
+
+    total = [c.double() + n.double() for c, n in zip(clean, noisy)]
+    norm_clean, norm_noisy, norm_total = (math.sqrt(inner(g, g)) for g in (clean, noisy, total))
+    both = norm_clean * norm_noisy
+    parameters = sum(gradient.numel() for gradient in clean)
+    return {
+        "norm_clean": norm_clean / math.sqrt(parameters),
+        "norm_noisy": norm_noisy / math.sqrt(parameters),
+        "norm_total": norm_total / math.sqrt(parameters),
+        "cosine": inner(clean, noisy) / both if both else math.nan,
+        "parameters": parameters,
+    }
+
+
+class GradientAccountant:
+    """Sums up the clean and the noisy examples' gradients over an epoch's steps, on the device.
+
+    At every step the gradient of (1/B) * sum over the clean (noisy) examples of the batch of the
+    loss; the two add up to the gradient that the optimizer follows, so that no third backward pass
+    is needed. Both go through the whole batch, since batch norm ties its examples together.
+    """
+
+    file_name = FILE_NAME
+    columns = COLUMNS
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters = list(model.parameters())
+        position = {id(parameter): i for i, parameter in enumerate(self.parameters)}
+        self.groups = [
+            [position[id(parameter)] for parameter in group.parameters(model).values()]
+            for group in layer_groups(model)
+        ]
+        self.clean = [torch.zeros_like(parameter) for parameter in self.parameters]
+        self.noisy = [torch.zeros_like(parameter) for parameter in self.parameters]
+
+    def backward(self, losses: Tensor, batch: Batch) -> None:
+        def gradient_of(subset: Tensor, keep_graph: bool) -> list[Tensor]:
+            loss = torch.where(subset, losses, 0).sum() / len(losses)
+            return list(torch.autograd.grad(loss, self.parameters, retain_graph=keep_graph))
+
+        noisy = gradient_of(batch.memorized, keep_graph=True)
+        clean = gradient_of(~batch.memorized, keep_graph=False)
+        torch._foreach_add_(self.noisy, noisy)
+        torch._foreach_add_(self.clean, clean)
+        for parameter, gradient in zip(self.parameters, torch._foreach_add(clean, noisy)):
+            parameter.grad = gradient
+
+    def epoch_rows(self, epoch: int) -> list[dict[str, float]]:
+        """A row for each layer group; the sums begin anew."""
+        rows = []
+        for group, positions in enumerate(self.groups):
+            clean, noisy = ([sums[i] for i in positions] for sums in (self.clean, self.noisy))
+            rows.append({"epoch": epoch, "group": group} | compute_row(clean, noisy))
+        torch._foreach_zero_([*self.clean, *self.noisy])
+        return rows
+
+
+# ---------------------------------------------------------------- a run
+
+
+def main(run: Run) -> str:
+    """Train and account one run, unless it is finished; its results in one line."""
+    if run.finished:
+        run.discard(run.resumable_epochs())
+    else:
+        device = resolve_device(run.config.device)
+        split = load_split(run.config).to(device)
+        model = make_model(run.config, split).to(device)
+        accounting = run.config.train.account_gradients
+        train_run(run, split, model, device, GradientAccountant(model) if accounting else None)
+    last = files.read_csv(run.history_path, HISTORY_COLUMNS)[-1]
+    return (
+        f"{title(run.config)}: clean {last['acc_clean']:.2%}, noisy {last['acc_noisy']:.2%}, "
+        f"test {last['acc_test']:.2%}"
+    )
+
+
+def plan(run: Run) -> str:
+    """What `main` would do, and the disk that it takes."""
+    split = load_split(run.config)
+    size = state_bytes(run.config, split)
+    kept = sum(run.kept(epoch) for epoch in range(run.config.train.epochs + 1))
+    # Resuming takes two epochs' momentum, and their weights where those are not kept.
+    disk = kept * size + 4 * size + 2.2 * split.n * run.config.train.epochs
+    return f"{title(run.config)}: {run.state}, {files.megabytes(disk)}"
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(__doc__, main, plan))

@@ -1,0 +1,281 @@
+"""The training loop: schedule, record, checkpoints, and going on after an interruption."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import gradient_accounting
+from data import batches, epoch_order, normalize
+from engine import files, training
+from engine.config import TrainConfig
+from engine.errors import RunFailed, UserError
+from engine.evaluation import evaluate
+from engine.runs import HISTORY_COLUMNS, Run, load_weights
+from engine.setup import load_split, make_model
+from engine.training import learning_rate
+
+
+def contents(run: Run) -> dict[str, object]:
+    """What must not depend on interruptions: every table's bytes and the final weights."""
+    found = {path.name: path.read_bytes() for path in run.directory.glob("*.csv")}
+    for name, array in files.read_arrays(run.examples_path, "epoch", "correct", "loss").items():
+        found[name] = array.tobytes()
+    state = run.read_checkpoint(run.config.train.epochs)
+    return found | {name: value.numpy().tobytes() for name, value in state.items()}
+
+
+# ---------------------------------------------------------------- schedule
+
+
+def test_triangle_per_step():
+    train = TrainConfig(epochs=5, peak_epoch=2, peak_lr=0.4)
+    rates = [learning_rate(step, 4, train) for step in range(20)]
+    assert rates[:8] == pytest.approx([0.05 * k for k in range(1, 9)])
+    assert rates[7] == 0.4
+    assert rates[8:] == pytest.approx([0.4 * (1 - k / 12) for k in range(1, 13)])
+    assert rates[-1] == 0
+
+
+def test_triangle_against_interpolation():
+    train = TrainConfig(epochs=50, peak_epoch=10)
+    for step in (0, 1, 979, 980, 981, 3000, 4899):
+        expected = np.interp((step + 1) / 98, [0, 10, 50], [0, 0.1, 0])
+        assert learning_rate(step, 98, train) == pytest.approx(expected)
+
+
+def test_warmup_cosine():
+    train = TrainConfig(epochs=6, peak_epoch=2, peak_lr=1.0, schedule="warmup_cosine")
+    rates = [learning_rate(step, 1, train) for step in range(6)]
+    expected = [0.5, 1, *(0.5 * (1 + math.cos(math.pi * k / 4)) for k in (1, 2, 3, 4))]
+    assert rates == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("peak_epoch", [0, 3])
+def test_peak_at_either_end(peak_epoch):
+    train = TrainConfig(epochs=3, peak_epoch=peak_epoch, peak_lr=1.0)
+    rates = [learning_rate(step, 2, train) for step in range(6)]
+    assert rates == sorted(rates, reverse=peak_epoch == 0)
+    assert max(rates) <= 1
+    assert all(rate >= 0 for rate in rates)
+
+
+# ---------------------------------------------------------------- what is trained
+
+
+def test_an_epoch_is_plain_sgd(tiny):
+    """Against a loop in which everything is written out by hand."""
+    config = tiny("train.account_gradients=false", "train.batch_size=64")
+    split = load_split(config)
+    model = make_model(config, split)
+    twin = copy.deepcopy(model)
+    train = config.train
+
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=0, momentum=train.momentum, weight_decay=train.weight_decay
+    )
+    backward = training.PlainBackward().backward
+    for epoch in (1, 2):
+        training.train_epoch(model, optimizer, split, config, epoch, backward)
+
+    velocity = {name: torch.zeros_like(p) for name, p in twin.named_parameters()}
+    twin.train()
+    for epoch in (1, 2):
+        order = epoch_order(split.n, config.seed, epoch)
+        for step, rows in enumerate(order.split(64)):
+            twin.zero_grad()
+            logits = twin(normalize(split.images[rows]))
+            F.cross_entropy(logits, split.label[rows]).backward()
+            rate = np.interp((epoch - 1) * 3 + step + 1, [0, 3, 9], [0, train.peak_lr, 0])
+            with torch.no_grad():
+                for name, p in twin.named_parameters():
+                    gradient = p.grad + train.weight_decay * p
+                    velocity[name] = train.momentum * velocity[name] + gradient
+                    p -= rate * velocity[name]
+    for (name, own), other in zip(model.state_dict().items(), twin.state_dict().values()):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_every_example_is_seen_once_an_epoch(tiny):
+    split = load_split(tiny())
+    seen = [batch.index for batch in batches(split, 32, epoch_order(split.n, 0, 1))]
+    assert sorted(torch.cat(seen).tolist()) == sorted(split.index.tolist())
+
+
+def test_seeds_of_noise_and_of_training_are_apart(tiny):
+    first, second, other_noise = (
+        load_split(tiny(*o)) for o in ([], ["seed=1"], ["data.noise_seed=1"])
+    )
+    assert torch.equal(first.label, second.label)
+    assert not torch.equal(first.label, other_noise.label)
+    models = [make_model(tiny(*o), first).conv1.conv.weight for o in ([], ["seed=1"])]
+    assert not torch.equal(*models)
+
+
+def test_training_leaves_the_global_random_state_alone(tiny):
+    before = torch.random.get_rng_state()
+    gradient_accounting.main(Run.of(tiny("train.epochs=1")))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+# ---------------------------------------------------------------- what is recorded
+
+
+@pytest.fixture
+def finished(tiny) -> Run:
+    run = Run.of(tiny())
+    gradient_accounting.main(run)
+    return run
+
+
+def test_a_checkpoint_for_every_epoch_from_the_initialization_on(finished):
+    names = sorted(path.name for path in (finished.directory / "checkpoints").iterdir())
+    assert names == ["epoch_000.pt", "epoch_001.pt", "epoch_002.pt", "epoch_003.pt"]
+    split = load_split(finished.config)
+    for name, value in make_model(finished.config, split).state_dict().items():
+        assert torch.equal(finished.read_checkpoint(0)[name], value)
+
+
+def test_history_and_examples_agree_with_the_checkpoints(finished):
+    split = load_split(finished.config)
+    history = files.read_csv(finished.history_path, HISTORY_COLUMNS)
+    assert [row["epoch"] for row in history] == [0, 1, 2, 3]
+    assert [row["lr"] for row in history] == pytest.approx([0, 0.1, 0.05, 0])
+    examples = files.read_arrays(finished.examples_path, "epoch", "correct", "loss")
+    assert examples["epoch"].tolist() == [1, 2, 3]
+    assert examples["loss"].dtype == np.float16
+    model = make_model(finished.config, split)
+    for row in history[1:]:
+        epoch = int(row["epoch"])
+        state = finished.read_checkpoint(epoch)
+        load_weights(model, state, finished.checkpoint_path(epoch))
+        outcome = evaluate(model, split.images, split.label)
+        correct = examples["correct"][epoch - 1]
+        assert np.array_equal(correct, outcome.correct.numpy())
+        np.testing.assert_allclose(examples["loss"][epoch - 1], outcome.loss, rtol=2e-3, atol=1e-4)
+        memorized = split.memorized.numpy()
+        assert row["acc_clean"] == pytest.approx(correct[~memorized].mean())
+        assert row["acc_noisy"] == pytest.approx(correct[memorized].mean())
+        assert row["acc_total"] == pytest.approx(correct.mean())
+        test = evaluate(model, split.test_images, split.test_label)
+        assert row["acc_test"] == pytest.approx(test.correct.double().mean().item())
+        assert row["loss_test"] == pytest.approx(test.loss.double().mean().item(), rel=1e-6)
+
+
+def test_only_the_asked_for_epochs_stay(tiny):
+    run = Run.of(tiny("checkpoints.keep=[1]", "train.epochs=5"))
+    gradient_accounting.main(run)
+    names = sorted(path.name for path in (run.directory / "checkpoints").iterdir())
+    assert names == ["epoch_001.pt", "epoch_005.pt"]
+    assert not list((run.directory / "resume").iterdir())
+
+
+def test_what_is_kept_does_not_change_the_run(tiny, finished):
+    assert Run.of(tiny("checkpoints.keep=[1]")).directory == finished.directory
+
+
+def test_a_finished_run_is_not_touched(finished):
+    before = {p: p.stat().st_mtime_ns for p in finished.directory.rglob("*")}
+    gradient_accounting.main(finished)
+    assert {p: p.stat().st_mtime_ns for p in finished.directory.rglob("*")} == before
+
+
+# ---------------------------------------------------------------- interruptions
+
+
+class Killed(BaseException):
+    """Not an Exception: nothing may catch it."""
+
+
+def test_killed_at_every_write_and_started_again(tiny, tmp_path, monkeypatch):
+    """The process dies just before, or just after, the k-th file gets its name, for every k."""
+    write = files.write_atomically
+    overrides = ("train.epochs=2", "data.train_size=60", "data.test_size=20")
+    whole = Run.of(tiny(*overrides, f"output_dir={tmp_path}/whole"))
+    calls = []
+    monkeypatch.setattr(files, "write_atomically", lambda *a: (calls.append(a[0]), write(*a)))
+    gradient_accounting.main(whole)
+    expected = contents(whole)
+    assert len(calls) >= 15
+
+    for moment in range(len(calls)):
+        run = Run.of(tiny(*overrides, f"output_dir={tmp_path}/killed{moment}"))
+        count = iter(range(10_000))
+
+        def write_or_die(path, content, moment=moment, count=count):
+            if (number := next(count)) == moment and moment % 2:
+                raise Killed
+            write(path, content)
+            if number == moment:
+                raise Killed
+
+        monkeypatch.setattr(files, "write_atomically", write_or_die)
+        with pytest.raises(Killed):
+            gradient_accounting.main(run)
+        gradient_accounting.main(run)
+        assert contents(run) == expected, calls[moment]
+
+
+def interrupt(run: Run, monkeypatch, epoch: int) -> None:
+    """Train a run until just after this epoch has been saved."""
+    save = training._save
+
+    def save_and_die(run, number, *rest):
+        save(run, number, *rest)
+        if number == epoch:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_save", save_and_die)
+        with pytest.raises(Killed):
+            gradient_accounting.main(run)
+
+
+@pytest.mark.parametrize("model", ["vit_small"])
+def test_layers_with_noise_of_their_own_resume_exactly(tiny, tmp_path, monkeypatch, model):
+    """ViT's dropout draws from torch's global generator; augmentation from its own."""
+    overrides = (
+        "model.name=vit_small", "model.width=1.0", "model.patch=4", "model.dim=16",
+        "model.depth=1", "model.heads=2", "model.dim_head=8", "model.mlp_dim=16",
+        "data.augment=true",
+    )  # fmt: skip
+    runs = [Run.of(tiny(*overrides, f"output_dir={tmp_path}/{name}")) for name in "ab"]
+    gradient_accounting.main(runs[0])
+    interrupt(runs[1], monkeypatch, epoch=1)
+    assert runs[1].state == "interrupted after epoch 1"
+    gradient_accounting.main(runs[1])
+    assert contents(runs[0]) == contents(runs[1])
+
+
+@pytest.mark.parametrize("damaged", ["checkpoint_path", "resume_path"])
+@pytest.mark.parametrize("content", [b"", b"\x80garbage", None])
+def test_a_damaged_newest_epoch_falls_back_to_the_one_before(
+    tiny, tmp_path, monkeypatch, capsys, finished, damaged, content
+):
+    run = Run.of(tiny(f"output_dir={tmp_path}/damaged"))
+    interrupt(run, monkeypatch, epoch=2)
+    path = getattr(run, damaged)(2)
+    path.write_bytes(path.read_bytes()[:-100] if content is None else content)
+    gradient_accounting.main(run)
+    assert "going back an epoch" in capsys.readouterr().err
+    assert contents(run) == contents(finished)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tiny):
+    run = Run.of(tiny("train.peak_lr=1e30"))
+    with pytest.raises(RunFailed, match=r"epoch 1, step \d of 5, learning rate .*epoch 0 is kept"):
+        gradient_accounting.main(run)
+    assert run.state == "interrupted after epoch 0"
+
+
+def test_other_data_under_the_same_run_are_refused(tiny, monkeypatch):
+    run = Run.of(tiny())
+    interrupt(run, monkeypatch, epoch=1)
+    arrays = files.read_arrays(run.split_path, "label", "true_label", "memorized", "index")
+    arrays["label"][0] = (arrays["label"][0] + 1) % 10
+    files.write_arrays(run.split_path, **arrays)
+    with pytest.raises(UserError, match=r"its label is not what the data set gives now"):
+        gradient_accounting.main(run)
