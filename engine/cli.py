@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from data import DataError
-from engine.config import Config, load_configs
+from engine.config import Config, describe_keys, load_configs
 from engine.errors import RunFailed, UserError
 from engine.runs import Run, with_device
 
@@ -17,7 +17,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(description: str) -> argparse.ArgumentParser:
-    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    keys = [f"  {key}: {meaning} [{default}]" for key, default, _, meaning in describe_keys()]
+    parser = _Parser(
+        description=description,
+        epilog="\n".join(["keys, with their defaults:", *keys]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the directory of a run")
     parser.add_argument(
         "overrides", nargs="*", metavar="key.path=value", help="the value is read as YAML"

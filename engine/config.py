@@ -65,7 +65,9 @@ class DataConfig:
     keep_memorized: bool = option(
         False, flag(), "train_size draws among clean examples only (split: human, atypical)"
     )
-    augment: bool = option(False, flag(), "random crop and horizontal flip while training")
+    augment: bool = option(
+        False, flag(), "random crop and mirror while training; mirrored digits keep their label"
+    )
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,20 @@ def flatten(config: Config) -> dict[str, object]:
 
 def defaults() -> dict[str, object]:
     return {key: field.default for key, field in SCHEMA.items()}
+
+
+def describe_keys() -> list[tuple[str, str, str, str]]:
+    """Key, default, what is allowed, and what it means, for people."""
+
+    def written(value: object) -> str:
+        if value is None:
+            return "null"
+        return str(value).lower() if isinstance(value, bool) else str(value)
+
+    return [
+        (key, written(f.default), f.metadata["kind"].allowed, f.metadata["meaning"])
+        for key, f in SCHEMA.items()
+    ]
 
 
 def _build(flat: Mapping[str, object], section: type = Config, prefix: str = "") -> Config:

@@ -46,10 +46,10 @@ def _in_range(value: float, least: float | None, most: float | None, above: floa
 
 def _range_words(least: float | None, most: float | None, above: float | None) -> str:
     if least is not None and most is not None:
-        return f" from {least:g} to {most:g}"
+        return f" from {least} to {most}"
     if above is not None:
-        return f" above {above:g}" + (f", {most:g} at the most" if most is not None else "")
-    return f", {least:g} or more" if least is not None else ""
+        return f" above {above}" + (f", {most} at the most" if most is not None else "")
+    return f", {least} or more" if least is not None else ""
 
 
 def integer(least: int | None = None, most: int | None = None) -> Kind:

@@ -1,0 +1,62 @@
+"""What the paper's phenomena look like on real images, at a size that two CPU cores can do."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gradient_accounting
+from data import load_dataset
+from engine import files
+from engine.config import load_configs
+from engine.runs import HISTORY_COLUMNS, Run
+from engine.setup import load_split
+from gradient_accounting import COLUMNS
+
+SMALL = Path(__file__).resolve().parents[1] / "configs" / "small"
+
+
+@pytest.mark.real_data
+def test_mnist_as_npz_is_the_same_problem(real_data, tmp_path):
+    mnist = load_dataset("mnist", root=real_data)
+    np.savez(
+        tmp_path / "mnist.npz",
+        x_train=mnist.images[:, 0].numpy(),
+        y_train=mnist.label.numpy(),
+        x_test=mnist.test_images[:, 0].numpy(),
+        y_test=mnist.test_label.numpy(),
+    )
+    splits = []
+    for overrides in (
+        [f"data.root={real_data}"],
+        ["data.name=npz", f"data.path={tmp_path / 'mnist.npz'}"],
+    ):
+        (config,) = load_configs(SMALL / "mnist.yaml", overrides)
+        splits.append(load_split(config))
+    for name in ("images", "label", "true_label", "memorized", "index", "test_images"):
+        assert (getattr(splits[0], name) == getattr(splits[1], name)).all(), name
+    assert splits[0].n == 4000
+    assert splits[0].memorized.sum() == 400
+
+
+@pytest.mark.real_data
+@pytest.mark.slow(reason="trains for some three minutes on two cores")
+@pytest.mark.timeout(1200)
+def test_gradients_of_the_mislabeled_oppose_those_of_the_clean(real_data, tmp_path):
+    overrides = [f"data.root={real_data}", f"output_dir={tmp_path}", "device=cpu"]
+    (config,) = load_configs(SMALL / "mnist.yaml", overrides)
+    run = Run.of(config)
+    gradient_accounting.main(run)
+
+    history = files.read_csv(run.history_path, HISTORY_COLUMNS)
+    assert history[-1]["acc_clean"] > 0.999
+    assert history[-1]["acc_noisy"] > 0.98
+
+    # The epochs in which the mislabeled examples are learned.
+    learning = [int(row["epoch"]) for row in history if 0.1 < row["acc_noisy"] < 0.95]
+    rows = files.read_csv(run.directory / "gradient_accounting.csv", COLUMNS)
+    rows = [row for row in rows if row["epoch"] in learning]
+    ratios = [row["norm_noisy"] / row["norm_clean"] for row in rows]
+    assert 0.7 < np.median(ratios) < 1.3
+    cosines = np.array([row["cosine"] for row in rows]).reshape(-1, 9)
+    assert (np.median(cosines, axis=0) < -0.75).sum() >= 7, "of nine layers"

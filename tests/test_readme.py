@@ -1,0 +1,84 @@
+"""The README is true: its tables, its commands, its links, and its example of one's own data."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gradient_accounting
+from engine.cli import find_runs, run_script
+from engine.config import describe_keys
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[str]:
+    """Every call of a script, in the README's shell blocks and at the head of every config."""
+    lines = "".join(blocks("sh")).replace("\\\n", " ").splitlines()
+    for path in CONFIGS:
+        lines += [line[1:] for line in path.read_text().splitlines() if line.startswith("#   ")]
+    calls = [call.partition("#")[0].strip() for line in lines for call in line.split("&&")]
+    return sorted({c for c in calls if c.startswith("python ") and not c.startswith("python -m")})
+
+
+def test_the_table_of_keys_is_that_of_the_code():
+    rows = ["| key | default | allowed | meaning |", "|---|---|---|---|"]
+    rows += ["| " + " | ".join((f"`{k}`", d, a, m)) + " |" for k, d, a, m in describe_keys()]
+    table = re.search(r"<!-- keys -->\n(.*?)\n<!-- /keys -->", README, re.DOTALL).group(1)
+    expected = "\n".join(rows)
+    assert table == expected, f"put this into the README:\n{expected}"
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_names_a_script_and_a_configuration_that_are_there(command):
+    python, script, *arguments = shlex.split(command)
+    assert python == "python"
+    assert (REPOSITORY / script).exists()
+    config, *overrides = [a for a in arguments if not a.startswith("--")]
+    if "data.path=bars.npz" in overrides:
+        return  # test_your_own_data runs this one
+    assert find_runs(str(REPOSITORY / config), overrides)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_configuration_begins_with_what_one_wants_to_know(path):
+    head = path.read_text(encoding="utf-8").partition("\nname:")[0]
+    for word in ("python ", "Hardware:", "Duration", "Disk:", "Expect:"):
+        assert word.lower() in head.lower(), f"{path.name} does not say: {word}"
+    assert f"configs/{path.relative_to(REPOSITORY / 'configs')}" in head
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (REPOSITORY / target).exists(), target
+
+
+def test_ci_installs_and_tests_as_the_readme_says():
+    ci = (REPOSITORY / ".ci" / "run").read_text()
+    assert "pip install -r requirements-dev.txt && python -m pytest" in README
+    assert "pip install --quiet -r requirements-dev.txt" in ci
+    assert "python -m pytest" in ci
+
+
+def test_your_own_data(tmp_path, monkeypatch, capsys):
+    """The example makes a file, and the command beside it trains on that."""
+    monkeypatch.chdir(tmp_path)
+    (example,) = [block for block in blocks("python") if "bars.npz" in block]
+    subprocess.run([sys.executable, "-c", example], check=True, timeout=60)
+    (command,) = [c for c in commands() if "bars.npz" in c]
+    _, script, config, *overrides = shlex.split(command)
+    assert script == "gradient_accounting.py"
+    small = ["train.epochs=2", "train.peak_epoch=1", "model.width=0.1", "device=cpu"]
+    arguments = [str(REPOSITORY / config), *overrides, *small]
+    status = run_script("", gradient_accounting.main, gradient_accounting.plan, arguments)
+    assert status == 0, capsys.readouterr().err
+    assert (tmp_path / capsys.readouterr().out.split()[-1] / "history.csv").exists()
