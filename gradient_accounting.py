@@ -23,7 +23,7 @@ from engine import files
 from engine.cli import run_script, title
 from engine.devices import resolve_device
 from engine.runs import HISTORY_COLUMNS, Run
-from engine.setup import load_split, make_model, state_bytes
+from engine.setup import estimate_disk, load_split, make_model
 from engine.training import train_run
 from models.layer_groups import layer_groups
 
@@ -105,7 +105,7 @@ def main(run: Run) -> str:
     if run.finished:
         run.discard(run.resumable_epochs())
     else:
-        device = resolve_device(run.config.device)
+        device = resolve_device(run.config)
         split = load_split(run.config).to(device)
         model = make_model(run.config, split).to(device)
         accounting = run.config.train.account_gradients
@@ -119,12 +119,7 @@ def main(run: Run) -> str:
 
 def plan(run: Run) -> str:
     """What `main` would do, and the disk that it takes."""
-    split = load_split(run.config)
-    size = state_bytes(run.config, split)
-    kept = sum(run.kept(epoch) for epoch in range(run.config.train.epochs + 1))
-    # Resuming takes two epochs' momentum, and their weights where those are not kept.
-    disk = kept * size + 4 * size + 2.2 * split.n * run.config.train.epochs
-    return f"{title(run.config)}: {run.state}, {files.megabytes(disk)}"
+    return f"{title(run.config)}: {run.state}, {files.megabytes(estimate_disk(run))}"
 
 
 if __name__ == "__main__":

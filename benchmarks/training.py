@@ -66,7 +66,7 @@ def consume(found: Iterator) -> None:
 
 
 def measure(config: Config, rounds: int) -> None:
-    device = resolve_device(config.device)
+    device = resolve_device(config)
     split = load_split(config).to(device)
     model = make_model(config, split).to(device)
     size = config.train.batch_size

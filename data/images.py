@@ -17,12 +17,22 @@ from torchvision import datasets as published
 
 from data.dataset import DataError, Dataset, file_digest, reason
 from data.glyphs import GLYPH_NAMES, make_glyphs
+from data.glyphs import SIZE as GLYPH_SIZE
 from data.npz import load_npz
 
-__all__ = ["DATASETS", "DataError", "Dataset", "file_digest", "load_dataset"]
+__all__ = [
+    "DATASETS",
+    "DataError",
+    "Dataset",
+    "Outline",
+    "file_digest",
+    "load_dataset",
+    "outline",
+]
 
 DATASETS = ("mnist", "cifar10", "svhn", "glyphs", "npz")
 DIGITS = tuple("0123456789")
+GLYPHS_BY_DEFAULT = 4000, 1000  # for training and for testing
 NETWORK_TIMEOUT = 30  # seconds; without one, a silent network holds the program for ever
 
 
@@ -52,10 +62,30 @@ def load_dataset(
     raise DataError(f"unknown data set {name!r}; allowed: {', '.join(DATASETS)}{hint}")
 
 
+@dataclass(frozen=True)
+class Outline:
+    """What can be said of a data set before it is there: for estimates."""
+
+    shape: tuple[int, int, int]  # of an image: channels, height, width
+    classes: int
+    train_count: int
+
+
+def outline(name: str, path: str | Path | None = None) -> Outline:
+    """The measures of the data set called `name`; nothing is downloaded, only an npz is read."""
+    if name == "glyphs":
+        return Outline((1, GLYPH_SIZE, GLYPH_SIZE), len(GLYPH_NAMES), GLYPHS_BY_DEFAULT[0])
+    if name in PUBLISHED:
+        known = PUBLISHED[name]
+        return Outline(known.shape, len(known.class_names), known.train_count)
+    dataset = load_dataset(name, path=path)
+    return Outline(tuple(dataset.images.shape[1:]), len(dataset.class_names), len(dataset.label))
+
+
 def _load_glyphs(train_size: int | None, test_size: int | None) -> Dataset:
     sizes = {
-        "train_size": 4000 if train_size is None else train_size,
-        "test_size": 1000 if test_size is None else test_size,
+        "train_size": GLYPHS_BY_DEFAULT[0] if train_size is None else train_size,
+        "test_size": GLYPHS_BY_DEFAULT[1] if test_size is None else test_size,
     }
     for key, size in sizes.items():
         if size < 1:
@@ -72,6 +102,8 @@ class _Published:
     folder: str  # below the root
     files: tuple[str, ...]
     class_names: tuple[str, ...]
+    shape: tuple[int, int, int]  # of an image
+    train_count: int
 
     def missing(self, root: Path) -> list[str]:
         return [file for file in self.files if not (root / self.folder / file).is_file()]
@@ -87,6 +119,8 @@ PUBLISHED = {
             "t10k-labels-idx1-ubyte",
         ),
         DIGITS,
+        (1, 28, 28),
+        60_000,
     ),
     "cifar10": _Published(
         "cifar-10-batches-py",
@@ -103,8 +137,10 @@ PUBLISHED = {
             "ship",
             "truck",
         ),
+        (3, 32, 32),
+        50_000,
     ),
-    "svhn": _Published("", ("train_32x32.mat", "test_32x32.mat"), DIGITS),
+    "svhn": _Published("", ("train_32x32.mat", "test_32x32.mat"), DIGITS, (3, 32, 32), 73_257),
 }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from data import DataError
 from engine.config import Config, describe_keys, load_configs
 from engine.errors import RunFailed, UserError
-from engine.runs import Run, with_device
+from engine.runs import Run
 
 
 class _Parser(argparse.ArgumentParser):
@@ -32,12 +32,11 @@ def _parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def find_runs(config: str, overrides: Sequence[str], device: str | None = None) -> list[Run]:
+def find_runs(config: str, overrides: Sequence[str] = ()) -> list[Run]:
     """The runs that a command is about: those of a configuration's sweep, or the one given."""
     if Path(config).is_dir():
-        run = Run.at(Path(config), tuple(overrides))
-        return [Run(run.directory, with_device(run.config, device))]
-    return [Run.of(with_device(c, device)) for c in load_configs(config, overrides)]
+        return [Run.at(Path(config), tuple(overrides))]
+    return [Run.of(found) for found in load_configs(config, overrides)]
 
 
 def run_script(
@@ -51,18 +50,28 @@ def run_script(
     `work` returns what came out, `plan` says in words what it would do; neither names the run's
     directory, which ends every line.
     """
+    status = 0
     try:
         given = _parser(description).parse_intermixed_args(arguments)
-        for run in find_runs(given.config, given.overrides, given.device):
-            result = plan(run) if given.dry_run else work(run)
-            print(f"{result}  {run.directory}", flush=True)
+        device = [f"device={given.device}"] if given.device else []
+        for run in find_runs(given.config, [*given.overrides, *device]):
+            try:
+                result = plan(run) if given.dry_run else work(run)
+                print(f"{result}  {run.directory}", flush=True)
+            except RunFailed as error:  # the others may do better
+                print(f"{run.directory}: {error}", file=sys.stderr)
+                status = 1
     except (UserError, DataError) as error:
         print(error, file=sys.stderr)
         return 2
-    except RunFailed as error:
-        print(error, file=sys.stderr)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"{place}{error.strerror or error}", file=sys.stderr)
         return 1
-    return 0
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last finished epoch", file=sys.stderr)
+        return 130
+    return status
 
 
 def title(config: Config) -> str:

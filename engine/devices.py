@@ -8,15 +8,19 @@ from pathlib import Path
 import torch
 
 from data.random_streams import random_stream
+from engine.config import Config
 from engine.errors import UserError
 
 
-def resolve_device(name: str) -> torch.device:
-    """auto | cpu | cuda as a device that exists."""
+def resolve_device(config: Config) -> torch.device:
+    """auto | cpu | cuda as a device that exists, and that computes in the precision asked for."""
+    name = config.device
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device: 'cuda' is not allowed: this machine has no usable GPU; use cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu" and config.precision == "tf32":
+        raise UserError("precision: 'tf32' is not allowed: a CPU has none; use fp32 or bf16")
     return torch.device(name)
 
 

@@ -5,7 +5,6 @@ over them is the run's identity, and the identity is written into every checkpoi
 reads another run's files by mistake, and a run that was moved elsewhere is still itself.
 """
 
-import dataclasses
 import hashlib
 import json
 import re
@@ -100,11 +99,12 @@ class Run:
 
     directory: Path
     config: Config
+    expected: str | None = None  # the identity that the directory must have, if anything is there
 
     @classmethod
     def of(cls, config: Config) -> "Run":
         """The run that a configuration asks for, whether it is there yet or not."""
-        return cls(run_directory(config), config)
+        return cls(run_directory(config), config, identity_of(config))
 
     @classmethod
     def at(cls, directory: Path, overrides: tuple[str, ...] = ()) -> "Run":
@@ -131,17 +131,20 @@ class Run:
     @cached_property
     def identity(self) -> str:
         """From the files of a run that exists (it may have been moved), else from its settings."""
-        if self.provenance_path.exists():
-            identity = files.read_json(self.provenance_path).get("identity")
-            if not isinstance(identity, str):
-                raise UserError(f"{self.provenance_path}: damaged: it has no identity")
-            return identity
-        return identity_of(self.config)
+        path = self.provenance_path
+        if not path.exists():
+            return self.expected or identity_of(self.config)
+        identity = files.read_json(path).get("identity")
+        if not isinstance(identity, str):
+            raise UserError(f"{path}: damaged: it has no identity")
+        if self.expected not in (None, identity):
+            raise UserError(f"{path}: belongs to another run; move {self.directory} away")
+        return identity
 
     @property
     def finished(self) -> bool:
         path = self.provenance_path
-        return path.exists() and files.read_json(path).get("finished") is True
+        return bool(path.exists() and self.identity and files.read_json(path).get("finished"))
 
     @property
     def state(self) -> str:
@@ -258,7 +261,3 @@ def load_weights(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -
             f"{path}: of another model: {wrong} is {found.get(wrong, 'missing')} there "
             f"and {own.get(wrong, 'missing')} in this run's model"
         ) from None
-
-
-def with_device(config: Config, device: str | None) -> Config:
-    return config if device is None else dataclasses.replace(config, device=device)

@@ -1,18 +1,31 @@
 """From a configuration to the things that it names: the split and the model."""
 
+from functools import lru_cache
+
 import torch
 from torch import nn
 
-from data import Split, load_c_scores, load_dataset, load_human_labels, make_split
+from data import (
+    Split,
+    load_c_scores,
+    load_dataset,
+    load_human_labels,
+    make_split,
+    outline,
+)
 from engine.config import Config
 from engine.errors import UserError
+from engine.runs import Run
 from models import build_model
+
+# The runs of a sweep mostly share their data set.
+_load_dataset_once = lru_cache(maxsize=1)(load_dataset)
 
 
 def load_split(config: Config) -> Split:
     """The training and test examples, with their labels and who is memorized."""
     data = config.data
-    dataset = load_dataset(
+    dataset = _load_dataset_once(
         data.name,
         root=data.root,
         path=data.path,
@@ -47,25 +60,34 @@ def make_model(config: Config, split: Split) -> nn.Module:
     Weights lie channels-last, and so do the activations that convolutions make with them: that is
     the faster layout on CPUs and on tensor cores, and changes no shape.
     """
-    channels, height, width = split.shape
+    return _build(config, split.shape, split.classes).to(memory_format=torch.channels_last)
+
+
+def _build(config: Config, shape: tuple[int, int, int], classes: int) -> nn.Module:
+    channels, height, width = shape
     if height != width:
         raise UserError(f"data: images of {height} x {width} pixels; the models need square ones")
     try:
-        model = build_model(
+        return build_model(
             config.model.name,
             channels=channels,
-            classes=split.classes,
+            classes=classes,
             image_size=height,
             seed=config.seed,
             **config.model.options,
         )
     except ValueError as error:
         raise UserError(f"model: {error}") from None
-    return model.to(memory_format=torch.channels_last)
 
 
-def state_bytes(config: Config, split: Split) -> int:
-    """The size of one checkpoint's tensors, without allocating them."""
+def estimate_disk(run: Run) -> float:
+    """Bytes that a run takes while it trains; no data are downloaded, no weights allocated."""
+    config = run.config
+    known = outline(config.data.name, config.data.path)
     with torch.device("meta"):
-        model = make_model(config, split)
-    return sum(value.numel() * value.element_size() for value in model.state_dict().values())
+        model = _build(config, known.shape, known.classes)
+    weights = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    kept = sum(run.kept(epoch) for epoch in range(config.train.epochs + 1))
+    # Resuming takes two epochs' momentum, and their weights where those are not kept.
+    examples = 2.2 * (config.data.train_size or known.train_count) * config.train.epochs
+    return (kept + 4) * weights + examples

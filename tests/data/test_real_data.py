@@ -7,8 +7,16 @@ import pytest
 import torch
 from torch.nn import functional
 
-from data import load_c_scores, load_dataset, load_human_labels, make_split, normalize
+from data import (
+    load_c_scores,
+    load_dataset,
+    load_human_labels,
+    make_split,
+    normalize,
+    outline,
+)
 from data.c_scores import PUBLISHED
+from data.images import Outline
 
 pytestmark = pytest.mark.real_data
 
@@ -28,6 +36,7 @@ def test_mnist_has_its_size(mnist):
     assert mnist.images.shape == (60_000, 1, 28, 28)
     assert mnist.test_images.shape == (10_000, 1, 28, 28)
     assert mnist.label[:5].tolist() == [5, 0, 4, 1, 9]
+    assert outline("mnist") == Outline((1, 28, 28), 10, 60_000)
 
 
 def test_1098_atypical_digits(mnist, real_data):

@@ -1,6 +1,7 @@
 """The command line as its user meets it: real processes, exit statuses, one line a run."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -48,6 +49,16 @@ def test_dry_run_writes_nothing(tiny_file, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("name", ["cifar10", "mnist", "svhn"])
+def test_a_dry_run_needs_no_data(tmp_path, capsys, name):
+    config = tmp_path / "a.yaml"
+    config.write_text(f"data: {{name: {name}, root: {tmp_path / 'empty'}}}\n")
+    arguments = [str(config), "--dry-run"]
+    assert run_script("", gradient_accounting.main, gradient_accounting.plan, arguments) == 0
+    assert re.search(r"seed 0: to do, 5\d\d\.\d MB  runs/", capsys.readouterr().out)
+    assert not (tmp_path / "empty").exists()
+
+
 MISTAKES = [
     ([], "command line: the following arguments are required: CONFIG"),
     (["{file}", "--devise", "cpu"], "command line: unrecognized arguments: --devise"),
@@ -81,7 +92,7 @@ def test_a_run_that_fails_is_status_1(tiny_file):
     done = call(tiny_file, "train.peak_lr=1e30")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("the loss became")
+    assert "/seed0: the loss became" in done.stderr.splitlines()[-1]
 
 
 def test_killed_at_any_moment_and_started_again(tiny_file, tmp_path):

@@ -77,6 +77,13 @@ def test_an_override_cannot_change_what_was_trained(finished):
         Run.at(finished.directory, ("train.peak_lr=3",))
 
 
+def test_a_directory_that_holds_another_run_is_left_alone(finished, tiny):
+    other = Run.of(tiny("train.epochs=1", "seed=7"))
+    finished.directory.rename(other.directory)
+    with pytest.raises(UserError, match=r"provenance\.json: belongs to another run; move .*seed7"):
+        gradient_accounting.main(other)
+
+
 def test_provenance_says_where_it_came_from(finished):
     found = files.read_json(finished.provenance_path)
     assert found["versions"]["torch"] == torch.__version__.partition("+")[0]
