@@ -146,6 +146,18 @@ class Run:
         path = self.provenance_path
         return bool(path.exists() and self.identity and files.read_json(path).get("finished"))
 
+    def require_results(self, *more: str) -> None:
+        """A finished run has all that its training wrote; only training again could replace it."""
+        paths = [self.split_path, self.history_path, self.examples_path]
+        paths += [self.checkpoint_path(self.config.train.epochs)]
+        paths += [self.directory / name for name in more]
+        for path in paths:
+            if not path.exists():
+                raise UserError(
+                    f"{path}: is missing from a finished run; put it back, or delete "
+                    f"{self.directory} and train again"
+                )
+
     @property
     def state(self) -> str:
         """In words, for a person: what there is of this run."""
