@@ -74,12 +74,12 @@ class DataConfig:
 class ModelConfig:
     name: str = option("resnet9", one_of(*MODELS), "the network")
     width: float = option(1.0, number(above=0, most=16), "resnet9: channels, as a multiple")
-    patch: int = option(2, integer(1), "vit_small: pixels along a patch's side")
-    dim: int = option(512, integer(1), "vit_small: features of a token")
-    depth: int = option(6, integer(1), "vit_small: transformer blocks")
-    heads: int = option(8, integer(1), "vit_small: attention heads")
-    dim_head: int = option(64, integer(1), "vit_small: features of a head")
-    mlp_dim: int = option(512, integer(1), "vit_small: features inside a block's MLP")
+    patch: int = option(2, integer(1, 256), "vit_small: pixels along a patch's side")
+    dim: int = option(512, integer(1, 65536), "vit_small: features of a token")
+    depth: int = option(6, integer(1, 256), "vit_small: transformer blocks")
+    heads: int = option(8, integer(1, 256), "vit_small: attention heads")
+    dim_head: int = option(64, integer(1, 65536), "vit_small: features of a head")
+    mlp_dim: int = option(512, integer(1, 65536), "vit_small: features inside a block's MLP")
     dropout: float = option(0.1, number(0, 0.99), "vit_small: its own dropout while training")
 
     @property
@@ -90,7 +90,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    epochs: int = option(50, integer(1), "passes over the training set")
+    epochs: int = option(50, integer(1, 100_000), "passes over the training set")
     batch_size: int = option(512, integer(2), "examples in a step")
     peak_lr: float = option(0.1, number(above=0), "the schedule's highest learning rate")
     peak_epoch: int = option(10, integer(0), "the epoch that ends at peak_lr")

@@ -113,6 +113,8 @@ class Run:
         Overrides can change what a measurement does, never what was trained.
         """
         path = directory / "config.yaml"
+        if not path.exists():
+            raise UserError(f"{directory}: is not the directory of a run: it has no config.yaml")
         (made,) = load_configs(path)
         configs = load_configs(path, overrides)
         for config in configs:

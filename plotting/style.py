@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
 
 COLUMN, PAGE = 3.3, 6.9  # inches: one column, and both
 
@@ -44,3 +46,11 @@ def names_of(split: str) -> dict[str, str]:
     if split == "atypical":
         return {"clean": "typical", "noisy": "atypical", "total": "all", "test": "test"}
     return {name: name for name in COLORS}
+
+
+def draw_band(axes: Axes, x: np.ndarray, values: np.ndarray, kind: str, label: str) -> None:
+    """The mean over the first axis (seeds) as a line, and a standard deviation around it."""
+    mean, spread = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else None
+    axes.plot(x, mean, DASHES[kind], color=COLORS[kind], label=label)
+    if spread is not None:
+        axes.fill_between(x, mean - spread, mean + spread, color=COLORS[kind], alpha=0.2, lw=0)

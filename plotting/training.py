@@ -8,21 +8,13 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from engine.runs import HISTORY_COLUMNS
 from plotting.runs import Family
-from plotting.style import COLORS, COLUMN, DASHES, PAGE, names_of
+from plotting.style import COLUMN, PAGE, draw_band, names_of
 
 ACCOUNTING = "gradient_accounting.csv"
 ACCOUNTING_COLUMNS = (
     "epoch", "group", "norm_clean", "norm_noisy", "norm_total", "cosine", "parameters",
 )  # fmt: skip
 KINDS = ("clean", "noisy", "total")
-
-
-def draw_band(axes: Axes, x: np.ndarray, values: np.ndarray, kind: str, label: str) -> None:
-    """The mean over the first axis (seeds) as a line, and a standard deviation around it."""
-    mean, spread = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else None
-    axes.plot(x, mean, DASHES[kind], color=COLORS[kind], label=label)
-    if spread is not None:
-        axes.fill_between(x, mean - spread, mean + spread, color=COLORS[kind], alpha=0.2, lw=0)
 
 
 def plot_learning_curves(family: Family) -> Figure:
@@ -96,7 +88,7 @@ def plot_gradient_cosines(family: Family) -> Figure:
         cosine,
         cmap="viridis",
         vmin=-1,
-        vmax=max(0, np.nanmax(cosine)),
+        vmax=np.max(cosine, initial=0, where=np.isfinite(cosine)),
         aspect="auto",
         extent=(-0.5, groups - 0.5, epochs + 0.5, 0.5),
         interpolation="nearest",
