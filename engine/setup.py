@@ -1,12 +1,13 @@
 """From a configuration to the things that it names: the split and the model."""
 
 import torch
-from torch import nn
 
 from data import Split, load_c_scores, load_dataset, load_human_labels, make_split
 from engine.config import Config
 from engine.errors import UserError
+from engine.runs import Run, load_weights
 from models import build_model
+from models.layer_groups import StagedModel
 
 
 def load_split(config: Config) -> Split:
@@ -41,7 +42,7 @@ def load_split(config: Config) -> Split:
     )
 
 
-def make_model(config: Config, split: Split) -> nn.Module:
+def make_model(config: Config, split: Split) -> StagedModel:
     """The network at its initialization, on the CPU.
 
     Weights lie channels-last, and so do the activations that convolutions make with them: that is
@@ -62,6 +63,16 @@ def make_model(config: Config, split: Split) -> nn.Module:
     except ValueError as error:
         raise UserError(f"model: {error}") from None
     return model.to(memory_format=torch.channels_last)
+
+
+def load_final_model(run: Run, split: Split, device: torch.device) -> StagedModel:
+    """The network as a finished training left it, which was on these very examples."""
+    run.require_finished()
+    run.check_split(split)
+    model = make_model(run.config, split)
+    epoch = run.config.train.epochs
+    load_weights(model, run.read_checkpoint(epoch), run.checkpoint_path(epoch))
+    return model.to(device)
 
 
 def state_bytes(config: Config, split: Split) -> int:
