@@ -21,6 +21,7 @@ from engine.options import (
     epochs,
     flag,
     integer,
+    listed_epochs,
     nearest,
     number,
     one_of,
@@ -112,6 +113,26 @@ class CheckpointsConfig:
 
 
 @dataclass(frozen=True)
+class RewindingConfig:
+    epochs: str | tuple[int | str, ...] = option(
+        (0, 5, 10, "..."), epochs(open_ended=True), "epochs that each layer group is taken back to"
+    )
+    batchnorm: str = option(
+        "final", one_of("final", "checkpoint"), "whose running statistics a group back there uses"
+    )
+
+
+@dataclass(frozen=True)
+class RetrainingConfig:
+    epochs: int = option(20, integer(1), "passes over the clean examples, for each group")
+    peak_lr: float = option(0.1, number(above=0), "the triangle's highest learning rate")
+    peak_epoch: int = option(10, integer(0), "the epoch that ends at peak_lr")
+    patience: int | None = option(
+        None, optional(integer(1)), "stop after this many epochs at 100% clean accuracy"
+    )
+
+
+@dataclass(frozen=True)
 class Config:
     name: str = option("experiment", text(), "a title for reports")
     output_dir: str = option("runs", text(), "where run directories are made")
@@ -128,6 +149,8 @@ class Config:
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     checkpoints: CheckpointsConfig = dataclasses.field(default_factory=CheckpointsConfig)
+    rewinding: RewindingConfig = dataclasses.field(default_factory=RewindingConfig)
+    retraining: RetrainingConfig = dataclasses.field(default_factory=RetrainingConfig)
 
 
 # ---------------------------------------------------------------- keys
@@ -170,6 +193,8 @@ def describe_keys() -> list[tuple[str, str, str, str]]:
     def written(value: object) -> str:
         if value is None:
             return "null"
+        if isinstance(value, tuple):
+            return f"[{', '.join(map(str, value))}]"
         return str(value).lower() if isinstance(value, bool) else str(value)
 
     return [
@@ -399,6 +424,15 @@ def impossible(config: Config) -> tuple[str, str] | None:
     if config.checkpoints.keep != "all" and max(config.checkpoints.keep) > train.epochs:
         return "checkpoints.keep", (
             f"{max(config.checkpoints.keep)} is not allowed: at most train.epochs, {train.epochs}"
+        )
+    if (latest := max(listed_epochs(config.rewinding.epochs, train.epochs))) > train.epochs:
+        return "rewinding.epochs", (
+            f"{latest} is not allowed: at most train.epochs, which is {train.epochs}"
+        )
+    if config.retraining.peak_epoch > config.retraining.epochs:
+        return "retraining.peak_epoch", (
+            f"{config.retraining.peak_epoch} is not allowed: at most retraining.epochs, "
+            f"which is {config.retraining.epochs}"
         )
     if (data.name == "npz") != (data.path is not None):
         return "data.path", (

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from data import Split, normalize
 
+BATCH_SIZE = 500
 Forward = Callable[[Tensor], Tensor]
 
 
@@ -34,7 +35,9 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, images: Tensor, label: Tensor, batch_size: int = 500) -> Outcome:
+def evaluate(
+    model: nn.Module, images: Tensor, label: Tensor, batch_size: int = BATCH_SIZE
+) -> Outcome:
     """Loss and correctness of every image (uint8) under its label, in eval mode."""
     losses, correct = [], []
     with eval_mode(model):

@@ -151,8 +151,7 @@ def _require_finite(mean_loss: Tensor, epoch: int, train: TrainConfig) -> None:
         rate = learning_rate((epoch - 1) * steps + step, steps, train)
         raise RunFailed(
             f"the loss became {mean_loss[step].item()} at epoch {epoch}, step {step + 1} of "
-            f"{steps}, learning rate {rate:.4g}; epoch {epoch - 1} is kept. "
-            f"A lower train.peak_lr than {train.peak_lr:g} may help"
+            f"{steps}, learning rate {rate:.4g}"
         )
 
 
@@ -191,9 +190,15 @@ def train_run(
         for epoch in range(last + 1, train.epochs + 1):
             rate = 0.0
             if epoch > 0:
-                rate = train_epoch(
-                    model, optimizer, split, config, epoch, accountant.backward, bar.update
-                )
+                try:
+                    rate = train_epoch(
+                        model, optimizer, split, config, epoch, accountant.backward, bar.update
+                    )
+                except RunFailed as error:
+                    raise RunFailed(
+                        f"{error}; epoch {epoch - 1} is kept. "
+                        f"A lower train.peak_lr than {train.peak_lr:g} may help"
+                    ) from None
                 record.accounts += accountant.epoch_rows(epoch)
             row = record.measure(model, split, epoch, rate)
             record.seconds = time.perf_counter() - began
