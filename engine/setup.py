@@ -13,10 +13,12 @@ from data import (
     make_split,
     outline,
 )
-from engine.config import Config
+from engine.config import Config, DropoutConfig
 from engine.errors import UserError
 from engine.runs import Run
 from models import build_model
+from models.dropout import ExampleTiedDropout, SparseDropout, StandardDropout, insert_dropout
+from models.layer_groups import StagedModel
 
 # The runs of a sweep mostly share their data set.
 _load_dataset_once = lru_cache(maxsize=1)(load_dataset)
@@ -55,12 +57,18 @@ def load_split(config: Config) -> Split:
 
 
 def make_model(config: Config, split: Split) -> nn.Module:
-    """The network at its initialization, on the CPU.
+    """The network at its initialization, on the CPU, with dropout where it is trained with it.
 
     Weights lie channels-last, and so do the activations that convolutions make with them: that is
     the faster layout on CPUs and on tensor cores, and changes no shape.
     """
-    return _build(config, split.shape, split.classes).to(memory_format=torch.channels_last)
+    model = _build(config, split.shape, split.classes).to(memory_format=torch.channels_last)
+    if config.dropout.kind != "none":
+        try:
+            _add_dropout(model, config.dropout, n_examples=int(split.index.max()) + 1)
+        except ValueError as error:
+            raise UserError(f"dropout: {error}") from None
+    return model
 
 
 def _build(config: Config, shape: tuple[int, int, int], classes: int) -> nn.Module:
@@ -78,6 +86,22 @@ def _build(config: Config, shape: tuple[int, int, int], classes: int) -> nn.Modu
         )
     except ValueError as error:
         raise UserError(f"model: {error}") from None
+
+
+def _add_dropout(model: StagedModel, dropout: DropoutConfig, n_examples: int) -> None:
+    """Dropout of the configured kind behind the model's sites, with masks of their own."""
+    p, seed, dim = dropout.p_gen, dropout.seed, model.channel_dim
+    layers = {}
+    for number, (site, channels) in enumerate(model.dropout_sites(dropout.sites).items()):
+        if dropout.kind == "example_tied":
+            layers[site] = ExampleTiedDropout(
+                channels, n_examples, p, dropout.p_mem, seed, layer=number, dim=dim
+            )
+        elif dropout.kind == "sparse":
+            layers[site] = SparseDropout(channels, p, seed, layer=number, dim=dim)
+        else:
+            layers[site] = StandardDropout(p, dim)
+    insert_dropout(model, layers)
 
 
 def estimate_disk(run: Run) -> float:

@@ -25,6 +25,7 @@ from engine.devices import compute_precision, derive_seed, isolated_rng
 from engine.errors import RunFailed, UserError
 from engine.evaluation import evaluate_split, mean_by_subset
 from engine.runs import HISTORY_COLUMNS, Run, load_weights
+from models.dropout import examples
 
 
 class Accountant(Protocol):
@@ -133,7 +134,9 @@ def train_epoch(
             rate = learning_rate((epoch - 1) * steps + step, steps, train)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            losses = F.cross_entropy(model(batch.image).float(), batch.label, reduction="none")
+            with examples(model, batch.index):
+                logits = model(batch.image).float()
+            losses = F.cross_entropy(logits, batch.label, reduction="none")
             optimizer.zero_grad(set_to_none=True)
             backward(losses, batch)
             optimizer.step()
