@@ -3,7 +3,6 @@
 from functools import lru_cache
 
 import torch
-from torch import nn
 
 from data import (
     Split,
@@ -15,7 +14,7 @@ from data import (
 )
 from engine.config import Config, DropoutConfig
 from engine.errors import UserError
-from engine.runs import Run
+from engine.runs import Run, load_weights
 from models import build_model
 from models.dropout import ExampleTiedDropout, SparseDropout, StandardDropout, insert_dropout
 from models.layer_groups import StagedModel
@@ -56,7 +55,7 @@ def load_split(config: Config) -> Split:
     )
 
 
-def make_model(config: Config, split: Split) -> nn.Module:
+def make_model(config: Config, split: Split) -> StagedModel:
     """The network at its initialization, on the CPU, with dropout where it is trained with it.
 
     Weights lie channels-last, and so do the activations that convolutions make with them: that is
@@ -71,7 +70,7 @@ def make_model(config: Config, split: Split) -> nn.Module:
     return model
 
 
-def _build(config: Config, shape: tuple[int, int, int], classes: int) -> nn.Module:
+def _build(config: Config, shape: tuple[int, int, int], classes: int) -> StagedModel:
     channels, height, width = shape
     if height != width:
         raise UserError(f"data: images of {height} x {width} pixels; the models need square ones")
@@ -102,6 +101,16 @@ def _add_dropout(model: StagedModel, dropout: DropoutConfig, n_examples: int) ->
         else:
             layers[site] = StandardDropout(p, dim)
     insert_dropout(model, layers)
+
+
+def load_final_model(run: Run, split: Split, device: torch.device) -> StagedModel:
+    """The network as a finished training left it, which was on these very examples."""
+    run.require_finished()
+    run.check_split(split)
+    model = make_model(run.config, split)
+    epoch = run.config.train.epochs
+    load_weights(model, run.read_checkpoint(epoch), run.checkpoint_path(epoch))
+    return model.to(device)
 
 
 def estimate_disk(run: Run) -> float:
