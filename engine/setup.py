@@ -3,16 +3,19 @@
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from data import (
+    Dataset,
     Split,
+    c_scores_at_hand,
     load_c_scores,
     load_dataset,
     load_human_labels,
     make_split,
     outline,
 )
-from engine.config import Config, DropoutConfig
+from engine.config import Config, DataConfig, DropoutConfig
 from engine.errors import UserError
 from engine.runs import Run, load_weights
 from models import build_model
@@ -23,16 +26,20 @@ from models.layer_groups import StagedModel
 _load_dataset_once = lru_cache(maxsize=1)(load_dataset)
 
 
-def load_split(config: Config) -> Split:
-    """The training and test examples, with their labels and who is memorized."""
-    data = config.data
-    dataset = _load_dataset_once(
+def _load_dataset(data: DataConfig) -> Dataset:
+    return _load_dataset_once(
         data.name,
         root=data.root,
         path=data.path,
         train_size=data.train_size,
         test_size=data.test_size,
     )
+
+
+def load_split(config: Config) -> Split:
+    """The training and test examples, with their labels and who is memorized."""
+    data = config.data
+    dataset = _load_dataset(data)
     c_scores = human_label = None
     if data.split == "atypical":
         c_scores = load_c_scores(dataset, root=data.root, path=data.c_scores)
@@ -53,6 +60,17 @@ def load_split(config: Config) -> Split:
         c_score_threshold=data.c_score_threshold,
         human_label=human_label,
     )
+
+
+def load_typicality(config: Config, split: Split) -> Tensor | None:
+    """How typical each training example is, where that is known without a download."""
+    data = config.data
+    if split.typicality is not None:
+        return split.typicality
+    if data.c_scores is None and not c_scores_at_hand(data.name, data.root):
+        return None
+    scores = load_c_scores(_load_dataset(data), root=data.root, path=data.c_scores)
+    return scores.to(split.index.device)[split.index]
 
 
 def make_model(config: Config, split: Split) -> StagedModel:
