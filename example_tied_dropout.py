@@ -135,15 +135,16 @@ def choose_examples(split: Split, before: Outcome, size: int, draw: int) -> Tens
 
 def compute_unlearning(model: nn.Module, split: Split, rows: Tensor) -> dict[str, float]:
     """Accuracies without the neurons tied to these examples: theirs, the others', and on test."""
-    layers = tied_layers(model)
     with forget(model, split.index[rows]):
         train, test = evaluate_split(model, split)
-        off = sum(int(layer.forgotten.sum()) for layer in layers)
+        dropped_share = (
+            torch.cat([layer.forgotten for layer in tied_layers(model)]).double().mean().item()
+        )
     others = torch.ones_like(split.memorized)
     others[rows] = False
     found = mean_by_subset(train.correct[others], split.memorized[others], "acc")
     return {
-        "neurons": off / sum(len(layer.masks[0]) for layer in layers),
+        "neurons": dropped_share,
         "acc_chosen": train.correct[rows].double().mean().item(),
         "acc_clean": found["acc_clean"],
         "acc_noisy": found["acc_noisy"],

@@ -303,14 +303,14 @@ def test_everything_is_put_back_also_after_an_exception():
     model = tied("resnet9")
     before = [dict(vars(layer)) for layer in tied_layers(model)]
     index = torch.tensor([1])
-    with (
-        pytest.raises(RuntimeError, match="stop"),
-        dropout_mode(model, "drop", rescale=True),
-        examples(model, index),
-        forget(model, index),
-    ):
-        assert all(layer.mode == "drop" for layer in tied_layers(model))
-        raise RuntimeError("stop")
+
+    def fail():
+        with dropout_mode(model, "drop", True), examples(model, index), forget(model, index):
+            assert all(layer.mode == "drop" for layer in tied_layers(model))
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
     for layer, attributes in zip(tied_layers(model), before):
         for name, value in attributes.items():
             assert vars(layer)[name] is value
