@@ -100,6 +100,19 @@ def forgotten_rows(split: Split, before: Outcome, after: Outcome) -> Tensor:
     return lost[after.loss[lost].argsort(descending=True, stable=True)]
 
 
+def table_of_forgotten(
+    split: Split, before: Outcome, after: Outcome, scores: Tensor | None
+) -> list[dict[str, object]]:
+    rows = forgotten_rows(split, before, after)
+    if scores is None:
+        scores = torch.full_like(split.label, float("nan"), dtype=torch.float64)
+    columns = (split.index, split.label, after.prediction, scores)
+    return [
+        dict(zip(FORGOTTEN_COLUMNS, values))
+        for values in zip(*(column[rows].tolist() for column in columns))
+    ]
+
+
 def compute_typicality(forgotten: np.ndarray, kept: np.ndarray) -> dict[str, float]:
     """How much less typical the forgotten are: difference of the means, with a 95% interval.
 
@@ -123,6 +136,17 @@ def compute_typicality(forgotten: np.ndarray, kept: np.ndarray) -> dict[str, flo
     }
 
 
+def table_of_typicality(
+    split: Split, before: Outcome, after: Outcome, scores: Tensor | None
+) -> list[dict[str, float]]:
+    """One row, or none where there is nobody to compare or no score."""
+    right = ~split.memorized & before.correct
+    lost, kept = right & ~after.correct, right & after.correct
+    if scores is None or not lost.any() or not kept.any():
+        return []
+    return [compute_typicality(scores[lost].cpu().numpy(), scores[kept].cpu().numpy())]
+
+
 # ---------------------------------------------------------------- unlearning chosen examples
 
 
@@ -137,14 +161,12 @@ def compute_unlearning(model: nn.Module, split: Split, rows: Tensor) -> dict[str
     """Accuracies without the neurons tied to these examples: theirs, the others', and on test."""
     with forget(model, split.index[rows]):
         train, test = evaluate_split(model, split)
-        dropped_share = (
-            torch.cat([layer.forgotten for layer in tied_layers(model)]).double().mean().item()
-        )
+        off = torch.cat([layer.forgotten for layer in tied_layers(model)])
     others = torch.ones_like(split.memorized)
     others[rows] = False
     found = mean_by_subset(train.correct[others], split.memorized[others], "acc")
     return {
-        "neurons": dropped_share,
+        "neurons": off.double().mean().item(),
         "acc_chosen": train.correct[rows].double().mean().item(),
         "acc_clean": found["acc_clean"],
         "acc_noisy": found["acc_noisy"],
@@ -156,7 +178,7 @@ def compute_unlearning(model: nn.Module, split: Split, rows: Tensor) -> dict[str
 
 
 def tables(run: Run) -> dict[str, Measurement]:
-    """What is measured on a run; unlearning and its like need neurons that are tied to examples."""
+    """What is measured on a run; all but the first need neurons that are tied to examples."""
     dropout = run.config.dropout
     state = {"rescale": dropout.rescale, "batchnorm": dropout.batchnorm}
     draws = {"forget": dropout.forget, "forget_draws": dropout.forget_draws}
@@ -206,39 +228,26 @@ def unlearning(
 
 
 def measure(run: Run, device: torch.device) -> None:
-    """All tables of a finished run."""
-    config, found = run.config, tables(run)
+    """Every table of a finished run that is not there yet, the cheapest first."""
+    config = run.config
     split = load_split(config).to(device)
     model = load_final_model(run, split, device)
+    scores = load_typicality(config, split)
     with compute_precision(config.precision, device):
         before, test_before = evaluate_split(model, split)
         with dropped(model, split, config.dropout.rescale, config.dropout.batchnorm):
             after, test_after = evaluate_split(model, split)
-        if "unlearning" in found:
-            found["ablation"].finish(ablation(model, split), device)
-            rows = unlearning(found["unlearning"], config, model, split, before)
-            found["unlearning"].finish(rows, device)
-
-    if "forgotten" in found:
-        typicality = load_typicality(config, split)
-        lost = forgotten_rows(split, before, after)
-        found["forgotten"].finish(table_of_forgotten(split, after, lost, typicality), device)
-        kept = (~split.memorized & before.correct & after.correct).nonzero().flatten()
-        gap = []
-        if typicality is not None and len(lost) and len(kept):
-            gap = [compute_typicality(*(typicality[rows].cpu().numpy() for rows in (lost, kept)))]
-        found["typicality"].finish(gap, device)
-    states = accuracies(split, before, test_before), accuracies(split, after, test_after)
-    found["main"].finish(table_1(config, *states), device)
-
-
-def table_of_forgotten(
-    split: Split, after: Outcome, lost: Tensor, typicality: Tensor | None
-) -> list[dict[str, object]]:
-    scores = torch.full((split.n,), float("nan")) if typicality is None else typicality
-    columns = (split.index, split.label, after.prediction, scores)
-    values = zip(*(column[lost.to(column.device)].tolist() for column in columns))
-    return [dict(zip(FORGOTTEN_COLUMNS, row)) for row in values]
+        states = accuracies(split, before, test_before), accuracies(split, after, test_after)
+        rows_of = {
+            "main": lambda table: table_1(config, *states),
+            "forgotten": lambda table: table_of_forgotten(split, before, after, scores),
+            "typicality": lambda table: table_of_typicality(split, before, after, scores),
+            "ablation": lambda table: ablation(model, split),
+            "unlearning": lambda table: unlearning(table, config, model, split, before),
+        }
+        for name, table in tables(run).items():
+            if not table.finished:
+                table.finish(rows_of[name](table), device)
 
 
 # ---------------------------------------------------------------- a run
