@@ -2,9 +2,11 @@
 
 import copy
 import doctest
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -334,6 +336,19 @@ def test_a_copy_has_layers_of_its_own():
 def test_the_doctest():
     found = doctest.testmod(dropout, raise_on_error=True)
     assert found.attempted >= 5
+
+
+def test_the_readme_s_training_loop():
+    readme = Path(dropout.__file__).parents[1] / "README.md"
+    blocks = re.findall(r"```python\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL)
+    (loop,) = [block for block in blocks if "models.dropout" in block]
+    x, y = torch.randn(300, 784), torch.randint(10, (300,))
+    names = {"torch": torch, "nn": nn, "F": nn.functional, "x": x, "y": y, "x_test": x[:7]}
+    exec(loop, names)
+    model, tied = names["model"].train(), names["tied"]
+    assert names["prediction"].shape == (7,)
+    assert tied.mode == "memorize"
+    assert model[3].weight.grad[:, tied.generalization :].any()
 
 
 def test_the_file_works_alone(tmp_path):
