@@ -284,7 +284,7 @@ def main(run: Run) -> str:
     found = tables(run)
     if not all(table.finished for table in found.values()):
         measure(run, device)
-    before, after = files.read_csv(found["main"].path, COLUMNS, words=("dropout", "state"))
+    before, after = files.read_csv(found["main"].path, COLUMNS, text=("dropout", "state"))
     changes = (
         f"{name.removeprefix('acc_')} {before[name]:.2%} -> {after[name]:.2%}"
         for name in ACCURACIES

@@ -5,7 +5,7 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -63,18 +63,16 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, ob
     write_text(path, text.getvalue())
 
 
-def read_csv(
-    path: Path, columns: Sequence[str], words: Collection[str] = ()
-) -> list[dict[str, float]]:
-    """The rows of a file of numbers; its header must be `columns`, and `words` stay text."""
+def read_csv(path: Path, columns: Sequence[str], text: Sequence[str] = ()) -> list[dict]:
+    """The rows of a file of numbers, but for its `text` columns; its header must be `columns`."""
     lines = list(csv.reader(io.StringIO(read_text(path))))
     if not lines or lines[0] != list(columns):
         raise UserError(f"{path}: damaged: its first line is not {','.join(columns)}")
     rows = []
     for number, line in enumerate(lines[1:], start=2):
         try:
-            cells = dict(zip(columns, line, strict=True))
-            rows.append({c: v if c in words else float(v) for c, v in cells.items()})
+            cells = zip(columns, line, strict=True)
+            rows.append({name: cell if name in text else float(cell) for name, cell in cells})
         except ValueError:
             raise UserError(f"{path}: damaged: line {number} is not a row of numbers") from None
     return rows

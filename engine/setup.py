@@ -88,6 +88,22 @@ def make_model(config: Config, split: Split) -> StagedModel:
     return model
 
 
+def _add_dropout(model: StagedModel, dropout: DropoutConfig, n_examples: int) -> None:
+    """Dropout of the configured kind behind the model's sites, with masks of their own."""
+    p, seed, dim = dropout.p_gen, dropout.seed, model.channel_dim
+    layers = {}
+    for number, (site, channels) in enumerate(model.dropout_sites(dropout.sites).items()):
+        if dropout.kind == "example_tied":
+            layers[site] = ExampleTiedDropout(
+                channels, n_examples, p, dropout.p_mem, seed, layer=number, dim=dim
+            )
+        elif dropout.kind == "sparse":
+            layers[site] = SparseDropout(channels, p, seed, layer=number, dim=dim)
+        else:
+            layers[site] = StandardDropout(p, dim)
+    insert_dropout(model, layers)
+
+
 def _build(config: Config, shape: tuple[int, int, int], classes: int) -> StagedModel:
     channels, height, width = shape
     if height != width:
@@ -103,22 +119,6 @@ def _build(config: Config, shape: tuple[int, int, int], classes: int) -> StagedM
         )
     except ValueError as error:
         raise UserError(f"model: {error}") from None
-
-
-def _add_dropout(model: StagedModel, dropout: DropoutConfig, n_examples: int) -> None:
-    """Dropout of the configured kind behind the model's sites, with masks of their own."""
-    p, seed, dim = dropout.p_gen, dropout.seed, model.channel_dim
-    layers = {}
-    for number, (site, channels) in enumerate(model.dropout_sites(dropout.sites).items()):
-        if dropout.kind == "example_tied":
-            layers[site] = ExampleTiedDropout(
-                channels, n_examples, p, dropout.p_mem, seed, layer=number, dim=dim
-            )
-        elif dropout.kind == "sparse":
-            layers[site] = SparseDropout(channels, p, seed, layer=number, dim=dim)
-        else:
-            layers[site] = StandardDropout(p, dim)
-    insert_dropout(model, layers)
 
 
 def load_final_model(run: Run, split: Split, device: torch.device) -> StagedModel:

@@ -1,5 +1,6 @@
 """Example-tied dropout as a run: trained, resumed, dropped, measured, and read by others."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def finished(trained, run_of) -> Run:
 
 def states(run: Run) -> dict[str, dict]:
     path = run.directory / "example_tied_dropout.csv"
-    return {row["state"]: row for row in files.read_csv(path, COLUMNS, words=("dropout", "state"))}
+    return {row["state"]: row for row in files.read_csv(path, COLUMNS, text=("dropout", "state"))}
 
 
 def contents(run: Run) -> dict[str, bytes]:
@@ -147,14 +148,23 @@ def test_a_resumed_run_has_the_same_masks_and_results(run_of, tmp_path, monkeypa
         assert torch.equal(one.masks, other.masks)
 
 
-def test_a_step_trains_each_example_with_its_own_neurons(run_of):
-    """In the linear layer, behind the last dropout: what no example uses, no step changes."""
+def test_a_step_trains_each_example_with_its_own_neurons(run_of, monkeypatch):
+    """In the linear layer, behind the last dropout: what no example uses, no step changes.
+
+    As in a subset, an example's index is not its row.
+    """
+
+    def subset(config):
+        split = load_split(config)
+        return dataclasses.replace(split, index=7 * split.index + 3)
+
+    monkeypatch.setattr(example_tied_dropout, "load_split", subset)
     run = run_of(
         "train.epochs=1", "train.peak_epoch=0", "train.batch_size=2", "train.weight_decay=0",
         "data.train_size=4", "dropout.p_mem=0.1",
     )  # fmt: skip
     example_tied_dropout.main(run)
-    split = load_split(run.config)
+    split = subset(run.config)
     layer = tied_layers(load_final_model(run, split, CPU))[-1]
     unused = layer.generalization + (~layer.masks[split.index].any(0)).nonzero().flatten()
     assert len(unused)
@@ -262,7 +272,7 @@ def test_measurement_settings_measure_again_and_never_train_again(finished, run_
     first = states(finished)["after"]
     assert finished.directory == run_of(*LEARNED).directory
     rows = files.read_csv(
-        finished.directory / "dropout_ablation.csv", ABLATION_COLUMNS, words=ABLATION_COLUMNS[:2]
+        finished.directory / "dropout_ablation.csv", ABLATION_COLUMNS, text=ABLATION_COLUMNS[:2]
     )
     assert len(rows) == 4
     for row in rows:

@@ -78,7 +78,7 @@ def test_what_is_memorized_can_be_dropped_where_it_is_tied(real_data, tmp_path):
         files.read_csv(
             run.directory / "example_tied_dropout.csv",
             example_tied_dropout.COLUMNS,
-            words=("dropout", "state"),
+            text=("dropout", "state"),
         )
         for run in runs
     )
