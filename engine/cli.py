@@ -8,7 +8,7 @@ from pathlib import Path
 from data import DataError
 from engine.config import Config, describe_keys, load_configs
 from engine.errors import RunFailed, UserError
-from engine.runs import Run
+from engine.runs import Run, without_dropout
 
 
 class _Parser(argparse.ArgumentParser):
@@ -32,11 +32,19 @@ def _parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def find_runs(config: str, overrides: Sequence[str] = ()) -> list[Run]:
-    """The runs that a command is about: those of a configuration's sweep, or the one given."""
+def find_runs(
+    config: str,
+    overrides: Sequence[str] = (),
+    training: Callable[[Config], Config] = without_dropout,
+) -> list[Run]:
+    """The runs that a command is about: those of a configuration's sweep, or the one given.
+
+    `training` says which training a script makes of a configuration: by default, the plain one.
+    """
     if Path(config).is_dir():
         return [Run.at(Path(config), tuple(overrides))]
-    return [Run.of(found) for found in load_configs(config, overrides)]
+    runs = [Run.of(training(found)) for found in load_configs(config, overrides)]
+    return list(dict.fromkeys(runs))
 
 
 def run_script(
@@ -44,6 +52,7 @@ def run_script(
     work: Callable[[Run], str],
     plan: Callable[[Run], str],
     arguments: Sequence[str] | None = None,
+    training: Callable[[Config], Config] = without_dropout,
 ) -> int:
     """Do the work of a script for every run, a line of results each; the exit status.
 
@@ -54,7 +63,7 @@ def run_script(
     try:
         given = _parser(description).parse_intermixed_args(arguments)
         device = [f"device={given.device}"] if given.device else []
-        for run in find_runs(given.config, [*given.overrides, *device]):
+        for run in find_runs(given.config, [*given.overrides, *device], training):
             try:
                 result = plan(run) if given.dry_run else work(run)
                 print(f"{result}  {run.directory}", flush=True)

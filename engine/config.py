@@ -21,6 +21,7 @@ from engine.options import (
     epochs,
     flag,
     integer,
+    integers,
     listed_epochs,
     nearest,
     number,
@@ -133,6 +134,37 @@ class RetrainingConfig:
 
 
 @dataclass(frozen=True)
+class DropoutConfig:
+    kind: str = option(
+        "none",
+        one_of("example_tied", "standard", "sparse", "none"),
+        "what example_tied_dropout.py trains with; the other scripts train without",
+    )
+    p_gen: float = option(
+        0.4, number(above=0, most=1), "share of neurons always on; what the baselines keep"
+    )
+    p_mem: float = option(
+        0.2, number(0, 1), "example_tied: probability that another neuron is on for an example"
+    )
+    sites: str = option(
+        "blocks", one_of("blocks", "layers"), "resnet9: behind six blocks or all convolutions"
+    )
+    seed: int = option(0, integer(0, 2**31 - 1), "example_tied, sparse: which neurons are on")
+    rescale: str = option(
+        "none", one_of("none", "paper"), "paper: (p_gen + p_mem) / p_gen times what is left"
+    )
+    batchnorm: str = option(
+        "running",
+        one_of("running", "recalibrated"),
+        "statistics after dropping: as trained, or anew",
+    )
+    forget: tuple[int, ...] = option(
+        (1, 3, 10), integers(1), "how many noisy examples are forgotten at a time"
+    )
+    forget_draws: int = option(10, integer(1), "how many times, each time others")
+
+
+@dataclass(frozen=True)
 class Config:
     name: str = option("experiment", text(), "a title for reports")
     output_dir: str = option("runs", text(), "where run directories are made")
@@ -151,6 +183,7 @@ class Config:
     checkpoints: CheckpointsConfig = dataclasses.field(default_factory=CheckpointsConfig)
     rewinding: RewindingConfig = dataclasses.field(default_factory=RewindingConfig)
     retraining: RetrainingConfig = dataclasses.field(default_factory=RetrainingConfig)
+    dropout: DropoutConfig = dataclasses.field(default_factory=DropoutConfig)
 
 
 # ---------------------------------------------------------------- keys
@@ -447,6 +480,10 @@ def impossible(config: Config) -> tuple[str, str] | None:
     if data.keep_memorized and (data.split == "noise" or data.train_size is None):
         return "data.keep_memorized", (
             "true is not allowed: it goes with data.train_size and split human or atypical"
+        )
+    if config.dropout.sites == "layers" and model.name != "resnet9":
+        return "dropout.sites", (
+            f"'layers' is not allowed: {model.name} takes dropout behind its blocks only"
         )
     for key in sorted(set().union(*map(model_options, MODELS)) - model_options(model.name)):
         if getattr(model, key) != SCHEMA[f"model.{key}"].default:

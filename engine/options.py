@@ -133,6 +133,18 @@ def listed_epochs(value: str | tuple[int | str, ...], last: int) -> list[int]:
     return sorted({*range(first, last + 1, second - first), last})
 
 
+def integers(least: int) -> Kind:
+    """A list of different whole numbers, kept as a tuple in its order."""
+
+    def parse(value: object) -> tuple[int, ...]:
+        _require(isinstance(value, (list, tuple)) and len(value) > 0)
+        _require(all(type(item) is int and item >= least for item in value))
+        _require(len(set(value)) == len(value))
+        return tuple(value)
+
+    return Kind(f"a list of different whole numbers, {least} or more each", parse)
+
+
 def optional(kind: Kind) -> Kind:
     def parse(value: object) -> object:
         return None if value is None else kind.parse(value)

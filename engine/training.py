@@ -25,6 +25,7 @@ from engine.devices import compute_precision, derive_seed, isolated_rng
 from engine.errors import RunFailed, UserError
 from engine.evaluation import evaluate_split, mean_by_subset
 from engine.runs import HISTORY_COLUMNS, Run, load_weights
+from models.dropout import examples, tied_layers
 
 
 class Accountant(Protocol):
@@ -127,13 +128,16 @@ def train_epoch(
     if config.data.augment:
         augmenting = torch.Generator().manual_seed(derive_seed("augmentation", config.seed, epoch))
     mean_loss = torch.empty(steps, device=split.label.device)
+    tied = nn.ModuleList(tied_layers(model))  # found here, once, and not at every step
     model.train()
     with isolated_rng(derive_seed("layer noise", config.seed, epoch), split.label.device):
         for step, batch in enumerate(batches(split, train.batch_size, order, augmenting)):
             rate = learning_rate((epoch - 1) * steps + step, steps, train)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            losses = F.cross_entropy(model(batch.image).float(), batch.label, reduction="none")
+            with examples(tied, batch.index):
+                logits = model(batch.image).float()
+            losses = F.cross_entropy(logits, batch.label, reduction="none")
             optimizer.zero_grad(set_to_none=True)
             backward(losses, batch)
             optimizer.step()

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import example_tied_dropout
 import gradient_accounting
 from data import load_dataset
 from engine import files
@@ -60,3 +61,32 @@ def test_gradients_of_the_mislabeled_oppose_those_of_the_clean(real_data, tmp_pa
     assert 0.7 < np.median(ratios) < 1.3
     cosines = np.array([row["cosine"] for row in rows]).reshape(-1, 9)
     assert (np.median(cosines, axis=0) < -0.75).sum() >= 7, "of nine layers"
+
+
+@pytest.mark.real_data
+@pytest.mark.slow(reason="trains twice for some four minutes on two cores")
+@pytest.mark.timeout(2400)
+def test_what_is_memorized_can_be_dropped_where_it_is_tied(real_data, tmp_path):
+    """Tables 1 and 3 in small; and the forgotten are less typical than the rest."""
+    overrides = [f"data.root={real_data}", f"output_dir={tmp_path}", "device=cpu"]
+    overrides += ["sweep.dropout.kind=[example_tied, sparse]", "dropout.forget_draws=1"]
+    configs = load_configs(SMALL / "dropout_mnist.yaml", overrides)
+    runs = [Run.of(example_tied_dropout.without_accounting(config)) for config in configs]
+    for run in runs:
+        example_tied_dropout.main(run)
+    tied, sparse = (
+        files.read_csv(
+            run.directory / "example_tied_dropout.csv",
+            example_tied_dropout.COLUMNS,
+            text=("dropout", "state"),
+        )
+        for run in runs
+    )
+    before, after = tied
+    assert min(before["acc_clean"], before["acc_noisy"]) >= 0.99
+    assert after["acc_clean"] >= 0.95
+    assert after["acc_noisy"] <= 0.05
+    assert sparse[1]["acc_noisy"] >= 0.9
+    path = runs[0].directory / "forgotten_typicality.csv"
+    (gap,) = files.read_csv(path, example_tied_dropout.TYPICALITY_COLUMNS)
+    assert gap["high"] < 0
