@@ -8,6 +8,8 @@ reads another run's files by mistake, and a run that was moved elsewhere is stil
 import hashlib
 import json
 import re
+import shlex
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -154,6 +156,18 @@ class Run:
         epochs = self.resumable_epochs()
         return f"interrupted after epoch {epochs[0]}" if epochs else "to do"
 
+    def require_finished(self) -> None:
+        """A measurement needs a training that came to its end."""
+        if self.finished:
+            return
+        if not self.provenance_path.exists():
+            command = shlex.join(["gradient_accounting.py", *sys.argv[1:]])
+            raise UserError(f"{self.directory}: no such run; `python {command}` trains it")
+        command = files.read_json(self.provenance_path).get("command")
+        raise UserError(
+            f"{self.directory}: its training is {self.state}; `python {command}` finishes it"
+        )
+
     # ------------------------------------------------------------ files
 
     @property
@@ -233,6 +247,10 @@ class Run:
     def read_checkpoint(self, epoch: int) -> dict[str, torch.Tensor]:
         """The weights (state_dict) after an epoch, on the CPU; 0 is the initialization."""
         path = self.checkpoint_path(epoch)
+        if not path.exists():
+            names = (path.stem for path in path.parent.glob("epoch_*.pt"))
+            kept = ", ".join(str(int(name.removeprefix("epoch_"))) for name in sorted(names))
+            raise UserError(f"{path}: no such file; the epochs kept are {kept or 'none'}")
         content = self.read_own(path, epoch)
         state = content.get("model")
         if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):

@@ -3,7 +3,6 @@
 from functools import lru_cache
 
 import torch
-from torch import nn
 
 from data import (
     Split,
@@ -15,8 +14,9 @@ from data import (
 )
 from engine.config import Config
 from engine.errors import UserError
-from engine.runs import Run
+from engine.runs import Run, load_weights
 from models import build_model
+from models.layer_groups import StagedModel
 
 # The runs of a sweep mostly share their data set.
 _load_dataset_once = lru_cache(maxsize=1)(load_dataset)
@@ -54,7 +54,7 @@ def load_split(config: Config) -> Split:
     )
 
 
-def make_model(config: Config, split: Split) -> nn.Module:
+def make_model(config: Config, split: Split) -> StagedModel:
     """The network at its initialization, on the CPU.
 
     Weights lie channels-last, and so do the activations that convolutions make with them: that is
@@ -63,7 +63,7 @@ def make_model(config: Config, split: Split) -> nn.Module:
     return _build(config, split.shape, split.classes).to(memory_format=torch.channels_last)
 
 
-def _build(config: Config, shape: tuple[int, int, int], classes: int) -> nn.Module:
+def _build(config: Config, shape: tuple[int, int, int], classes: int) -> StagedModel:
     channels, height, width = shape
     if height != width:
         raise UserError(f"data: images of {height} x {width} pixels; the models need square ones")
@@ -78,6 +78,16 @@ def _build(config: Config, shape: tuple[int, int, int], classes: int) -> nn.Modu
         )
     except ValueError as error:
         raise UserError(f"model: {error}") from None
+
+
+def load_final_model(run: Run, split: Split, device: torch.device) -> StagedModel:
+    """The network as a finished training left it, which was on these very examples."""
+    run.require_finished()
+    run.check_split(split)
+    model = make_model(run.config, split)
+    epoch = run.config.train.epochs
+    load_weights(model, run.read_checkpoint(epoch), run.checkpoint_path(epoch))
+    return model.to(device)
 
 
 def estimate_disk(run: Run) -> float:

@@ -1,0 +1,68 @@
+"""What measurements begin with: the final model of a finished run, or one clear line."""
+
+import shlex
+import sys
+
+import pytest
+import torch
+
+import gradient_accounting
+from engine import training
+from engine.errors import UserError
+from engine.runs import Run
+from engine.setup import load_final_model, load_split
+
+CPU = torch.device("cpu")
+
+
+def complaint(run: Run) -> str:
+    with pytest.raises(UserError) as caught:
+        load_final_model(run, load_split(run.config), CPU)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_final_model_is_the_last_checkpoint(tiny):
+    run = Run.of(tiny("train.epochs=1"))
+    gradient_accounting.main(run)
+    model = load_final_model(run, load_split(run.config), CPU)
+    for name, value in run.read_checkpoint(1).items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_a_missing_run_names_the_command_that_trains_it(tiny, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["layer_rewinding.py", "a b.yaml", "seed=[0, 1]"])
+    command = shlex.join(["gradient_accounting.py", "a b.yaml", "seed=[0, 1]"])
+    assert f"no such run; `python {command}` trains it" in complaint(Run.of(tiny()))
+
+
+def test_a_half_finished_run_names_the_command_that_finishes_it(tiny, monkeypatch):
+    def die(*_):
+        raise KeyboardInterrupt
+
+    run = Run.of(tiny())
+    monkeypatch.setattr(sys, "argv", ["gradient_accounting.py", "tiny.yaml"])
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Record, "write_tables", die)
+        with pytest.raises(KeyboardInterrupt):
+            gradient_accounting.main(run)
+    monkeypatch.setattr(sys, "argv", ["layer_rewinding.py", "other.yaml"])
+    assert complaint(run).endswith(
+        "its training is interrupted after epoch 0; "
+        "`python gradient_accounting.py tiny.yaml` finishes it"
+    )
+
+
+def test_a_run_on_other_examples_is_refused(tiny):
+    run = Run.of(tiny("train.epochs=1"))
+    gradient_accounting.main(run)
+    other = load_split(tiny("data.noise_seed=1"))
+    with pytest.raises(UserError, match="is not what the data set gives now"):
+        load_final_model(run, other, CPU)
+
+
+def test_an_epoch_that_was_not_kept_names_those_that_were(tiny):
+    run = Run.of(tiny("checkpoints.keep=[0]"))
+    gradient_accounting.main(run)
+    with pytest.raises(UserError, match="no such file; the epochs kept are 0, 3"):
+        run.read_checkpoint(2)
