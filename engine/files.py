@@ -63,15 +63,16 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, ob
     write_text(path, text.getvalue())
 
 
-def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, float]]:
-    """The rows of a file of numbers; its header must be `columns`."""
+def read_csv(path: Path, columns: Sequence[str], text: Sequence[str] = ()) -> list[dict]:
+    """The rows of a file of numbers, but for its `text` columns; its header must be `columns`."""
     lines = list(csv.reader(io.StringIO(read_text(path))))
     if not lines or lines[0] != list(columns):
         raise UserError(f"{path}: damaged: its first line is not {','.join(columns)}")
     rows = []
     for number, line in enumerate(lines[1:], start=2):
         try:
-            rows.append(dict(zip(columns, map(float, line), strict=True)))
+            cells = zip(columns, line, strict=True)
+            rows.append({name: cell if name in text else float(cell) for name, cell in cells})
         except ValueError:
             raise UserError(f"{path}: damaged: line {number} is not a row of numbers") from None
     return rows
