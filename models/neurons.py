@@ -94,6 +94,8 @@ class Gates:
         self.sites = neuron_sites(model, ablate)
         self.count = sum(site.count for site in self.sites)
         self.parameter = next(model.parameters())  # for its device and type
+        # torchvision's ResNets change outputs in place, which a tap must not see.
+        self.in_place = any(getattr(module, "inplace", False) for module in model.modules())
         self.close([()])
 
     def __enter__(self) -> "Gates":
@@ -143,7 +145,7 @@ class Gates:
         if site.constant is not None:
             value = value - _beside_channels(site.constant, value)
         self._taps.append(Tap(site, value.detach(), output))
-        return output.clone()  # what follows may work in place (torchvision's ResNets do)
+        return output.clone() if self.in_place else output
 
     def _output_gate(self, site: Site, module: nn.Module, value: Tensor, open_: Tensor) -> Tensor:
         each = _beside_channels(open_.repeat_interleave(len(value) // len(open_), 0), value)
