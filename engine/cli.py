@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from data import DataError
@@ -53,13 +53,15 @@ def run_script(
     plan: Callable[[Run], str],
     arguments: Sequence[str] | None = None,
     training: Callable[[Config], Config] = without_dropout,
+    conclude: Callable[[list[Run]], Iterable[tuple[str, Path]]] = lambda runs: (),
 ) -> int:
     """Do the work of a script for every run, a line of results each; the exit status.
 
     `work` returns what came out, `plan` says in words what it would do; neither names the run's
-    directory, which ends every line.
+    directory, which ends every line. `conclude` gives a line and its folder for what several
+    finished runs show together.
     """
-    status = 0
+    status, done = 0, []
     try:
         given = _parser(description).parse_intermixed_args(arguments)
         device = [f"device={given.device}"] if given.device else []
@@ -67,9 +69,12 @@ def run_script(
             try:
                 result = plan(run) if given.dry_run else work(run)
                 print(f"{result}  {run.directory}", flush=True)
+                done.append(run)
             except RunFailed as error:  # the others may do better
                 print(f"{run.directory}: {error}", file=sys.stderr)
                 status = 1
+        for result, folder in () if given.dry_run else conclude(done):
+            print(f"{result}  {folder}", flush=True)
     except (UserError, DataError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -134,6 +134,34 @@ class RetrainingConfig:
 
 
 @dataclass(frozen=True)
+class FlippingConfig:
+    examples: int = option(
+        1000, integer(1), "memorized examples that are searched, and as many clean ones"
+    )
+    noise_copies: int = option(5, integer(1), "noisy copies whose mean output is the prediction")
+    noise_ratio: float = option(0.01, number(0), "L2 norm of the noise, relative to its image's")
+    reference_batch: int = option(
+        512, integer(1), "training examples whose loss is to stay low; at most all of them"
+    )
+    max_neurons: int = option(100, integer(1), "a search that closed as many gives up")
+    ablate: str = option(
+        "activation", one_of("activation", "weight"), "what a gate multiplies with 0"
+    )
+    remaining: int | None = option(
+        None, optional(integer(2)), "examples for the accuracy after removal; null: all others"
+    )
+    refresh_reference: int = option(
+        1, integer(1), "approximate above 1: steps between gradients of the reference batch"
+    )
+    reference_copies: int | None = option(
+        None, optional(integer(1)), "approximate: noisy copies of the reference batch; null: exact"
+    )
+    second_split: bool = option(
+        False, flag(), "train on either half, then on the other, for the forgetting time"
+    )
+
+
+@dataclass(frozen=True)
 class DropoutConfig:
     kind: str = option(
         "none",
@@ -183,6 +211,7 @@ class Config:
     checkpoints: CheckpointsConfig = dataclasses.field(default_factory=CheckpointsConfig)
     rewinding: RewindingConfig = dataclasses.field(default_factory=RewindingConfig)
     retraining: RetrainingConfig = dataclasses.field(default_factory=RetrainingConfig)
+    flipping: FlippingConfig = dataclasses.field(default_factory=FlippingConfig)
     dropout: DropoutConfig = dataclasses.field(default_factory=DropoutConfig)
 
 

@@ -30,6 +30,18 @@ def describe_device(device: torch.device) -> str:
     return f"{_processor()} ({torch.get_num_threads()} threads)"
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that could be allocated now: what results may take, and never depend on."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 1 << 31
+
+
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

@@ -1,0 +1,194 @@
+"""What the search of many examples at once gains over the slow, obvious way, in one process.
+
+    python benchmarks/flipping.py [key.path=value ...] [--examples 60] [--slow 2]
+
+Trains a run in a temporary folder (or takes the run whose directory `--run` names), searches
+`--examples` memorized and as many clean examples with the settings of the configuration, and the
+first `--slow` of each in the slow way: a fresh copy of the model for each, one forward and backward
+pass of the whole model for every neuron, and an accuracy on all remaining examples at the end. The
+slow examples take turns with the fast ones. README.md beside this file says how to read it.
+"""
+
+import argparse
+import copy
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+import gradient_accounting  # noqa: E402
+from data import Split, normalize  # noqa: E402
+from engine import reuse  # noqa: E402
+from engine.cli import find_runs  # noqa: E402
+from engine.devices import describe_device, resolve_device  # noqa: E402
+from engine.evaluation import evaluate  # noqa: E402
+from engine.runs import Run  # noqa: E402
+from engine.setup import load_final_model, load_split  # noqa: E402
+from models.neurons import neuron_sites  # noqa: E402
+from neuron_flipping import (  # noqa: E402
+    best_gate,
+    choose_examples,
+    compute_flipping,
+    draw_rows,
+    noisy_copies,
+)
+
+BATCH = 500  # images in one pass of the slow way
+
+
+class SlowSearch:
+    """One example at a time, on a copy of the model with a parameter for each gate."""
+
+    def __init__(self, run: Run, split: Split, model: nn.Module) -> None:
+        self.run, self.split, self.original = run, split, model
+        settings = run.config.flipping
+        rows = draw_rows("flipping reference", run.config.seed, split.n, settings.reference_batch)
+        self.reference = torch.cat([self.copies_of(row) for row in rows.tolist()])
+        self.reference_label = split.label[rows.to(split.label.device)]
+
+    def copies_of(self, row: int) -> Tensor:
+        settings, split = self.run.config.flipping, self.split
+        return noisy_copies(
+            normalize(split.images[row]), int(split.index[row]), self.run.config.seed,
+            settings.noise_copies, settings.noise_ratio,
+        )  # fmt: skip
+
+    def gated_copy(self) -> None:
+        self.model = copy.deepcopy(self.original).requires_grad_(True).eval()
+        self.gates, self.weight = [], None
+        for site in neuron_sites(self.model, self.run.config.flipping.ablate):
+            gate = nn.Parameter(torch.ones(site.shape, device=self.reference.device))
+            self.gates.append(gate)
+            if site.of_weights:
+                self.weight = (site.module, site.module.weight.detach())
+                site.module.register_forward_hook(
+                    lambda layer, inputs, output, gate=gate: F.linear(
+                        inputs[0], layer.weight * gate, layer.bias
+                    )
+                )
+            else:
+                site.module.register_forward_hook(
+                    lambda layer, inputs, output, gate=gate: output * gate[:, None, None]
+                )
+
+    def backward(self, images: Tensor, label: Tensor, weight: float) -> Tensor:
+        """Accumulate the gradient of weight * the mean loss; the averaged outputs."""
+        copies, outputs = self.run.config.flipping.noise_copies, []
+        size = BATCH // copies * copies
+        for part, own in zip(images.split(size), label.split(size // copies)):
+            output = reuse.mean_output(self.model(part), copies)
+            loss = F.cross_entropy(output, own, reduction="sum") / len(label)
+            (weight * loss).backward()
+            outputs.append(output.detach())
+        return torch.cat(outputs)
+
+    def search(self, row: int) -> int:
+        """The number of neurons, with the accuracy on the remaining set before and after."""
+        split, settings = self.split, self.run.config.flipping
+        self.gated_copy()
+        others = torch.arange(split.n, device=split.label.device) != row
+        evaluate(self.model, split.images[others], split.label[others])
+        images, label, closed = self.copies_of(row), split.label[row : row + 1], []
+        while True:
+            self.model.zero_grad()
+            for gate in self.gates:
+                gate.grad = None
+            output = self.backward(images, label, 1.0)
+            if int(output.argmax()) != int(label) or len(closed) == settings.max_neurons:
+                break
+            self.backward(self.reference, self.reference_label, -1.0)
+            score = -torch.cat([gate.grad.flatten() for gate in self.gates])
+            closed.append(best_gate(score, closed))
+            place = closed[-1]
+            with torch.no_grad():
+                for gate in self.gates:
+                    if place < gate.numel():
+                        gate.view(-1)[place] = 0
+                        break
+                    place -= gate.numel()
+        evaluate(self.model, split.images[others], split.label[others])
+        return len(closed)
+
+
+class Clock:
+    """Seconds spent inside of some functions."""
+
+    def __init__(self) -> None:
+        self.seconds, self.calls = Counter(), Counter()
+
+    def around(self, name: str, work: Callable) -> Callable:
+        def timed(*arguments: object) -> object:
+            began = time.perf_counter()
+            result = work(*arguments)
+            self.seconds[name] += time.perf_counter() - began
+            self.calls[name] += 1
+            return result
+
+        return timed
+
+
+def measure(run: Run, count: int, slow_count: int) -> None:
+    device = resolve_device(run.config)
+    split = load_split(run.config).to(device)
+    model = load_final_model(run, split, device).eval().requires_grad_(False)
+    correct = evaluate(model, split.images, split.label).correct.cpu()
+    rows = choose_examples(split, correct, count)
+    half = len(rows) // 2
+    slow_rows = [*rows[:slow_count], *rows[half : half + slow_count]]
+    slow, clock = SlowSearch(run, split, model), Clock()
+    for name in ("ReferenceGradient", "Correctness"):
+        owner = getattr(reuse, name)
+        owner._compute = clock.around(name, owner._compute)
+
+    found, slow_seconds, slow_neurons, fast_seconds = [], [], [], 0.0
+    turns = {round(len(rows) * (k + 1) / (len(slow_rows) + 1)): r for k, r in enumerate(slow_rows)}
+    began = time.perf_counter()
+    for done, result in enumerate(compute_flipping(run, split, model, rows)):
+        fast_seconds += time.perf_counter() - began
+        found.append(result)
+        if done in turns:
+            began = time.perf_counter()
+            slow_neurons.append((turns[done], slow.search(turns[done])))
+            slow_seconds.append(time.perf_counter() - began)
+        began = time.perf_counter()
+
+    by_example = {row["example"]: row["neurons"] for row in found}
+    assert all(by_example[int(split.index[row])] == neurons for row, neurons in slow_neurons)
+    steps = sum(neurons for _, neurons in slow_neurons) / len(slow_neurons)
+    fast, slow_each = fast_seconds / len(rows), statistics.mean(slow_seconds)
+    print(f"{describe_device(device)}, torch {torch.__version__}, {run.config.flipping}")
+    print(f"fast: {len(rows)} examples, {statistics.mean(by_example.values()):.2f} neurons each")
+    print(f"slow: {len(slow_rows)} of them, {steps:.2f} neurons each, the same numbers")
+    print(f"fast {fast:.2f} s an example, slow {slow_each:.2f} s: {slow_each / fast:.1f} times")
+    for name, seconds in clock.seconds.items():
+        print(f"  {name}: {clock.calls[name]} computed, {seconds / fast_seconds:.0%} of the time")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    parser.add_argument("--run", help="the directory of a finished run")
+    parser.add_argument("--examples", type=int, default=60)
+    parser.add_argument("--slow", type=int, default=2)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        quickstart = str(REPOSITORY / "configs" / "quickstart.yaml")
+        trained = [quickstart, [f"output_dir={folder}", *given.overrides]]
+        (run,) = find_runs(*([given.run, given.overrides] if given.run else trained))
+        if not given.run:
+            gradient_accounting.main(run)
+        measure(run, given.examples, given.slow)
+
+
+if __name__ == "__main__":
+    main()

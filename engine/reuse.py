@@ -1,0 +1,161 @@
+"""A fixed batch under ever other sets of closed gates, and nothing computed twice.
+
+In eval mode examples are independent, so what lies below the lowest closed gate does as it did with
+all gates open: forward passes go on from stored states there. How much is stored depends on the
+memory that is free; what comes out does not, because batches are cut the same way in any case.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data import normalize
+from models.layer_groups import StagedModel, State, layer_groups, run_stages
+from models.neurons import Gates, Tap
+
+ROWS = {"cpu": 80, "cuda": 2048}  # images in one pass; a CPU's caches hold few
+CACHE_BYTES = 1 << 28
+SAVED_PER_TAP = 4  # tensors that autograd keeps for each gated layer, at the most
+
+
+def mean_output(logits: Tensor, copies: int) -> Tensor:
+    """The output of the classifier F_d: mean logits over each example's noisy copies.
+
+    In float64: float32 leaves 1 - p of a confident prediction, and so its gradient, few digits.
+    """
+    return logits.double().unflatten(0, (-1, copies)).mean(1)
+
+
+def _tensors(state: State) -> tuple[Tensor, ...]:
+    return state if isinstance(state, tuple) else (state,)
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+def _nbytes(state: State) -> int:
+    return sum(tensor.nbytes for tensor in _tensors(state))
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A pass with all gates open, kept: the state in front of every group, and the logits."""
+
+    states: list[State]
+    taps: list[Tap]
+
+    @property
+    def nbytes(self) -> int:
+        return SAVED_PER_TAP * sum(tap.value.nbytes for tap in self.taps)
+
+
+class ReferenceGradient:
+    """d/dm of the reference batch's mean loss, for any set of closed gates.
+
+    A set that was asked for before has a known gradient. Below the lowest closed gate the backward
+    pass goes through the graph of the open model.
+    """
+
+    def __init__(
+        self, model: StagedModel, gates: Gates, images: Tensor, label: Tensor, memory: float
+    ) -> None:
+        """Images are normalized and noisy, [n, copies, channels, height, width]."""
+        self.groups, self.gates, self.copies = layer_groups(model), gates, images.shape[1]
+        each = max(1, ROWS[images.device.type] // self.copies)
+        self.n, self.batches = len(label), list(zip(images.split(each), label.split(each)))
+        self.graphs: list[_Graph] = []
+        gates.close([()])
+        for batch, _ in self.batches:
+            graph = self._open_graph(batch.flatten(0, 1))
+            memory -= graph.nbytes
+            if memory < 0:
+                break
+            self.graphs.append(graph)
+        known = max(64, CACHE_BYTES // (4 * gates.count))
+        self.of = lru_cache(maxsize=known)(self._compute)
+
+    def _open_graph(self, images: Tensor) -> _Graph:
+        states: list[State] = [images]
+        for group in self.groups:
+            states.append(group.forward(states[-1]))
+        return _Graph(states, self.gates.take_taps())
+
+    def _compute(self, closed: frozenset[int]) -> Tensor:
+        self.gates.close([closed])
+        return sum(self._of_batch(i, closed) for i in range(len(self.batches))) / self.n
+
+    def _of_batch(self, batch: int, closed: frozenset[int]) -> Tensor:
+        images, label = self.batches[batch]
+        graph = self.graphs[batch] if batch < len(self.graphs) else None
+        start = self.gates.first_group(closed, default=len(self.groups)) if graph else 0
+        below = _tensors(graph.states[start] if graph else images.flatten(0, 1))
+        leaves = tuple(_leaf(tensor) for tensor in below)
+        logits = run_stages(self.groups, leaves if len(leaves) > 1 else leaves[0], start)
+        taps = self.gates.take_taps()
+        loss = F.cross_entropy(mean_output(logits, self.copies), label, reduction="sum")
+
+        onwards = [(leaf, tensor) for leaf, tensor in zip(leaves, below) if leaf.requires_grad]
+        wanted = [tap.output for tap in taps] + [leaf for leaf, _ in onwards]
+        gradients = torch.autograd.grad(loss, wanted)
+        found = self.gates.gradients(taps, gradients[: len(taps)], 1)
+        if onwards:
+            lower = [tap for tap in graph.taps if tap.site.group < start]
+            gradients = torch.autograd.grad(
+                [tensor for _, tensor in onwards],
+                [tap.output for tap in lower],
+                gradients[len(taps) :],
+                retain_graph=True,
+            )
+            found += self.gates.gradients(lower, gradients, 1)
+        return found[0]
+
+
+class Correctness:
+    """Which of many images a model gets right, for any set of closed gates; no noise is added."""
+
+    def __init__(
+        self, model: StagedModel, gates: Gates, images: Tensor, label: Tensor, memory: float
+    ) -> None:
+        self.groups, self.gates = layer_groups(model), gates
+        rows = ROWS[images.device.type]
+        self.batches = list(zip(images.split(rows), label.split(rows)))
+        gates.close([()])
+        with torch.no_grad():
+            sizes = [_nbytes(state) for state in self._states(self.batches[0][0], 0)]
+            self.lowest = self._lowest_stored([len(self.batches) * size for size in sizes], memory)
+            self.states = [self._states(batch, self.lowest) for batch, _ in self.batches]
+        self.of = lru_cache(maxsize=64)(self._compute)
+
+    def _states(self, images: Tensor, lowest: int) -> list[State]:
+        """The states in front of the groups lowest, lowest + 1, ..., and the logits."""
+        state, states = normalize(images), []
+        for group in self.groups:
+            states.append(state)
+            state = group.forward(state)
+        return [*states, state][lowest:]
+
+    @staticmethod
+    def _lowest_stored(sizes: Sequence[int], memory: float) -> int:
+        """Upper states are the smaller ones, and those that most sets of gates go on from."""
+        lowest = len(sizes) - 1
+        while lowest > 0 and sum(sizes[lowest - 1 :]) <= memory:
+            lowest -= 1
+        return lowest
+
+    @torch.no_grad()
+    def _compute(self, closed: frozenset[int]) -> Tensor:
+        self.gates.close([closed])
+        start = self.gates.first_group(closed, default=len(self.groups))
+        correct = []
+        for (images, label), states in zip(self.batches, self.states):
+            if start >= self.lowest:
+                logits = run_stages(self.groups, states[start - self.lowest], start)
+            else:
+                logits = run_stages(self.groups, normalize(images))
+            correct.append(logits.argmax(1) == label)
+        return torch.cat(correct)

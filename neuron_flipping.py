@@ -1,0 +1,379 @@
+"""Neuron flipping (Section 6.1): how many neurons hold an example, and who is mislabeled?
+
+Claims: (i) a memorized example flips after far fewer neurons are removed than a clean one, 5.1
+against 15.7 on average (Figure 5a); (ii) their removal costs the rest of the training set less
+(Figure 5b); (iii) the neurons lie in the same layers for both (Figure 5c); (iv) their number tells
+mislabeled examples from clean ones with an AUC of 0.89.
+
+    python neuron_flipping.py configs/paper/figure_5.yaml
+
+Reads finished runs. For `flipping.examples` memorized and as many clean ones it closes the gate
+with the highest first-order gain in loss(x_i) - mean loss(reference batch), again and again, until
+the prediction flips. Writes neuron_flipping.csv and mislabel_detection.csv into every run, and the
+averages over runs that differ in their seed alone into the folder above them.
+"""
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from data import Split, normalize
+from data.random_streams import random_stream
+from engine import files
+from engine.cli import run_script, title
+from engine.detection import DETECTION_COLUMNS, compute_detection, first_epoch_for_good
+from engine.devices import compute_precision, free_memory, resolve_device
+from engine.evaluation import evaluate
+from engine.measurements import Measurement
+from engine.reuse import SAVED_PER_TAP, Correctness, ReferenceGradient, mean_output
+from engine.runs import Run
+from engine.second_split import measure_forgetting, read_forgetting
+from engine.setup import load_final_model, load_split
+from models.layer_groups import StagedModel
+from models.neurons import Gates
+
+FILE_NAME = "neuron_flipping.csv"
+COLUMNS = (
+    "example", "memorized", "neurons", "flipped",
+    "acc_remaining_before", "acc_remaining_after", "groups", "neurons_ids",
+)  # fmt: skip
+MEAN_FILE_NAME = "neuron_flipping_mean.csv"
+MEAN_COLUMNS = ("example", "memorized", "runs", "neurons", "flipped", *COLUMNS[4:6])
+DETECTION_FILE_NAME = "mislabel_detection.csv"
+
+# Scores this close to the highest, relative to it, are equal, and the lowest gate is taken: gates
+# whose scores are equal on paper (a query's and its key's in attention) differ by rounding.
+TIED = 1e-4
+LARGEST_CHUNK = 256
+
+
+# ---------------------------------------------------------------- who is searched
+
+
+def choose_examples(split: Split, correct: Tensor, count: int) -> list[int]:
+    """Rows of `count` memorized and of as many clean examples that are predicted as trained.
+
+    They come in an order that no seed changes, so that runs of several seeds search the same ones.
+    """
+    rows = []
+    for memorized in (1, 0):
+        subset = (split.memorized.cpu() == bool(memorized)).nonzero().flatten().numpy()
+        order = random_stream("flipping examples", memorized).permutation(subset)
+        rows += [int(row) for row in order if correct[row]][:count]
+    return rows
+
+
+def noisy_copies(image: Tensor, example: int, seed: int, copies: int, ratio: float) -> Tensor:
+    """[copies, ...]: an image under Gaussian noise of `ratio` times its own L2 norm.
+
+    (seed, example) decides the noise, whether the example is searched or serves as a reference.
+    """
+    noise = random_stream("flipping noise", seed, example).standard_normal(
+        (copies, *image.shape), dtype=np.float32
+    )
+    noise = torch.from_numpy(noise).to(image.device)
+    size = noise.flatten(1).norm(dim=1)[:, None, None, None]
+    return image + noise * (ratio * image.norm() / size)
+
+
+def draw_rows(purpose: str, seed: int, n: int, size: int | None) -> Tensor:
+    """Rows drawn without replacement, ascending; all where as many are asked for, or no number."""
+    order = random_stream(purpose, seed).permutation(n)
+    return torch.from_numpy(order[:size]).sort().values
+
+
+# ---------------------------------------------------------------- the greedy search
+
+
+@dataclass
+class Candidate:
+    """An example that is to flip, and the gates that were closed for it, in order."""
+
+    row: int
+    label: Tensor
+    images: Tensor  # normalized and noisy, [copies, channels, height, width]
+    closed: list[int] = field(default_factory=list)
+
+
+def best_gate(score: Tensor, closed: Sequence[int]) -> int:
+    """The open gate of the highest score; the lowest number among equals."""
+    score = score.clone()
+    score[closed] = -torch.inf
+    highest = score.max()
+    return int((score >= highest - TIED * highest.abs()).nonzero()[0])
+
+
+def search(
+    model: StagedModel,
+    gates: Gates,
+    reference: ReferenceGradient,
+    candidates: Iterable[Candidate],
+    chunk: int,
+    max_neurons: int,
+    refresh: int = 1,
+) -> Iterator[tuple[Candidate, bool]]:
+    """Close gates for `chunk` examples at once; each comes out when it flips or may close no more.
+
+    One forward and one backward pass tell whether the examples flipped and score all of their
+    gates. The reference batch's gradient depends on the closed gates alone; with `refresh` k it is
+    that of the first 0, k, 2k, ... of them.
+    """
+    waiting, active = iter(candidates), []
+    most = min(max_neurons, gates.count)
+    while active := [*active, *islice(waiting, chunk - len(active))]:
+        gates.close([candidate.closed for candidate in active])
+        logits = model(torch.cat([candidate.images for candidate in active]))
+        taps = gates.take_taps()
+        output = mean_output(logits, len(active[0].images))
+        label = torch.stack([candidate.label for candidate in active])
+        loss = F.cross_entropy(output, label, reduction="sum")
+        gradients = torch.autograd.grad(loss, [tap.output for tap in taps])
+        own = gates.gradients(taps, gradients, len(active))
+        still = []
+        for row, (candidate, flipped) in enumerate(zip(active, (output.argmax(1) != label).cpu())):
+            closed = candidate.closed
+            if flipped or len(closed) == most:
+                yield candidate, bool(flipped)
+                continue
+            common = reference.of(frozenset(closed[: len(closed) // refresh * refresh]))
+            closed.append(best_gate(common - own[row], closed))
+            still.append(candidate)
+        active = still
+
+
+def chunk_size(model: StagedModel, gates: Gates, images: Tensor) -> int:
+    """How many examples fit into a quarter of the free memory, with their copies."""
+    gates.close([()])
+    model(images)
+    each = SAVED_PER_TAP * sum(tap.value.nbytes for tap in gates.take_taps())
+    return max(1, min(LARGEST_CHUNK, int(free_memory(images.device) / 4 / each)))
+
+
+# ---------------------------------------------------------------- one run
+
+
+def compute_flipping(
+    run: Run, split: Split, model: StagedModel, rows: Sequence[int]
+) -> Iterator[dict[str, object]]:
+    """A row of results for each example, as soon as it is done; the model is in eval mode."""
+    settings, seed, device = run.config.flipping, run.config.seed, split.label.device
+
+    def copies_of(row: int, copies: int) -> Tensor:
+        image = normalize(split.images[row])
+        return noisy_copies(image, int(split.index[row]), seed, copies, settings.noise_ratio)
+
+    copies, others = settings.noise_copies, settings.reference_copies or settings.noise_copies
+    of_reference = draw_rows("flipping reference", seed, split.n, settings.reference_batch)
+    reference_images = torch.stack([copies_of(row, others) for row in of_reference.tolist()])
+    of_remaining = draw_rows("flipping remaining", seed, split.n, settings.remaining).to(device)
+
+    with Gates(model, settings.ablate) as gates:
+        memory = free_memory(device)
+        reference = ReferenceGradient(
+            model, gates, reference_images, split.label[of_reference.to(device)], memory / 3
+        )
+        remaining = Correctness(
+            model, gates, split.images[of_remaining], split.label[of_remaining], memory / 3
+        )
+        candidates = (Candidate(row, split.label[row], copies_of(row, copies)) for row in rows)
+        chunk = chunk_size(model, gates, copies_of(rows[0], copies))
+        before = remaining.of(frozenset())
+        for candidate, flipped in search(
+            model, gates, reference, candidates, chunk, settings.max_neurons,
+            settings.refresh_reference,
+        ):  # fmt: skip
+            others = of_remaining != candidate.row
+            after = remaining.of(frozenset(candidate.closed))
+            yield {
+                "example": int(split.index[candidate.row]),
+                "memorized": int(split.memorized[candidate.row]),
+                "neurons": len(candidate.closed),
+                "flipped": int(flipped),
+                "acc_remaining_before": before[others].double().mean().item(),
+                "acc_remaining_after": after[others].double().mean().item(),
+                "groups": " ".join(str(gates.site_of(gate).group) for gate in candidate.closed),
+                "neurons_ids": " ".join(
+                    gates.site_of(gate).describe(gate) for gate in candidate.closed
+                ),
+            }
+
+
+def search_measurement(run: Run) -> Measurement:
+    settings = asdict(run.config.flipping)
+    del settings["second_split"]
+    return Measurement(
+        run, FILE_NAME, COLUMNS, settings, selection={"examples": settings.pop("examples")}
+    )
+
+
+def measure(run: Run, split: Split, device: torch.device) -> None:
+    """Search every chosen example that was not searched before, and write the table."""
+    measurement = search_measurement(run)
+    model = load_final_model(run, split, device).eval().requires_grad_(False)
+    with compute_precision(run.config.precision, device):
+        correct = evaluate(model, split.images, split.label).correct.cpu()
+        rows = choose_examples(split, correct, run.config.flipping.examples)
+        example_of = dict(zip(rows, split.index[rows].tolist()))
+        found = {e: measurement.part(f"example_{e:06d}") for e in example_of.values()}
+        known = [part["neurons"] for part in found.values() if part is not None]
+        bar = tqdm(
+            desc=f"{title(run.config)}: flipping",
+            total=len(rows),
+            initial=len(known),
+            unit="example",
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+        )
+        to_do = [row for row, example in example_of.items() if found[example] is None]
+        with bar:
+            for result in compute_flipping(run, split, model, to_do) if to_do else ():
+                measurement.save(f"example_{result['example']:06d}", result)
+                found[result["example"]] = result
+                known.append(result["neurons"])
+                bar.set_postfix_str(f"mean neurons {np.mean(known):.1f}", refresh=False)
+                bar.update()
+    measurement.finish(found.values(), device)
+
+
+# ---------------------------------------------------------------- detection, over one or many runs
+
+
+def read_results(run: Run) -> dict[int, dict]:
+    rows = files.read_csv(run.directory / FILE_NAME, COLUMNS, text=("groups", "neurons_ids"))
+    return {int(row["example"]): row for row in rows}
+
+
+def training_scores(run: Run) -> dict[str, np.ndarray]:
+    """What a training says about each of its examples; memorized ones have high scores."""
+    record = files.read_arrays(run.examples_path, "correct", "loss")
+    scores = {
+        "learning time": first_epoch_for_good(record["correct"]).astype(float),
+        "summed loss": record["loss"].sum(axis=0, dtype=float),
+    }
+    if run.config.flipping.second_split:
+        scores["forgetting time"] = -read_forgetting(run)
+    return scores
+
+
+def compute_means(runs: Sequence[Run]) -> list[dict[str, object]]:
+    """Each example's results averaged over the runs, of the examples that every run searched.
+
+    A search that gave up counts as one neuron more than the most that were allowed.
+    """
+    found = [read_results(run) for run in runs]
+    rows = []
+    for example in sorted(set.intersection(*map(set, found))):
+        results = [
+            row | ({} if row["flipped"] else {"neurons": run.config.flipping.max_neurons + 1})
+            for run, row in ((run, results[example]) for run, results in zip(runs, found))
+        ]
+        row = {"example": example, "memorized": int(results[0]["memorized"]), "runs": len(runs)}
+        for column in MEAN_COLUMNS[3:]:
+            row[column] = float(np.mean([result[column] for result in results]))
+        rows.append(row)
+    return rows
+
+
+def detect(runs: Sequence[Run]) -> list[dict[str, object]]:
+    """How well each score, averaged over the runs, tells memorized from clean examples.
+
+    On the examples that were searched, for the number of neurons and all others to compare with;
+    and on the whole training set.
+    """
+    split = files.read_arrays(runs[0].split_path, "index", "memorized")
+    each = [training_scores(run) for run in runs]
+    scores = {method: np.mean([score[method] for score in each], axis=0) for method in each[0]}
+    means = compute_means(runs)
+    place = np.searchsorted(split["index"], [row["example"] for row in means]).astype(int)
+    neurons = {"neurons": np.array([-row["neurons"] for row in means])}
+    searched = neurons | {method: score[place] for method, score in scores.items()}
+    seed = runs[0].config.data.noise_seed
+    return [
+        *compute_detection(searched, split["memorized"][place], "searched", seed),
+        *compute_detection(scores, split["memorized"], "all", seed),
+    ]
+
+
+def describe(means: Sequence[dict], areas: Sequence[dict]) -> str:
+    """The headline numbers in one line."""
+    parts = []
+    for name, memorized in (("memorized", 1), ("clean", 0)):
+        rows = [row for row in means if row["memorized"] == memorized]
+        if not rows:
+            parts.append(f"{name}: none")
+            continue
+        neurons, before, after, flipped = (
+            np.mean([row[c] for row in rows])
+            for c in ("neurons", "acc_remaining_before", "acc_remaining_after", "flipped")
+        )
+        never, at_once = 1 - flipped, sum(row["neurons"] == 0 for row in rows)
+        parts.append(
+            f"{name}: {neurons:.2f} neurons ({len(rows)} examples"
+            + (f", {never:.1%} never flipped" if never else "")
+            + (f", {at_once} misclassified under noise already" if at_once else "")
+            + f"), remaining {before:.2%} -> {after:.2%}"
+        )
+    parts += [
+        f"AUC {row['auc']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+        for row in areas
+        if row["method"] == "neurons"
+    ]
+    return "; ".join(parts)
+
+
+# ---------------------------------------------------------------- commands
+
+
+def detection_measurement(run: Run) -> Measurement:
+    return Measurement(run, DETECTION_FILE_NAME, DETECTION_COLUMNS, asdict(run.config.flipping))
+
+
+def main(run: Run) -> str:
+    """Measure one run, unless that is done; its results in one line."""
+    search_done, detection = search_measurement(run).finished, detection_measurement(run)
+    if not (search_done and detection.finished):
+        run.require_finished()
+        device = resolve_device(run.config)
+        split = load_split(run.config).to(device)
+        if not search_done:
+            measure(run, split, device)
+        if run.config.flipping.second_split:
+            measure_forgetting(run, split)
+        detection.finish(detect([run]), device)
+    return f"{title(run.config)}: {describe(compute_means([run]), detect([run]))}"
+
+
+def conclude(runs: Sequence[Run]) -> Iterator[tuple[str, Path]]:
+    """Averages over the runs that differ in their seed alone, into the folder above them."""
+    for folder in dict.fromkeys(run.directory.parent for run in runs):
+        together = [run for run in runs if run.directory.parent == folder]
+        if len(together) < 2:
+            continue
+        means, areas = compute_means(together), detect(together)
+        files.write_csv(folder / MEAN_FILE_NAME, MEAN_COLUMNS, means)
+        files.write_csv(folder / DETECTION_FILE_NAME, DETECTION_COLUMNS, areas)
+        source = {"runs": [run.directory.name for run in together]}
+        source["settings"] = asdict(together[0].config.flipping)
+        files.write_json((folder / MEAN_FILE_NAME).with_suffix(".json"), source)
+        yield f"mean of {len(together)} runs: {describe(means, areas)}", folder
+
+
+def plan(run: Run) -> str:
+    """What `main` would do, and the disk that it takes."""
+    searches = search_measurement(run)
+    asked = 2 * run.config.flipping.examples
+    state = "done" if searches.finished else f"up to {asked} examples to search"
+    if not run.finished:
+        state += f" once trained ({run.state})"
+    return f"{title(run.config)}: {state}, {files.megabytes(asked * 4096)}"
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(__doc__, main, plan, conclude=conclude))

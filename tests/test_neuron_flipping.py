@@ -1,0 +1,488 @@
+"""The search agrees with a slow, obvious one, finds what was planted, and always ends."""
+
+import copy
+import math
+from functools import lru_cache
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import gradient_accounting
+import neuron_flipping
+from data import normalize
+from engine import files, reuse
+from engine.cli import run_script
+from engine.detection import DETECTION_COLUMNS, compute_area
+from engine.errors import UserError
+from engine.reuse import Correctness, ReferenceGradient
+from engine.runs import Run
+from engine.setup import load_final_model, load_split
+from models.neurons import Gates
+from neuron_flipping import (
+    COLUMNS,
+    Candidate,
+    best_gate,
+    choose_examples,
+    compute_flipping,
+    noisy_copies,
+    search,
+)
+from tests.slow_neurons import SlowNeurons, make, slow_search
+
+EVERYTHING = 1e12  # bytes of memory: enough to keep everything
+SMALL = (
+    "flipping.examples=5", "flipping.reference_batch=20", "flipping.noise_copies=2",
+    "flipping.max_neurons=8",
+)  # fmt: skip
+
+
+@lru_cache
+def fitted(name: str) -> tuple:
+    """A small model that learned 40 random images with random labels by heart."""
+    generator = torch.Generator().manual_seed(5)
+    images = torch.randint(256, (40, 1, 20, 20), generator=generator, dtype=torch.uint8)
+    label = torch.randint(10, (40,), generator=generator)
+    model = make(name).double()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(60):
+        loss = F.cross_entropy(model(normalize(images).double()), label)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.requires_grad_(False), images, label
+
+
+class Problem:
+    """A small model, and examples that it predicts as they are labeled."""
+
+    def __init__(self, name: str, count: int = 6, copies: int = 3):
+        model, self.images, self.label = fitted(name)
+        self.model = copy.deepcopy(model)
+        clean = normalize(self.images).double()
+        self.copies = torch.stack(
+            [noisy_copies(image, i, 7, copies, 0.05) for i, image in enumerate(clean)]
+        )
+        self.reference = self.copies[20:], self.label[20:]
+        correct = (self.model(clean).argmax(1) == self.label).nonzero().flatten().tolist()
+        self.rows = correct[:count]
+        assert len(self.rows) == count
+
+    def candidates(self):
+        return (Candidate(row, self.label[row], self.copies[row]) for row in self.rows)
+
+    def search(self, ablate, chunk, most, memory=EVERYTHING, **options):
+        with Gates(self.model, ablate) as gates:
+            reference = ReferenceGradient(self.model, gates, *self.reference, memory)
+            found = search(self.model, gates, reference, self.candidates(), chunk, most, **options)
+            return {c.row: (c.closed, flipped) for c, flipped in found}
+
+
+# ---------------------------------------------------------------- against the slow way
+
+
+@pytest.mark.parametrize("ablate", ["activation", "weight"])
+@pytest.mark.parametrize("name", ["resnet9", "single_conv", "vit_small"])
+def test_same_gates_as_the_slow_search(name, ablate):
+    problem = Problem(name)
+    expected = {}
+    for row in problem.rows:
+        image, label = problem.copies[row], problem.label[row]
+        closed, flipped, _ = slow_search(
+            problem.model, name, ablate, image, label, *problem.reference, most=9
+        )
+        expected[row] = closed, flipped
+    assert len({tuple(closed) for closed, _ in expected.values()}) > 1
+    assert max(len(closed) for closed, _ in expected.values()) > 1
+    assert problem.search(ablate, chunk=4, most=9) == expected
+
+
+@pytest.mark.parametrize("name", ["resnet9", "vit_small"])
+def test_neither_chunks_nor_memory_show_in_the_results(name, monkeypatch):
+    problem = Problem(name)
+    monkeypatch.setattr(reuse, "ROWS", {"cpu": 15})  # so that the reference is cut in pieces
+    expected = problem.search("activation", chunk=1, most=8)
+    for chunk, memory in ((3, EVERYTHING), (100, EVERYTHING), (4, 0), (4, 200_000)):
+        assert problem.search("activation", chunk, 8, memory) == expected, (chunk, memory)
+
+
+def test_in_float32_too():
+    """The precision of real runs, where nothing is exact but the results must be the same."""
+    problem = Problem("resnet9")
+    problem.model = problem.model.float()
+    problem.copies = problem.copies.float()
+    problem.reference = problem.copies[20:], problem.label[20:]
+    expected = {}
+    for row in problem.rows:
+        closed, flipped, _ = slow_search(
+            problem.model, "resnet9", "activation", problem.copies[row], problem.label[row],
+            *problem.reference, most=8,
+        )  # fmt: skip
+        expected[row] = closed, flipped
+    for chunk in (1, 4):
+        assert problem.search("activation", chunk, 8) == expected
+
+
+@pytest.mark.parametrize("memory", [0, 100_000, EVERYTHING])
+@pytest.mark.parametrize("name", ["resnet9", "vit_small"])
+def test_accuracy_on_the_remaining_examples(name, memory):
+    problem = Problem(name)
+    model = problem.model.float()
+    with Gates(model) as gates:
+        correctness = Correctness(model, gates, problem.images, problem.label, memory)
+        for closed in ([], [0], [gates.count - 1, 3], [gates.sites[4].first, gates.count - 2]):
+            slow = SlowNeurons(model, name, "activation")
+            for gate in closed:
+                slow.close(gate)
+            correct = correctness.of(frozenset(closed))
+            for row in (0, 35):
+                kept = torch.arange(40) != row
+                expected = slow.accuracy(problem.images, problem.label, row)
+                assert correct[kept].double().mean().item() == pytest.approx(expected)
+
+
+def test_a_known_gradient_is_not_computed_again(monkeypatch):
+    problem, computed = Problem("resnet9", count=20), []
+    compute = ReferenceGradient._compute
+
+    def counting(self, closed):
+        computed.append(closed)
+        return compute(self, closed)
+
+    monkeypatch.setattr(ReferenceGradient, "_compute", counting)
+    found = problem.search("activation", chunk=3, most=4)
+    wanted = {
+        frozenset(closed[:k])
+        for closed, flipped in found.values()
+        for k in range(len(closed) + 1 if not flipped and len(closed) < 4 else len(closed))
+    }
+    assert len(computed) == len(set(computed))
+    assert set(computed) == wanted
+    assert len(wanted) < sum(len(closed) for closed, _ in found.values())
+
+
+def test_a_stale_reference_is_used_between_refreshes():
+    problem = Problem("resnet9")
+    exact = problem.search("activation", chunk=4, most=6)
+    assert problem.search("activation", chunk=4, most=6, refresh=1) == exact
+    stale = problem.search("activation", chunk=4, most=6, refresh=100)
+    assert all(stale[row][0][:1] == exact[row][0][:1] for row in exact)
+    assert stale != exact
+
+
+# ---------------------------------------------------------------- what was planted
+
+
+@pytest.mark.parametrize("ablate", ["activation", "weight"])
+@pytest.mark.parametrize("kind", ["channel", "weight"])
+def test_a_planted_neuron_is_found_first_and_alone(kind, ablate):
+    """Channel 5, or the weight of class 2 for channel 5, carries the label of one example alone.
+
+    The example has a bright middle, which only channel 5 responds to; all other channels see the
+    mean brightness, and vote for class 1.
+    """
+    model = make("single_conv").requires_grad_(False)
+    model.conv.weight.zero_()
+    model.conv.bias.zero_()
+    model.conv.weight[:, 0] = 0.01
+    model.conv.weight[5, 0] = -0.05
+    model.conv.weight[5, 0, 1:4, 1:4] = 0.2
+    model.conv.bias[5] = -1.0
+    model.linear.bias.zero_()
+    model.linear.weight.zero_()
+    model.linear.weight[1] = 1.0
+    model.linear.weight[:, 5] = 0
+    model.linear.weight[2, 5] = 40.0
+    if kind == "weight":  # the channel also holds up the reference batch, the weight does not
+        model.conv.bias[5] = 1.0
+        model.linear.weight[1, 5] = 5.0
+        model.linear.weight[2, 5] = 8.0
+        model.linear.bias[2] = -4.0
+    plain = torch.full((16, 1, 20, 20), 0.5)
+    odd = plain[:1].clone()
+    odd[:, :, 6:11, 6:11] = 4.0
+    assert int(model(odd).argmax()) == 2
+    label = model(plain).argmax(1)
+    assert (label == 1).all()
+    with Gates(model, ablate) as gates:
+        reference = ReferenceGradient(model, gates, plain[:, None], label, EVERYTHING)
+        candidate = Candidate(0, torch.tensor(2), odd)
+        ((found, flipped),) = search(model, gates, reference, [candidate], 8, 20)
+        names = [gates.site_of(gate).describe(gate) for gate in found.closed]
+    assert flipped
+    assert names == [{"channel": "conv:5", "weight": "linear:2:5"}[kind]]
+
+
+def test_equal_scores_go_to_the_lowest_gate():
+    score = torch.tensor([1.0, 2.0, 2.0000001, 2.0])
+    assert best_gate(score, []) == 1
+    assert best_gate(score, [1]) == 2
+    assert best_gate(-score, []) == 0
+    assert best_gate(torch.zeros(4), [0, 1]) == 2
+
+
+# ---------------------------------------------------------------- who is searched, and the noise
+
+
+def test_noise_has_the_asked_for_size_and_is_the_examples_own():
+    image = torch.rand(3, 8, 8) - 0.5
+    first, again, other = (noisy_copies(image, i, 0, 4, 0.1) - image for i in (3, 3, 4))
+    torch.testing.assert_close(first.flatten(1).norm(dim=1), 0.1 * image.norm().expand(4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert not torch.equal(first[0], first[1])
+    assert torch.equal(noisy_copies(image, 3, 0, 2, 0.0), image.expand(2, -1, -1, -1))
+
+
+def test_chosen_are_only_those_predicted_as_trained(tiny):
+    split = load_split(tiny())
+    correct = torch.arange(split.n) % 3 != 0
+    rows = choose_examples(split, correct, 12)
+    assert len(set(rows)) == 24
+    assert correct[rows].all()
+    assert split.memorized[rows].tolist() == [True] * 12 + [False] * 12
+    fewer = choose_examples(split, correct, 5)
+    assert fewer == rows[:5] + rows[12:17]
+    assert sum(split.memorized[choose_examples(split, correct, 10_000)]) == sum(
+        split.memorized & correct
+    )
+
+
+# ---------------------------------------------------------------- runs
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of the tiny configuration, trained once; tests measure on copies of their own."""
+    return {}
+
+
+@pytest.fixture
+def run_of(tiny, trained, tmp_path):
+    """A finished run with these settings, in a folder of its own."""
+    import shutil
+
+    def make_run(*overrides: str) -> Run:
+        trains = tuple(o for o in overrides if not o.startswith("flipping."))
+        if trains not in trained:
+            run = Run.of(tiny("train.epochs=8", *trains))
+            gradient_accounting.main(run)
+            keep = shutil.copytree(run.directory, run.directory.parents[2] / f"kept{len(trained)}")
+            shutil.rmtree(run.directory)
+            trained[trains] = keep
+        run = Run.of(tiny("train.epochs=8", *overrides))
+        if not run.directory.exists():
+            shutil.copytree(trained[trains], run.directory)
+        return run
+
+    return make_run
+
+
+def results(run: Run) -> list[dict]:
+    return files.read_csv(
+        run.directory / neuron_flipping.FILE_NAME, COLUMNS, ("groups", "neurons_ids")
+    )
+
+
+def test_a_run_against_the_slow_way(run_of):
+    run = run_of(*SMALL)
+    neuron_flipping.main(run)
+    split = load_split(run.config)
+    model = load_final_model(run, split, torch.device("cpu")).eval()
+    order = neuron_flipping.draw_rows("flipping reference", 0, split.n, 20)
+
+    def copies(row):
+        return noisy_copies(normalize(split.images[row]), int(split.index[row]), 0, 2, 0.01)
+
+    reference = torch.stack([copies(row) for row in order.tolist()])
+    rows = results(run)
+    assert len(rows) == 10
+    for result in rows:
+        row = int((split.index == int(result["example"])).nonzero())
+        closed, flipped, slow = slow_search(
+            model, "resnet9", "activation", copies(row), split.label[row],
+            reference, split.label[order], most=8,
+        )  # fmt: skip
+        assert (result["neurons"], result["flipped"]) == (len(closed), flipped)
+        assert result["memorized"] == split.memorized[row]
+        with Gates(model) as gates:
+            sites = [gates.site_of(gate) for gate in closed]
+        names = " ".join(site.describe(gate) for site, gate in zip(sites, closed))
+        assert result["neurons_ids"] == names
+        assert result["groups"] == " ".join(str(site.group) for site in sites)
+        whole = SlowNeurons(model, "resnet9", "activation")
+        before = whole.accuracy(split.images, split.label, row)
+        after = slow.accuracy(split.images, split.label, row)
+        assert result["acc_remaining_before"] == pytest.approx(before)
+        assert result["acc_remaining_after"] == pytest.approx(after)
+
+
+def test_a_killed_measurement_goes_on_and_ends_with_the_same_bytes(run_of, monkeypatch):
+    run = run_of(*SMALL)
+    neuron_flipping.main(run)
+    path = run.directory / neuron_flipping.FILE_NAME
+    expected = path.read_bytes()
+    path.unlink()
+    parts = sorted((run.directory / "parts").glob("neuron_flipping-*/*.pt"))
+    assert len(parts) == 10
+    for part in parts[::2]:
+        part.unlink()
+    searched = []
+    compute = neuron_flipping.compute_flipping
+
+    def counting(run, split, model, rows):
+        searched.extend(rows)
+        return compute(run, split, model, rows)
+
+    monkeypatch.setattr(neuron_flipping, "compute_flipping", counting)
+    neuron_flipping.main(run)
+    assert path.read_bytes() == expected
+    assert len(searched) == 5
+
+
+def test_other_settings_measure_again_and_never_train(run_of, monkeypatch):
+    run = run_of(*SMALL)
+    first = neuron_flipping.main(run)
+    monkeypatch.setattr(gradient_accounting, "train_run", None)
+    other = run_of(*SMALL[:3], "flipping.max_neurons=1")
+    assert other.directory == run.directory
+    neuron_flipping.main(other)
+    assert max(row["neurons"] for row in results(other)) == 1
+    source = files.read_json(run.directory / "neuron_flipping.json")
+    assert source["settings"]["max_neurons"] == 1
+    assert neuron_flipping.main(run) == first
+    more = run_of("flipping.examples=6", *SMALL[1:])
+    neuron_flipping.main(more)
+    assert len(results(more)) == 12
+
+
+def test_a_search_that_gives_up_is_neither_dropped_nor_called_flipped(run_of):
+    run = run_of(*SMALL[:3], "flipping.max_neurons=1")
+    line = neuron_flipping.main(run)
+    rows = results(run)
+    assert len(rows) == 10
+    gave_up = [row for row in rows if not row["flipped"]]
+    assert gave_up
+    assert all(row["neurons"] == 1 for row in gave_up)
+    assert "never flipped" in line
+    means = {row["example"]: row["neurons"] for row in neuron_flipping.compute_means([run])}
+    assert all(means[row["example"]] == 2 for row in gave_up)
+
+
+def test_noise_that_flips_an_example_is_said(run_of):
+    line = neuron_flipping.main(run_of(*SMALL, "flipping.noise_ratio=5"))
+    assert "misclassified under noise already" in line
+
+
+def test_every_gate_closed_ends_the_search():
+    problem = Problem("single_conv", count=2)
+    problem.model.linear.bias[:] = 0
+    problem.model.linear.bias[int(problem.label[0])] = 100.0
+    found = problem.search("activation", chunk=4, most=10_000)
+    with Gates(problem.model) as gates:
+        closed, flipped = found[0]
+        assert not flipped
+        assert sorted(closed) == list(range(gates.count))
+
+
+def test_without_memorized_examples(run_of):
+    run = run_of(*SMALL, "data.noise_rate=0")
+    assert "memorized: none" in neuron_flipping.main(run)
+    rows = files.read_csv(
+        run.directory / "mislabel_detection.csv", DETECTION_COLUMNS, ("method", "on")
+    )
+    assert all(math.isnan(row["auc"]) for row in rows)
+
+
+def test_without_checkpoints_or_without_a_run(run_of, tiny, tiny_file, capsys):
+    run = run_of(*SMALL)
+    run.checkpoint_path(8).unlink()
+    with pytest.raises(UserError, match="no such file"):
+        neuron_flipping.main(run)
+    status = run_script("", neuron_flipping.main, neuron_flipping.plan, [str(tiny_file), "seed=9"])
+    assert status == 2
+    assert "no such run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", ["resnet50", "vit_small"])
+def test_other_models(tiny, model):
+    options = {
+        "resnet50": ("data.train_size=48",),
+        "vit_small": (
+            "model.patch=4", "model.dim=16", "model.depth=2", "model.heads=2",
+            "model.dim_head=8", "model.mlp_dim=16",
+        ),
+    }[model]  # fmt: skip
+    run = Run.of(
+        tiny(f"model.name={model}", "model.width=1.0", "train.epochs=1", *options, *SMALL[1:3],
+             "flipping.examples=1", "flipping.max_neurons=2")
+    )  # fmt: skip
+    gradient_accounting.main(run)
+    neuron_flipping.main(run)
+    assert all(0 <= row["neurons"] <= 2 for row in results(run))
+
+
+# ---------------------------------------------------------------- many runs, and detection
+
+
+def test_many_runs_are_averaged(tiny_file, tiny, capsys):
+    arguments = [str(tiny_file), "train.epochs=2", "seed=[0,1]", *SMALL]
+    assert run_script("", gradient_accounting.main, gradient_accounting.plan, arguments) == 0
+    capsys.readouterr()
+    scripts = neuron_flipping.main, neuron_flipping.plan
+    status = run_script("", *scripts, arguments, conclude=neuron_flipping.conclude)
+    lines = capsys.readouterr().out.splitlines()
+    assert status == 0
+    assert len(lines) == 3
+    assert "mean of 2 runs" in lines[-1]
+    runs = [Run.of(tiny("train.epochs=2", f"seed={seed}", *SMALL)) for seed in (0, 1)]
+    folder = runs[0].directory.parent
+    means = files.read_csv(folder / "neuron_flipping_mean.csv", neuron_flipping.MEAN_COLUMNS)
+    first, second = ({row["example"]: row for row in results(run)} for run in runs)
+    assert {row["example"] for row in means} == first.keys() & second.keys()
+    for row in means:
+        pair = first[row["example"]], second[row["example"]]
+        expected = np.mean([r["neurons"] if r["flipped"] else 9 for r in pair])
+        assert row["neurons"] == expected
+        assert row["acc_remaining_after"] == pytest.approx(
+            np.mean([r["acc_remaining_after"] for r in pair])
+        )
+
+
+def test_detection_of_a_run(run_of):
+    run = run_of(*SMALL, "flipping.second_split=true")
+    neuron_flipping.main(run)
+    path = run.directory / "mislabel_detection.csv"
+    rows = files.read_csv(path, DETECTION_COLUMNS, ("method", "on"))
+    found = {(row["method"], row["on"]): row for row in rows}
+    methods = {"neurons", "learning time", "summed loss", "forgetting time"}
+    assert found.keys() == {(m, "searched") for m in methods} | {
+        (m, "all") for m in methods - {"neurons"}
+    }
+    split = files.read_arrays(run.split_path, "memorized")["memorized"]
+    loss = files.read_arrays(run.examples_path, "loss")["loss"].astype(float).sum(0)
+    pairs = [(a > b) + (a == b) / 2 for a in loss[split] for b in loss[~split]]
+    row = found["summed loss", "all"]
+    assert row["auc"] == pytest.approx(np.mean(pairs))
+    assert row["low"] <= row["auc"] <= row["high"]
+    counts = [(r["memorized"], r["neurons"] if r["flipped"] else math.inf) for r in results(run)]
+    memorized, clean = ([n for m, n in counts if m == kind] for kind in (1, 0))
+    area = compute_area(-np.array(memorized), -np.array(clean), 0)
+    assert found["neurons", "searched"]["auc"] == pytest.approx(area.auc)
+
+
+def test_a_dry_run_searches_nothing(run_of):
+    run = run_of(*SMALL)
+    assert "up to 10 examples to search" in neuron_flipping.plan(run)
+    neuron_flipping.main(run)
+    assert "done" in neuron_flipping.plan(run)
+
+
+def test_compute_flipping_leaves_the_model_as_it_was(run_of):
+    run = run_of(*SMALL)
+    split = load_split(run.config)
+    model = load_final_model(run, split, torch.device("cpu")).eval().requires_grad_(False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    next(compute_flipping(run, split, model, [0, 1]))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
