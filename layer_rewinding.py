@@ -144,7 +144,7 @@ def measure(run: Run, measurement: Measurement) -> None:
     earlier = load_earlier_groups(run, model, missing - {last}, config.rewinding.batchnorm)
 
     with compute_precision(config.precision, device):
-        for rows, part in tqdm(list(zip(batches, parts)), title(config), unit="batch"):
+        for rows, part in tqdm(list(zip(batches, parts)), title(config), None, unit="batch"):
             if wanted := missing - part.keys():
                 rewound = {epoch: earlier[epoch] for epoch in wanted - {last}}
                 examples = (t[rows] for t in (split.images, split.label, split.memorized))

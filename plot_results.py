@@ -8,7 +8,8 @@ Runs that differ in nothing but the seed share a figure: lines are means over se
 standard deviation. A figure lies in figures/ beside its seeds' folders; one whose data are missing
 is named with the command that makes them. Which figures: examples (a contact sheet of the training
 set), 1 (also 8 and 11 to 14: gradient norms), 2 (their cosines), 3 (learning curves), 10 (gradient
-norms over training).
+norms over training), 9 (also 3-right and 15 to 17: rewinding), rewinding-map (the same, layer by
+epoch), 4 (also 18 and 19: retraining), 5 (neurons to flip).
 """
 
 import argparse
@@ -25,6 +26,14 @@ from engine import files
 from engine.errors import UserError
 from engine.options import nearest
 from plotting.examples import plot_examples
+from plotting.layers import (
+    RETRAINING,
+    REWINDING,
+    plot_retraining,
+    plot_rewinding,
+    plot_rewinding_map,
+)
+from plotting.neurons import FLIPPING, plot_flipping
 from plotting.runs import Family, find_families
 from plotting.style import paper_style
 from plotting.training import (
@@ -47,12 +56,17 @@ class Kind:
 
 
 ACCOUNTING = ("gradient_accounting.csv", "gradient_accounting.py")
+LAYERS = ((REWINDING, "layer_rewinding.py"), (RETRAINING, "layer_retraining.py"))
 KINDS = (
     Kind(("examples",), "examples", "split.npz", "gradient_accounting.py", plot_examples),
     Kind(("1", "8", "11", "12", "13", "14"), "gradient_norms", *ACCOUNTING, plot_gradient_norms),
     Kind(("2",), "gradient_cosines", *ACCOUNTING, plot_gradient_cosines),
     Kind(("3",), "learning_curves", "history.csv", "gradient_accounting.py", plot_learning_curves),
     Kind(("10",), "gradient_norms_over_training", *ACCOUNTING, plot_gradient_norms_over_training),
+    Kind(("9", "15", "16", "17"), "rewinding", *LAYERS[0], plot_rewinding),
+    Kind(("rewinding-map",), "rewinding_map", *LAYERS[0], plot_rewinding_map),
+    Kind(("4", "18", "19"), "retraining", *LAYERS[1], plot_retraining),
+    Kind(("5",), "neurons", FLIPPING, "neuron_flipping.py", plot_flipping),
 )
 
 

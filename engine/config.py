@@ -28,12 +28,14 @@ from engine.options import (
     one_of,
     option,
     optional,
+    some_of,
     text,
 )
 from models import MODELS, model_options
 
 DATASETS = ("cifar10", "mnist", "svhn", "glyphs", "npz")
 HUMAN_COLUMNS = ("aggre_label", "random_label1", "random_label2", "random_label3", "worse_label")
+EXPERIMENTS = ("rewinding", "retraining", "flipping", "dropout")
 COMMAND_LINE = "command line"
 
 
@@ -196,6 +198,9 @@ class DropoutConfig:
 class Config:
     name: str = option("experiment", text(), "a title for reports")
     output_dir: str = option("runs", text(), "where run directories are made")
+    experiments: str | tuple[str, ...] = option(
+        "all", some_of(*EXPERIMENTS), "what reproduce.py does after training and accounting"
+    )
     device: str = option(
         "auto", one_of("auto", "cpu", "cuda"), "auto takes the GPU if there is one"
     )

@@ -92,6 +92,19 @@ def one_of(*choices: str) -> Kind:
     return Kind("one of " + ", ".join(choices), parse, choices)
 
 
+def some_of(*choices: str) -> Kind:
+    """'all', or a list of some of the choices, in their own order; the list may be empty."""
+
+    def parse(value: object) -> str | tuple[str, ...]:
+        if value == "all":
+            return "all"
+        _require(isinstance(value, (list, tuple)) and all(item in choices for item in value))
+        return tuple(choice for choice in choices if choice in value)
+
+    allowed = f"all, or a list of some of {', '.join(choices)}"
+    return Kind(allowed, parse, ("all", *choices))
+
+
 def text() -> Kind:
     def parse(value: object) -> str:
         _require(isinstance(value, str) and bool(value.strip()) and value.isprintable())

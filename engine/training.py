@@ -25,6 +25,7 @@ from engine.devices import compute_precision, derive_seed, isolated_rng
 from engine.errors import RunFailed, UserError
 from engine.evaluation import evaluate_split, mean_by_subset
 from engine.runs import HISTORY_COLUMNS, Run, load_weights
+from engine.stopping import safe_point
 from models.dropout import examples, tied_layers
 
 
@@ -188,11 +189,12 @@ def train_run(
         total=train.epochs * steps,
         initial=max(last, 0) * steps,
         unit="step",
+        leave=None,
         mininterval=0.5 if sys.stderr.isatty() else 30,
     )
     with bar, compute_precision(config.precision, device):
         for epoch in range(last + 1, train.epochs + 1):
-            rate = 0.0
+            rate, started = 0.0, time.perf_counter()
             if epoch > 0:
                 try:
                     rate = train_epoch(
@@ -209,6 +211,8 @@ def train_run(
             _save(run, epoch, model, optimizer, record)
             record.write_tables(run, accountant)
             bar.set_postfix({k: f"{row[f'acc_{k}']:.1%}" for k in ("clean", "noisy", "test")})
+            if epoch < train.epochs:
+                safe_point(next_piece=time.perf_counter() - started)
 
     record.write_tables(run, accountant)
     record.write_examples(run, split)
