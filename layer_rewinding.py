@@ -44,7 +44,7 @@ Counts = dict[int, list[list[int]]]  # epoch -> group -> correct examples, clean
 def load_earlier_groups(
     run: Run, final: StagedModel, epochs: Iterable[int], batchnorm: str
 ) -> dict[int, list[LayerGroup]]:
-    """The layer groups of the model as it was after each of these epochs, in eval mode.
+    """The layer groups of the model as it was after each of these epochs, in the final one's mode.
 
     Only parameters are of that epoch, unless `batchnorm` is 'checkpoint': then the batch norms'
     running statistics are too.
@@ -56,7 +56,7 @@ def load_earlier_groups(
         if batchnorm == "final":
             for own, last in zip(model.buffers(), final.buffers()):
                 own.copy_(last)
-        earlier[epoch] = layer_groups(model.eval())
+        earlier[epoch] = layer_groups(model)
     return earlier
 
 
