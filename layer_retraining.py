@@ -116,7 +116,7 @@ def make_measurement(run: Run) -> Measurement:
 def measure(run: Run, measurement: Measurement) -> None:
     """Retrain each group; a group is a part."""
     config = run.config
-    device = resolve_device(config.device)
+    device = resolve_device(config)
     split = load_split(config).to(device)
     final = load_final_model(run, split, device)
     if (clean := int((~split.memorized).sum())) < 2:

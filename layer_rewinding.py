@@ -44,7 +44,7 @@ Counts = dict[int, list[list[int]]]  # epoch -> group -> correct examples, clean
 def load_earlier_groups(
     run: Run, final: StagedModel, epochs: Iterable[int], batchnorm: str
 ) -> dict[int, list[LayerGroup]]:
-    """The layer groups of the model as it was after each of these epochs, in eval mode.
+    """The layer groups of the model as it was after each of these epochs, in the final one's mode.
 
     Only parameters are of that epoch, unless `batchnorm` is 'checkpoint': then the batch norms'
     running statistics are too.
@@ -56,7 +56,7 @@ def load_earlier_groups(
         if batchnorm == "final":
             for own, last in zip(model.buffers(), final.buffers()):
                 own.copy_(last)
-        earlier[epoch] = layer_groups(model.eval())
+        earlier[epoch] = layer_groups(model)
     return earlier
 
 
@@ -133,7 +133,7 @@ def make_measurement(run: Run) -> Measurement:
 def measure(run: Run, measurement: Measurement) -> None:
     """One pass over the training set. Each batch is a part, and epochs can be added to it later."""
     config, last = run.config, run.config.train.epochs
-    device = resolve_device(config.device)
+    device = resolve_device(config)
     split = load_split(config).to(device)
     model = load_final_model(run, split, device).eval()
     final, epochs = layer_groups(model), chosen_epochs(config)
