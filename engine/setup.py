@@ -100,7 +100,7 @@ def _add_dropout(model: StagedModel, dropout: DropoutConfig, n_examples: int) ->
         elif dropout.kind == "sparse":
             layers[site] = SparseDropout(channels, p, seed, layer=number, dim=dim)
         else:
-            layers[site] = StandardDropout(p, dim)
+            layers[site] = StandardDropout(p)
     insert_dropout(model, layers)
 
 

@@ -65,10 +65,10 @@ def kept_channels(p: float, channels: int) -> int:
     return kept
 
 
-class ChannelDropout(nn.Module):
+class DropoutLayer(nn.Module):
     """What the three kinds share: `dim` says where channels are (1 for images, -1 for tokens).
 
-    No kind has weights, and masks are no part of a state_dict: they can be made again.
+    None has weights, and their masks are no part of a state_dict: they can be made again.
     """
 
     def __init__(self, dim: int = 1):
@@ -85,7 +85,7 @@ class ChannelDropout(nn.Module):
         return self(output)
 
 
-class ExampleTiedDropout(ChannelDropout):
+class ExampleTiedDropout(DropoutLayer):
     """The first floor(p_gen * channels) channels for all, the others for some examples each.
 
     Masks take one byte for every example and memorization channel. Indices are below `n_examples`;
@@ -138,11 +138,11 @@ class ExampleTiedDropout(ChannelDropout):
         return torch.full((1, self.masks.shape[1]), on, device=self.masks.device)
 
 
-class StandardDropout(ChannelDropout):
+class StandardDropout(DropoutLayer):
     """Every single activation is on with probability p, drawn anew at every training step."""
 
-    def __init__(self, p: float, dim: int = 1):
-        super().__init__(dim)
+    def __init__(self, p: float):
+        super().__init__()
         if not 0 < p <= 1:
             raise ValueError(f"the probability to stay must be above 0, at most 1, not {p}")
         self.p = p
@@ -151,7 +151,7 @@ class StandardDropout(ChannelDropout):
         return nn.functional.dropout(activations, 1 - self.p, self.training)
 
 
-class SparseDropout(ChannelDropout):
+class SparseDropout(DropoutLayer):
     """floor(p * channels) channels, chosen once at random, exist; the others never do."""
 
     def __init__(self, channels: int, p: float, seed: int = 0, layer: int = 0, dim: int = 1):
@@ -172,7 +172,7 @@ def tied_layers(model: nn.Module) -> list[ExampleTiedDropout]:
     return [module for module in model.modules() if isinstance(module, ExampleTiedDropout)]
 
 
-def insert_dropout(model: nn.Module, layers: Mapping[str, ChannelDropout]) -> None:
+def insert_dropout(model: nn.Module, layers: Mapping[str, DropoutLayer]) -> None:
     """Put a layer behind each named module; no weight of the model is renamed."""
     model.inserted_dropout = nn.ModuleList(layers.values())
     for name, layer in layers.items():
