@@ -74,7 +74,7 @@ def make_jobs(configs: Sequence[Config]) -> list[Job]:
 
 
 def work(jobs: Sequence[Job], ending: Ending) -> Iterator[Job]:
-    """Do every job, a line of results each, under one line of progress; give each when it is done."""
+    """Do every job, a line of results each, under one line of progress; yield what is done."""
     with tqdm(total=len(jobs), unit="job", dynamic_ncols=True) as bar:
         for job in jobs:
             bar.set_description(f"all, now {job.name}")

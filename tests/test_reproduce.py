@@ -16,8 +16,8 @@ from engine.runs import Run
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SMALL = [
-    "train.epochs=2", "rewinding.epochs=[0,1,...]", "retraining.epochs=1", "retraining.peak_epoch=1",
-    "flipping.examples=2", "flipping.reference_batch=8", "flipping.noise_copies=1",
+    "train.epochs=2", "rewinding.epochs=[0,1,...]", "retraining.epochs=1",
+    "retraining.peak_epoch=1", "flipping.examples=2", "flipping.reference_batch=8", "flipping.noise_copies=1",
     "flipping.remaining=20", "flipping.max_neurons=3", "model.width=0.1", "dropout.forget_draws=1",
     "dropout.forget=[1]",
 ]  # fmt: skip
@@ -73,7 +73,8 @@ def test_experiments_are_a_choice(tiny_file):
 
 
 def test_out_of_time_stops_cleanly_and_the_same_command_goes_on(tiny_file, capsys):
-    arguments = [str(tiny_file), *SMALL, "train.epochs=5", "experiments=[rewinding]"]
+    overrides = [*SMALL[1:], "train.epochs=5", "experiments=[rewinding]"]
+    arguments = [str(tiny_file), *overrides]
     rounds = 0
     while True:
         assert reproduce.main([*arguments, "--time-budget", "0"]) == 0
@@ -83,21 +84,19 @@ def test_out_of_time_stops_cleanly_and_the_same_command_goes_on(tiny_file, capsy
         rounds += 1
         assert rounds < 30
     assert rounds >= 5, "a budget of nothing must stop at every safe point"
-    stopped = Run.of(load_configs(tiny_file, [*SMALL[1:], "train.epochs=5"])[0])
-    assert stopped.finished
-    (whole,) = load_configs(
-        tiny_file, [*SMALL[1:], "train.epochs=5", f"output_dir={tiny_file.parent / 'whole'}"]
+    (stopped,), (whole,) = (
+        [Run.of(config) for config in load_configs(tiny_file, [*overrides, *place])]
+        for place in ([], [f"output_dir={tiny_file.parent / 'whole'}"])
     )
-    gradient_accounting.main(Run.of(whole))
+    assert stopped.finished
+    gradient_accounting.main(whole)
     for name in ("history.csv", "gradient_accounting.csv"):
-        assert (stopped.directory / name).read_bytes() == (
-            Run.of(whole).directory / name
-        ).read_bytes()
+        assert (stopped.directory / name).read_bytes() == (whole.directory / name).read_bytes()
 
 
 def test_a_run_that_fails_does_not_stop_the_others(tiny_file, capsys):
-    arguments = [str(tiny_file), *SMALL[:1], "sweep.train.peak_lr=[1e30, 0.1]", "experiments=[]"]
-    assert reproduce.main([*arguments[:1], *SMALL, *arguments[2:]]) == 1
+    arguments = [str(tiny_file), *SMALL, "sweep.train.peak_lr=[1e30, 0.1]", "experiments=[]"]
+    assert reproduce.main(arguments) == 1
     printed = capsys.readouterr()
     assert "the loss became" in printed.err
     assert printed.out.count("gradient accounting: ") == 1
