@@ -172,7 +172,7 @@ def plan(run: Run) -> str:
     state = "finished" if make_measurement(run).finished else "to do"
     if not run.finished:
         state = f"to do after its training, which is {run.state}"
-    return f"{title(run.config)}: retraining for {run.config.retraining.epochs} epochs {state}"
+    return f"{title(run.config)}: {run.config.retraining.epochs} epochs a group {state}, 0.1 MB"
 
 
 if __name__ == "__main__":

@@ -185,11 +185,11 @@ def main(run: Run) -> str:
 
 
 def plan(run: Run) -> str:
-    """What `main` would do, and the disk that it takes."""
+    """What `main` would do, and the disk that it takes: some KB for each batch."""
     state = "finished" if make_measurement(run).finished else "to do"
     if not run.finished:
         state = f"to do after its training, which is {run.state}"
-    return f"{title(run.config)}: rewinding to {len(chosen_epochs(run.config))} epochs {state}"
+    return f"{title(run.config)}: {len(chosen_epochs(run.config))} epochs {state}, a few MB"
 
 
 if __name__ == "__main__":

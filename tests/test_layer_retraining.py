@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import gradient_accounting
 import layer_retraining
+import layer_rewinding
 from data import batches, epoch_order
 from engine import files, training
 from engine.cli import run_script
@@ -202,6 +203,15 @@ def test_the_table_of_a_run(finished):
     peaks = [max(row["acc_noisy"] for row in rows[3 * g + 1 : 3 * g + 3]) for g in range(9)]
     ends = [row["acc_noisy"] for row in rows[2::3]]
     assert line.endswith(", ".join(f"{p:.0%} > {e:.0%}" for p, e in zip(peaks, ends)))
+
+
+def test_atypical_examples_are_not_trained_on_either(tiny, monkeypatch):
+    run = trained(tiny("data.split=atypical", *SHORT))
+    assert load_split(run.config).memorized.sum() > 3
+    check_one_group(run, 8, monkeypatch)
+    layer_rewinding.main(run)
+    rows = files.read_csv(run.directory / "layer_rewinding.csv", layer_rewinding.COLUMNS)
+    assert all(0 <= row[name] <= 1 for row in rows for name in layer_rewinding.COLUMNS[2:])
 
 
 def test_groups_have_batches_of_their_own(finished):
