@@ -9,7 +9,9 @@ standard deviation. A figure lies in figures/ beside its seeds' folders; one who
 is named with the command that makes them. Which figures: examples (a contact sheet of the training
 set), 1 (also 8 and 11 to 14: gradient norms), 2 (their cosines), 3 (learning curves), 10 (gradient
 norms over training), 9 (also 3-right and 15 to 17: rewinding), rewinding-map (the same, layer by
-epoch), 4 (also 18 and 19: retraining), 5 (neurons to flip).
+epoch), 4 (also 18 and 19: retraining), 5 (neurons to flip), 6 (masks of example-tied dropout), 7
+(clean examples that it forgets). Tables 1 to 3 and the AUCs of all runs together lie in tables/
+below the folder that was named, as Markdown, CSV and LaTeX.
 """
 
 import argparse
@@ -25,6 +27,7 @@ from data import DataError
 from engine import files
 from engine.errors import UserError
 from engine.options import nearest
+from plotting.dropout import FORGOTTEN, plot_forgotten, plot_masks
 from plotting.examples import plot_examples
 from plotting.layers import (
     RETRAINING,
@@ -36,6 +39,7 @@ from plotting.layers import (
 from plotting.neurons import FLIPPING, plot_flipping
 from plotting.runs import Family, find_families
 from plotting.style import paper_style
+from plotting.tables import TABLES
 from plotting.training import (
     plot_gradient_cosines,
     plot_gradient_norms,
@@ -54,6 +58,13 @@ class Kind:
     script: str  # which makes that file
     plot: Callable[[Family], Figure]
 
+    def concerns(self, family: Family) -> bool:
+        """Whether a family of runs could have this figure at all."""
+        kind = family.config.dropout.kind
+        if self.script == "example_tied_dropout.py":
+            return kind == "example_tied"
+        return kind == "none" or self.source in ("split.npz", "history.csv")
+
 
 ACCOUNTING = ("gradient_accounting.csv", "gradient_accounting.py")
 LAYERS = ((REWINDING, "layer_rewinding.py"), (RETRAINING, "layer_retraining.py"))
@@ -67,6 +78,8 @@ KINDS = (
     Kind(("rewinding-map",), "rewinding_map", *LAYERS[0], plot_rewinding_map),
     Kind(("4", "18", "19"), "retraining", *LAYERS[1], plot_retraining),
     Kind(("5",), "neurons", FLIPPING, "neuron_flipping.py", plot_flipping),
+    Kind(("6",), "masks", FORGOTTEN, "example_tied_dropout.py", plot_masks),
+    Kind(("7",), "forgotten", FORGOTTEN, "example_tied_dropout.py", plot_forgotten),
 )
 
 
@@ -99,6 +112,20 @@ def draw(family: Family, kind: Kind, formats: Sequence[str]) -> str:
     return f"figure {kind.numbers[0]}: {' '.join(map(str, paths))}"
 
 
+def write_tables(families: Sequence[Family], folder: Path) -> list[Path]:
+    """Every table that the runs have rows for, in three forms."""
+    written = []
+    for make in TABLES:
+        table = make(families)
+        if not table.measured:
+            continue
+        forms = {"md": table.markdown(), "csv": table.csv(), "tex": table.latex()}
+        for suffix, text in forms.items():
+            written.append(folder / f"{table.name}.{suffix}")
+            files.write_text(written[-1], text)
+    return written
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -109,10 +136,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     formats = [given.format] if given.format else ["pdf", "png"]
     try:
-        kinds = choose_kinds(given.figure)
-        for family in find_families(given.runs):
+        kinds, families = choose_kinds(given.figure), find_families(given.runs)
+        for family in families:
             for kind in kinds:
-                print(draw(family, kind, formats), flush=True)
+                if given.figure or kind.concerns(family):
+                    print(draw(family, kind, formats), flush=True)
+        if not given.figure:
+            for path in write_tables(families, given.runs[0] / "tables"):
+                print(f"table: {path}", flush=True)
     except (UserError, DataError) as error:
         print(error, file=sys.stderr)
         return 2

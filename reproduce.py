@@ -30,7 +30,7 @@ from engine.config import EXPERIMENTS, Config, load_configs
 from engine.errors import RunFailed
 from engine.runs import Run, without_dropout
 from engine.stopping import OutOfTime, ending_on_signals, time_budget
-from plotting.runs import find_families
+from plotting.runs import Family, find_families
 
 QUICKSTART = Path(__file__).resolve().parent / "configs" / "quickstart.yaml"
 ON_PLAIN_RUNS = {
@@ -88,24 +88,26 @@ def work(jobs: Sequence[Job], ending: Ending) -> Iterator[Job]:
             bar.update()
 
 
-def conclude(jobs: Sequence[Job]) -> list[Path]:
-    """What several runs show together, and all figures; the folders that these lie in."""
+def conclude(jobs: Sequence[Job]) -> list[Family]:
+    """What several runs show together, and all figures."""
     flipped = [job.run for job in jobs if job.script is neuron_flipping]
     for result, folder in neuron_flipping.conclude(flipped):
         print(f"{result}  {folder}")
-    families = find_families(list(dict.fromkeys(job.run.directory for job in jobs)))
+    directories = list(dict.fromkeys(job.run.directory for job in jobs))
+    families = find_families(directories) if directories else []
     for family in families:
         for kind in plot_results.KINDS:
-            if family.has(kind.source):
+            if kind.concerns(family) and family.has(kind.source):
                 plot_results.draw(family, kind, ("pdf", "png"))
-    return [family.folder / "figures" for family in families]
+    return families
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     with reporting_ends() as ending, ending_on_signals():
         given = _parse(arguments)
         device = [f"device={given.device}"] if given.device else []
-        jobs = make_jobs(load_configs(given.config, [*given.overrides, *device]))
+        configs = load_configs(given.config, [*given.overrides, *device])
+        jobs = make_jobs(configs)
         if given.dry_run:
             for job in jobs:
                 print(f"{job.name}: {job.script.plan(job.run)}  {job.run.directory}")
@@ -119,9 +121,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"out of time: {len(jobs) - len(done)} of {len(jobs)} jobs left; ", end="")
             print("the same command goes on")
             return ending.status
-        for folder in conclude(done):
-            print(f"figures: {folder}")
+        families = conclude(done)
+        for family in families:
+            print(f"figures: {family.folder / 'figures'}")
+        for path in plot_results.write_tables(families, tables_folder(configs, given.config)):
+            if path.suffix == ".md":
+                print(f"table: {path}")
     return ending.status
+
+
+def tables_folder(configs: Sequence[Config], config_file: str) -> Path:
+    """Tables are about all runs of a configuration: they lie in a folder with its name."""
+    return Path(configs[0].output_dir) / f"tables-{Path(config_file).stem}"
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -8,7 +8,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from engine import files
 from plotting.runs import Family
 from plotting.style import COLORS, PAGE, names_of
 
@@ -17,14 +16,6 @@ FLIPPING_COLUMNS = (
     "example", "memorized", "neurons", "flipped",
     "acc_remaining_before", "acc_remaining_after", "groups", "neurons_ids",
 )  # fmt: skip
-PAPER_MEAN_NEURONS = {"clean": 15.7, "noisy": 5.1}
-
-
-def read_flipping(family: Family) -> list[dict]:
-    """The rows of all seeds."""
-    words = ("groups", "neurons_ids")
-    paths = [run.directory / FLIPPING for run in family.runs]
-    return [row for path in paths for row in files.read_csv(path, FLIPPING_COLUMNS, words)]
 
 
 def _of_both_kinds(rows: list[dict]) -> Iterator[tuple[str, list[dict]]]:
@@ -39,7 +30,7 @@ def _histogram(axes: Axes, values: list[float], bins: np.ndarray, kind: str, nam
 
 def plot_flipping(family: Family) -> Figure:
     """Neurons to flip, accuracy on the rest afterwards, and the layers that the neurons are in."""
-    rows = read_flipping(family)
+    rows = family.rows(FLIPPING, FLIPPING_COLUMNS, text=("groups", "neurons_ids"))
     names = names_of(family.config.data.split)
     figure, (counts, after, layers) = plt.subplots(1, 3, figsize=(PAGE, 2.3))
     most = max(row["neurons"] for row in rows)

@@ -36,6 +36,11 @@ class Family:
     def has(self, file_name: str) -> bool:
         return all((run.directory / file_name).exists() for run in self.runs)
 
+    def rows(self, file_name: str, columns: Sequence[str], text: Sequence[str] = ()) -> list[dict]:
+        """The rows of all seeds, of a file that each run has."""
+        paths = [run.directory / file_name for run in self.runs]
+        return [row for path in paths for row in files.read_csv(path, columns, text)]
+
     def table(self, file_name: str, columns: Sequence[str]) -> dict[str, np.ndarray]:
         """Column -> values [seeds, rows], of a file that each run has."""
         tables = [files.read_csv(run.directory / file_name, columns) for run in self.runs]

@@ -17,9 +17,9 @@ from engine.runs import Run
 REPOSITORY = Path(__file__).resolve().parents[1]
 SMALL = [
     "train.epochs=2", "rewinding.epochs=[0,1,...]", "retraining.epochs=1",
-    "retraining.peak_epoch=1", "flipping.examples=2", "flipping.reference_batch=8", "flipping.noise_copies=1",
-    "flipping.remaining=20", "flipping.max_neurons=3", "model.width=0.1", "dropout.forget_draws=1",
-    "dropout.forget=[1]",
+    "retraining.peak_epoch=1", "flipping.examples=2", "flipping.reference_batch=8",
+    "flipping.noise_copies=1", "flipping.remaining=20", "flipping.max_neurons=3",
+    "model.width=0.1", "dropout.forget_draws=1", "dropout.forget=[1]",
 ]  # fmt: skip
 TABLES = {
     "gradient_accounting.csv", "history.csv", "layer_rewinding.csv", "layer_retraining.csv",
@@ -34,6 +34,7 @@ def test_everything_in_order_and_then_nothing(tiny_file, tmp_path, capsys):
     assert [line.partition(":")[0] for line in lines] == [
         "gradient accounting", "layer rewinding", "layer retraining", "neuron flipping",
         "example tied dropout", "example tied dropout", "figures", "figures", "figures",
+        "table", "table", "table",
     ]  # fmt: skip
     plain = Path(lines[0].split()[-1])
     assert {path.name for path in plain.glob("*.csv")} == TABLES
