@@ -33,7 +33,7 @@ def plot_masks(family: Family) -> Figure:
         axes.spines[:].set_visible(True)
     panels[0, 0].set_ylabel("training example")
     figure.suptitle(
-        f"{family.title}: on for everybody (blue), for this example alone (red), off (white)",
+        f"{family.title}: on for everybody (blue), for this example (red), off (white)",
         fontsize=8,
     )
     return figure
