@@ -96,9 +96,8 @@ def compute_retraining(
         if epoch > 0:
             backward = PlainBackward().backward
             train_epoch(model, optimizer, clean, config, epoch, backward, after_step)
-        accuracy = mean_by_subset(
-            evaluate(model, split.images, split.label).correct, split.memorized, "acc"
-        )
+        outcome = evaluate(model, split.images, split.label, index=split.index)
+        accuracy = mean_by_subset(outcome.correct, split.memorized, "acc")
         accuracy["acc_train"] = accuracy.pop("acc_total")
         yield {"group": group.index, "epoch": epoch} | accuracy
         perfect = perfect + 1 if accuracy["acc_clean"] == 1 else 0

@@ -30,6 +30,7 @@ from engine.measurements import Measurement
 from engine.options import listed_epochs
 from engine.runs import HISTORY_COLUMNS, Run, load_weights
 from engine.setup import load_final_model, load_split
+from models.dropout import examples, tied_layers
 from models.layer_groups import LayerGroup, StagedModel, layer_groups, run_stages
 
 FILE_NAME = "layer_rewinding.csv"
@@ -50,8 +51,10 @@ def load_earlier_groups(
     running statistics are too.
     """
     earlier = {}
+    # Dropout's masks are no weights: all copies share the final model's layers.
+    shared = {id(layer): layer for layer in tied_layers(final)}
     for epoch in epochs:
-        model = copy.deepcopy(final)
+        model = copy.deepcopy(final, dict(shared))
         load_weights(model, run.read_checkpoint(epoch), run.checkpoint_path(epoch))
         if batchnorm == "final":
             for own, last in zip(model.buffers(), final.buffers()):
@@ -147,8 +150,9 @@ def measure(run: Run, measurement: Measurement) -> None:
         for rows, part in tqdm(list(zip(batches, parts)), title(config), None, unit="batch"):
             if wanted := missing - part.keys():
                 rewound = {epoch: earlier[epoch] for epoch in wanted - {last}}
-                examples = (t[rows] for t in (split.images, split.label, split.memorized))
-                part |= compute_counts(final, rewound, last, *examples)
+                batch = (t[rows] for t in (split.images, split.label, split.memorized))
+                with examples(model, split.index[rows]):
+                    part |= compute_counts(final, rewound, last, *batch)
                 measurement.save(part_key(rows), part)
     measurement.finish(make_rows(parts, epochs, split.memorized), device)
 

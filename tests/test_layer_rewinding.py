@@ -1,6 +1,7 @@
 """Layer rewinding agrees, prediction by prediction, with loading, swapping and evaluating all."""
 
 import copy
+import dataclasses
 import math
 import pickle
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import example_tied_dropout
 import gradient_accounting
 import layer_rewinding
 from data import normalize
@@ -295,3 +297,26 @@ def test_a_missing_run_is_status_2_and_a_dry_run_says_so(tiny_file, capsys):
 def test_an_epoch_beyond_the_training_is_refused_at_the_door(tiny):
     with pytest.raises(UserError, match=r"rewinding\.epochs: 4 is not allowed: at most"):
         tiny("rewinding.epochs=[0, 4]")
+
+
+def test_each_example_keeps_its_own_mask_in_a_run_with_dropout(tiny):
+    """Nothing taken back, the network is as its history last saw it: everybody under its mask."""
+    config = example_tied_dropout.without_accounting(tiny("dropout.kind=example_tied"))
+    run = Run.of(dataclasses.replace(config, model=dataclasses.replace(config.model, width=0.1)))
+    example_tied_dropout.train(run, CPU)
+    layer_rewinding.main(run)
+    history = files.read_csv(run.history_path, HISTORY_COLUMNS)[-1]
+    rows = files.read_csv(run.directory / "layer_rewinding.csv", COLUMNS)
+    last = [row for row in rows if row["epoch"] == history["epoch"]]
+    assert {row["acc_total"] for row in last} == {history["acc_total"]}
+
+    split = load_split(run.config)
+    final = load_final_model(run, split, CPU)
+    model = copy.deepcopy(final)
+    state = model.state_dict()
+    for name in filter(layer_groups(model)[2].owns, state):
+        if "running" not in name and "tracked" not in name:
+            state[name].copy_(run.read_checkpoint(0)[name])
+    outcome = evaluate(model, split.images, split.label, index=split.index)
+    (row,) = [row for row in rows if (row["group"], row["epoch"]) == (2, 0)]
+    assert row["acc_total"] == pytest.approx(outcome.correct.double().mean().item())
