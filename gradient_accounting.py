@@ -102,13 +102,14 @@ class GradientAccountant:
 
 def main(run: Run) -> str:
     """Train and account one run, unless it is finished; its results in one line."""
+    accounting = run.config.train.account_gradients
     if run.finished:
         run.discard(run.resumable_epochs())
+        run.require_results(*([FILE_NAME] if accounting else []))
     else:
         device = resolve_device(run.config)
         split = load_split(run.config).to(device)
         model = make_model(run.config, split).to(device)
-        accounting = run.config.train.account_gradients
         train_run(run, split, model, device, GradientAccountant(model) if accounting else None)
     last = files.read_csv(run.history_path, HISTORY_COLUMNS)[-1]
     return (

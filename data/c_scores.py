@@ -85,6 +85,13 @@ def load_c_scores(
     return torch.from_numpy(scores.astype(np.float64))
 
 
+def c_scores_at_hand(name: str, root: str | Path) -> bool:
+    """Whether the published scores of a data set lie below `root` already."""
+    if name not in PUBLISHED:
+        return False
+    return (Path(root).expanduser() / "c_scores" / PUBLISHED[name].file).is_file()
+
+
 def tfds_order(n: int) -> np.ndarray:
     """Where the TensorFlow Datasets release put things: its entry p is official example order[p].
 

@@ -2,13 +2,15 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from data import DataError
 from engine.config import Config, describe_keys, load_configs
 from engine.errors import RunFailed, UserError
-from engine.runs import Run
+from engine.runs import Run, without_dropout
+from engine.stopping import Terminated, ending_on_signals
 
 
 class _Parser(argparse.ArgumentParser):
@@ -16,14 +18,18 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"command line: {message}; see --help")
 
 
-def _parser(description: str) -> argparse.ArgumentParser:
+def make_parser(description: str, default_config: str | None = None) -> argparse.ArgumentParser:
+    """The arguments of every script; without a default, the configuration must be named."""
     keys = [f"  {key}: {meaning} [{default}]" for key, default, _, meaning in describe_keys()]
     parser = _Parser(
         description=description,
         epilog="\n".join(["keys, with their defaults:", *keys]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the directory of a run")
+    optional = {} if default_config is None else {"nargs": "?", "default": default_config}
+    parser.add_argument(
+        "config", metavar="CONFIG", help="a YAML file, or the directory of a run", **optional
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="key.path=value", help="the value is read as YAML"
     )
@@ -32,11 +38,19 @@ def _parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def find_runs(config: str, overrides: Sequence[str] = ()) -> list[Run]:
-    """The runs that a command is about: those of a configuration's sweep, or the one given."""
+def find_runs(
+    config: str,
+    overrides: Sequence[str] = (),
+    training: Callable[[Config], Config] = without_dropout,
+) -> list[Run]:
+    """The runs that a command is about: those of a configuration's sweep, or the one given.
+
+    `training` says which training a script makes of a configuration: by default, the plain one.
+    """
     if Path(config).is_dir():
         return [Run.at(Path(config), tuple(overrides))]
-    return [Run.of(found) for found in load_configs(config, overrides)]
+    runs = [Run.of(training(found)) for found in load_configs(config, overrides)]
+    return list(dict.fromkeys(runs))
 
 
 def run_script(
@@ -44,6 +58,7 @@ def run_script(
     work: Callable[[Run], str],
     plan: Callable[[Run], str],
     arguments: Sequence[str] | None = None,
+    training: Callable[[Config], Config] = without_dropout,
     conclude: Callable[[list[Run]], Iterable[tuple[str, Path]]] = lambda runs: (),
 ) -> int:
     """Do the work of a script for every run, a line of results each; the exit status.
@@ -52,31 +67,51 @@ def run_script(
     directory, which ends every line. `conclude` gives a line and its folder for what several
     finished runs show together.
     """
-    status, done = 0, []
-    try:
-        given = _parser(description).parse_intermixed_args(arguments)
+    with reporting_ends() as ending, ending_on_signals():
+        given = make_parser(description).parse_intermixed_args(arguments)
         device = [f"device={given.device}"] if given.device else []
-        for run in find_runs(given.config, [*given.overrides, *device]):
-            try:
+        done = []
+        for run in find_runs(given.config, [*given.overrides, *device], training):
+            with ending.one_of_several(run.directory):
                 result = plan(run) if given.dry_run else work(run)
                 print(f"{result}  {run.directory}", flush=True)
                 done.append(run)
-            except RunFailed as error:  # the others may do better
-                print(f"{run.directory}: {error}", file=sys.stderr)
-                status = 1
         for result, folder in () if given.dry_run else conclude(done):
             print(f"{result}  {folder}", flush=True)
+    return ending.status
+
+
+class Ending:
+    """How a command ended: its exit status."""
+
+    status = 0
+
+    @contextmanager
+    def one_of_several(self, directory: Path) -> Iterator[None]:
+        """A run that fails is reported, and the others go on: they may do better."""
+        try:
+            yield
+        except RunFailed as error:
+            print(f"{directory}: {error}", file=sys.stderr)
+            self.status = 1
+
+
+@contextmanager
+def reporting_ends() -> Iterator[Ending]:
+    """Whatever ends a command early becomes one line on stderr and an exit status."""
+    ending = Ending()
+    try:
+        yield ending
     except (UserError, DataError) as error:
         print(error, file=sys.stderr)
-        return 2
+        ending.status = 2
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         print(f"{place}{error.strerror or error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last finished epoch", file=sys.stderr)
-        return 130
-    return status
+        ending.status = 1
+    except (KeyboardInterrupt, Terminated) as error:
+        ending.status = getattr(error, "status", 130)
+        print("\nended by a signal; the same command goes on where this one was", file=sys.stderr)
 
 
 def title(config: Config) -> str:

@@ -21,17 +21,21 @@ from engine.options import (
     epochs,
     flag,
     integer,
+    integers,
+    listed_epochs,
     nearest,
     number,
     one_of,
     option,
     optional,
+    some_of,
     text,
 )
 from models import MODELS, model_options
 
 DATASETS = ("cifar10", "mnist", "svhn", "glyphs", "npz")
 HUMAN_COLUMNS = ("aggre_label", "random_label1", "random_label2", "random_label3", "worse_label")
+EXPERIMENTS = ("rewinding", "retraining", "flipping", "dropout")
 COMMAND_LINE = "command line"
 
 
@@ -74,12 +78,12 @@ class DataConfig:
 class ModelConfig:
     name: str = option("resnet9", one_of(*MODELS), "the network")
     width: float = option(1.0, number(above=0, most=16), "resnet9: channels, as a multiple")
-    patch: int = option(2, integer(1), "vit_small: pixels along a patch's side")
-    dim: int = option(512, integer(1), "vit_small: features of a token")
-    depth: int = option(6, integer(1), "vit_small: transformer blocks")
-    heads: int = option(8, integer(1), "vit_small: attention heads")
-    dim_head: int = option(64, integer(1), "vit_small: features of a head")
-    mlp_dim: int = option(512, integer(1), "vit_small: features inside a block's MLP")
+    patch: int = option(2, integer(1, 256), "vit_small: pixels along a patch's side")
+    dim: int = option(512, integer(1, 65536), "vit_small: features of a token")
+    depth: int = option(6, integer(1, 256), "vit_small: transformer blocks")
+    heads: int = option(8, integer(1, 256), "vit_small: attention heads")
+    dim_head: int = option(64, integer(1, 65536), "vit_small: features of a head")
+    mlp_dim: int = option(512, integer(1, 65536), "vit_small: features inside a block's MLP")
     dropout: float = option(0.1, number(0, 0.99), "vit_small: its own dropout while training")
 
     @property
@@ -90,7 +94,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    epochs: int = option(50, integer(1), "passes over the training set")
+    epochs: int = option(50, integer(1, 100_000), "passes over the training set")
     batch_size: int = option(512, integer(2), "examples in a step")
     peak_lr: float = option(0.1, number(above=0), "the schedule's highest learning rate")
     peak_epoch: int = option(10, integer(0), "the epoch that ends at peak_lr")
@@ -108,6 +112,26 @@ class TrainConfig:
 class CheckpointsConfig:
     keep: str | tuple[int, ...] = option(
         "all", epochs(), "epochs whose weights stay on disk; the last one always does"
+    )
+
+
+@dataclass(frozen=True)
+class RewindingConfig:
+    epochs: str | tuple[int | str, ...] = option(
+        (0, 5, 10, "..."), epochs(open_ended=True), "epochs that each layer group is taken back to"
+    )
+    batchnorm: str = option(
+        "final", one_of("final", "checkpoint"), "whose running statistics a group back there uses"
+    )
+
+
+@dataclass(frozen=True)
+class RetrainingConfig:
+    epochs: int = option(20, integer(1), "passes over the clean examples, for each group")
+    peak_lr: float = option(0.1, number(above=0), "the triangle's highest learning rate")
+    peak_epoch: int = option(10, integer(0), "the epoch that ends at peak_lr")
+    patience: int | None = option(
+        None, optional(integer(1)), "stop after this many epochs at 100% clean accuracy"
     )
 
 
@@ -140,9 +164,43 @@ class FlippingConfig:
 
 
 @dataclass(frozen=True)
+class DropoutConfig:
+    kind: str = option(
+        "none",
+        one_of("example_tied", "standard", "sparse", "none"),
+        "what example_tied_dropout.py trains with; the other scripts train without",
+    )
+    p_gen: float = option(
+        0.4, number(above=0, most=1), "share of neurons always on; what the baselines keep"
+    )
+    p_mem: float = option(
+        0.2, number(0, 1), "example_tied: probability that another neuron is on for an example"
+    )
+    sites: str = option(
+        "blocks", one_of("blocks", "layers"), "resnet9: behind six blocks or all convolutions"
+    )
+    seed: int = option(0, integer(0, 2**31 - 1), "example_tied, sparse: which neurons are on")
+    rescale: str = option(
+        "none", one_of("none", "paper"), "paper: (p_gen + p_mem) / p_gen times what is left"
+    )
+    batchnorm: str = option(
+        "running",
+        one_of("running", "recalibrated"),
+        "statistics after dropping: as trained, or anew",
+    )
+    forget: tuple[int, ...] = option(
+        (1, 3, 10), integers(1), "how many noisy examples are forgotten at a time"
+    )
+    forget_draws: int = option(10, integer(1), "how many times, each time others")
+
+
+@dataclass(frozen=True)
 class Config:
     name: str = option("experiment", text(), "a title for reports")
     output_dir: str = option("runs", text(), "where run directories are made")
+    experiments: str | tuple[str, ...] = option(
+        "all", some_of(*EXPERIMENTS), "what reproduce.py does after training and accounting"
+    )
     device: str = option(
         "auto", one_of("auto", "cpu", "cuda"), "auto takes the GPU if there is one"
     )
@@ -156,7 +214,10 @@ class Config:
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     checkpoints: CheckpointsConfig = dataclasses.field(default_factory=CheckpointsConfig)
+    rewinding: RewindingConfig = dataclasses.field(default_factory=RewindingConfig)
+    retraining: RetrainingConfig = dataclasses.field(default_factory=RetrainingConfig)
     flipping: FlippingConfig = dataclasses.field(default_factory=FlippingConfig)
+    dropout: DropoutConfig = dataclasses.field(default_factory=DropoutConfig)
 
 
 # ---------------------------------------------------------------- keys
@@ -199,6 +260,8 @@ def describe_keys() -> list[tuple[str, str, str, str]]:
     def written(value: object) -> str:
         if value is None:
             return "null"
+        if isinstance(value, tuple):
+            return f"[{', '.join(map(str, value))}]"
         return str(value).lower() if isinstance(value, bool) else str(value)
 
     return [
@@ -429,6 +492,15 @@ def impossible(config: Config) -> tuple[str, str] | None:
         return "checkpoints.keep", (
             f"{max(config.checkpoints.keep)} is not allowed: at most train.epochs, {train.epochs}"
         )
+    if (latest := max(listed_epochs(config.rewinding.epochs, train.epochs))) > train.epochs:
+        return "rewinding.epochs", (
+            f"{latest} is not allowed: at most train.epochs, which is {train.epochs}"
+        )
+    if config.retraining.peak_epoch > config.retraining.epochs:
+        return "retraining.peak_epoch", (
+            f"{config.retraining.peak_epoch} is not allowed: at most retraining.epochs, "
+            f"which is {config.retraining.epochs}"
+        )
     if (data.name == "npz") != (data.path is not None):
         return "data.path", (
             "null is not allowed: data.name npz needs the file's path"
@@ -442,6 +514,10 @@ def impossible(config: Config) -> tuple[str, str] | None:
     if data.keep_memorized and (data.split == "noise" or data.train_size is None):
         return "data.keep_memorized", (
             "true is not allowed: it goes with data.train_size and split human or atypical"
+        )
+    if config.dropout.sites == "layers" and model.name != "resnet9":
+        return "dropout.sites", (
+            f"'layers' is not allowed: {model.name} takes dropout behind its blocks only"
         )
     for key in sorted(set().union(*map(model_options, MODELS)) - model_options(model.name)):
         if getattr(model, key) != SCHEMA[f"model.{key}"].default:

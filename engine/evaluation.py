@@ -9,16 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import Split, normalize
+from models.dropout import examples
 
+BATCH_SIZE = 500
 Forward = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Loss (float32) and correctness (bool) of each example, in order."""
+    """Loss (float32), correctness (bool) and predicted class of each example, in order."""
 
     loss: Tensor
     correct: Tensor
+    prediction: Tensor
 
 
 @contextmanager
@@ -34,21 +37,33 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, images: Tensor, label: Tensor, batch_size: int = 500) -> Outcome:
-    """Loss and correctness of every image (uint8) under its label, in eval mode."""
-    losses, correct = [], []
+def evaluate(
+    model: nn.Module,
+    images: Tensor,
+    label: Tensor,
+    batch_size: int = BATCH_SIZE,
+    index: Tensor | None = None,
+) -> Outcome:
+    """What becomes of every image (uint8) under its label, in eval mode.
+
+    With the `index` of training examples, each goes through example-tied dropout in its own way.
+    """
+    losses, predictions = [], []
     with eval_mode(model):
-        for image, target in zip(images.split(batch_size), label.split(batch_size)):
-            logits = model(normalize(image)).float()
-            losses.append(F.cross_entropy(logits, target, reduction="none"))
-            correct.append(logits.argmax(1) == target)
-    return Outcome(torch.cat(losses), torch.cat(correct))
+        for start in range(0, len(label), batch_size):
+            batch = slice(start, start + batch_size)
+            with examples(model, None if index is None else index[batch]):
+                logits = model(normalize(images[batch])).float()
+            losses.append(F.cross_entropy(logits, label[batch], reduction="none"))
+            predictions.append(logits.argmax(1))
+    prediction = torch.cat(predictions)
+    return Outcome(torch.cat(losses), prediction == label, prediction)
 
 
 def evaluate_split(model: nn.Module, split: Split) -> tuple[Outcome, Outcome]:
     """Every training example under the label it is trained on, and every test example."""
     return (
-        evaluate(model, split.images, split.label),
+        evaluate(model, split.images, split.label, index=split.index),
         evaluate(model, split.test_images, split.test_label),
     )
 

@@ -20,6 +20,7 @@ from data import file_digest
 from engine import files, provenance
 from engine.errors import UserError
 from engine.runs import Run
+from engine.stopping import safe_point
 
 
 class Measurement:
@@ -82,6 +83,7 @@ class Measurement:
         """Keep a part: numbers, text, tensors, and lists and dictionaries of them."""
         part = {"digest": self.digest, "key": key, "content": content}
         files.write_tensors(self._part_path(key), part)
+        safe_point()
 
     def finish(self, rows: Iterable[Mapping[str, object]], device: torch.device) -> None:
         """Write the table and where it came from."""

@@ -8,6 +8,9 @@ import difflib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import Field, dataclass, field
+from itertools import pairwise
+
+ELLIPSIS = "..."  # at the end of a list of epochs: and so on
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,19 @@ def one_of(*choices: str) -> Kind:
     return Kind("one of " + ", ".join(choices), parse, choices)
 
 
+def some_of(*choices: str) -> Kind:
+    """'all', or a list of some of the choices, in their own order; the list may be empty."""
+
+    def parse(value: object) -> str | tuple[str, ...]:
+        if value == "all":
+            return "all"
+        _require(isinstance(value, (list, tuple)) and all(item in choices for item in value))
+        return tuple(choice for choice in choices if choice in value)
+
+    allowed = f"all, or a list of some of {', '.join(choices)}"
+    return Kind(allowed, parse, ("all", *choices))
+
+
 def text() -> Kind:
     def parse(value: object) -> str:
         _require(isinstance(value, str) and bool(value.strip()) and value.isprintable())
@@ -97,17 +113,49 @@ def text() -> Kind:
     return Kind("text on one line", parse)
 
 
-def epochs() -> Kind:
-    """Which epochs: 'all', or a list of them, kept sorted and without repeats."""
+def epochs(open_ended: bool = False) -> Kind:
+    """Which epochs: 'all', or a list of them, kept sorted and without repeats.
 
-    def parse(value: object) -> str | tuple[int, ...]:
+    An open-ended list may end with '...' and then goes on in steps to the last epoch.
+    """
+
+    def parse(value: object) -> str | tuple[int | str, ...]:
         if value == "all":
             return "all"
         _require(isinstance(value, (list, tuple)) and len(value) > 0)
-        _require(all(type(epoch) is int and epoch >= 0 for epoch in value))
-        return tuple(sorted(set(value)))
+        listed, rest = list(value), ()
+        if open_ended and listed[-1] == ELLIPSIS:
+            listed, rest = listed[:-1], (ELLIPSIS,)
+        _require(all(type(epoch) is int and epoch >= 0 for epoch in listed))
+        if rest:
+            steps = {b - a for a, b in pairwise(listed)}
+            _require(len(steps) == 1 and min(steps) > 0)
+        return tuple(sorted(set(listed))) + rest
 
-    return Kind("all, or a list of epochs such as [0, 5, 10]", parse, ("all",))
+    example = "[0, 5, 10] or [0, 5, ...]" if open_ended else "[0, 5, 10]"
+    return Kind(f"all, or a list of epochs such as {example}", parse, ("all",))
+
+
+def listed_epochs(value: str | tuple[int | str, ...], last: int) -> list[int]:
+    """The epochs that a value of the kind `epochs` means, in a training of `last` epochs."""
+    if value == "all":
+        return list(range(last + 1))
+    if value[-1] != ELLIPSIS:
+        return list(value)
+    first, second = value[:2]
+    return sorted({*range(first, last + 1, second - first), last})
+
+
+def integers(least: int) -> Kind:
+    """A list of different whole numbers, kept as a tuple in its order."""
+
+    def parse(value: object) -> tuple[int, ...]:
+        _require(isinstance(value, (list, tuple)) and len(value) > 0)
+        _require(all(type(item) is int and item >= least for item in value))
+        _require(len(set(value)) == len(value))
+        return tuple(value)
+
+    return Kind(f"a list of different whole numbers, {least} or more each", parse)
 
 
 def optional(kind: Kind) -> Kind:

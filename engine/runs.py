@@ -5,6 +5,7 @@ over them is the run's identity, and the identity is written into every checkpoi
 reads another run's files by mistake, and a run that was moved elsewhere is still itself.
 """
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -20,7 +21,7 @@ from torch import nn
 
 from data import Split, file_digest
 from engine import files
-from engine.config import SCHEMA, Config, flatten, load_configs, to_yaml
+from engine.config import SCHEMA, Config, DropoutConfig, flatten, load_configs, to_yaml
 from engine.errors import UserError
 from models import MODELS, model_options
 
@@ -31,13 +32,21 @@ HISTORY_COLUMNS = (
 )  # fmt: skip
 
 # Settings of these sections, and these keys, decide what is trained.
-_DECIDING = re.compile(r"seed|precision|(data|model|train)\..+")
+_DECIDING = re.compile(
+    r"seed|precision|(data|model|train)\..+|dropout\.(kind|p_gen|p_mem|sites|seed)"
+)
 # Where a file lies does not matter; what is in it does (see deciding_settings).
 _PLACES = ("data.root", "data.path", "data.c_scores", "data.human_labels.path")
 _SPLIT_KEYS = {
     "noise": ("data.noise_rate", "data.noise_seed"),
     "human": ("data.human_labels.column",),
     "atypical": ("data.c_score_threshold",),
+}
+_DROPOUT_KEYS = {
+    "example_tied": ("p_gen", "p_mem", "sites", "seed"),
+    "sparse": ("p_gen", "sites", "seed"),
+    "standard": ("p_gen", "sites"),
+    "none": (),
 }
 
 
@@ -51,7 +60,10 @@ def deciding_settings(config: Config) -> dict[str, object]:
         *_PLACES,
         *(key for kind, keys in _SPLIT_KEYS.items() if kind != config.data.split for key in keys),
         *(f"model.{key}" for name in MODELS for key in model_options(name)),
-    } - {f"model.{key}" for key in config.model.options}
+        *(f"dropout.{key}" for keys in _DROPOUT_KEYS.values() for key in keys),
+    }
+    without_effect -= {f"model.{key}" for key in config.model.options}
+    without_effect -= {f"dropout.{key}" for key in _DROPOUT_KEYS[config.dropout.kind]}
     always = {"data.name", "model.name", "data.split"}
     settings = {
         key: value
@@ -75,7 +87,10 @@ def _digest(settings: dict[str, object]) -> str:
 
 
 def run_directory(config: Config) -> Path:
-    """output_dir/<data>-<model>-<split>-<what differs from the defaults>-<digest>/seed<k>"""
+    """output_dir/<data>-<model>-<split>-<what differs from the defaults>-<digest>/seed<k>
+
+    Dropout of a kind comes right behind the split.
+    """
     settings = deciding_settings(config)
     settings.pop("seed", None)
     data = Path(config.data.path).stem if config.data.path else config.data.name
@@ -84,13 +99,15 @@ def run_directory(config: Config) -> Path:
         "human": config.data.human_labels.column,
         "atypical": f"atypical{config.data.c_score_threshold:g}",
     }[config.data.split]
-    named = {"data.name", "model.name", "data.split", *_SPLIT_KEYS[config.data.split][:1]}
+    dropout = [] if config.dropout.kind == "none" else [config.dropout.kind]
+    named = {"data.name", "model.name", "data.split", "dropout.kind"}
+    named |= {*_SPLIT_KEYS[config.data.split][:1]}
     changed = [
         f"{key.rpartition('.')[2]}{value}"
         for key, value in settings.items()
         if key not in named and not key.endswith(".sha256")
     ]
-    readable = "-".join([data, config.model.name, split, *changed])
+    readable = "-".join([data, config.model.name, split, *dropout, *changed])
     readable = re.sub(r"[^A-Za-z0-9._-]+", "_", readable).strip(".")[:150]
     return Path(config.output_dir) / f"{readable}-{_digest(settings)[:8]}" / f"seed{config.seed}"
 
@@ -115,6 +132,8 @@ class Run:
         Overrides can change what a measurement does, never what was trained.
         """
         path = directory / "config.yaml"
+        if not path.exists():
+            raise UserError(f"{directory}: is not the directory of a run: it has no config.yaml")
         (made,) = load_configs(path)
         configs = load_configs(path, overrides)
         for config in configs:
@@ -147,6 +166,18 @@ class Run:
     def finished(self) -> bool:
         path = self.provenance_path
         return bool(path.exists() and self.identity and files.read_json(path).get("finished"))
+
+    def require_results(self, *more: str) -> None:
+        """A finished run has all that its training wrote; only training again could replace it."""
+        paths = [self.split_path, self.history_path, self.examples_path]
+        paths += [self.checkpoint_path(self.config.train.epochs)]
+        paths += [self.directory / name for name in more]
+        for path in paths:
+            if not path.exists():
+                raise UserError(
+                    f"{path}: is missing from a finished run; put it back, or delete "
+                    f"{self.directory} and train again"
+                )
 
     @property
     def state(self) -> str:
@@ -279,3 +310,8 @@ def load_weights(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -
             f"{path}: of another model: {wrong} is {found.get(wrong, 'missing')} there "
             f"and {own.get(wrong, 'missing')} in this run's model"
         ) from None
+
+
+def without_dropout(config: Config) -> Config:
+    """The plain training that all scripts are about but example_tied_dropout.py."""
+    return dataclasses.replace(config, dropout=DropoutConfig())

@@ -3,35 +3,43 @@
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from data import (
+    Dataset,
     Split,
+    c_scores_at_hand,
     load_c_scores,
     load_dataset,
     load_human_labels,
     make_split,
     outline,
 )
-from engine.config import Config
+from engine.config import Config, DataConfig, DropoutConfig
 from engine.errors import UserError
 from engine.runs import Run, load_weights
 from models import build_model
+from models.dropout import ExampleTiedDropout, SparseDropout, StandardDropout, insert_dropout
 from models.layer_groups import StagedModel
 
 # The runs of a sweep mostly share their data set.
 _load_dataset_once = lru_cache(maxsize=1)(load_dataset)
 
 
-def load_split(config: Config) -> Split:
-    """The training and test examples, with their labels and who is memorized."""
-    data = config.data
-    dataset = _load_dataset_once(
+def _load_dataset(data: DataConfig) -> Dataset:
+    return _load_dataset_once(
         data.name,
         root=data.root,
         path=data.path,
         train_size=data.train_size,
         test_size=data.test_size,
     )
+
+
+def load_split(config: Config) -> Split:
+    """The training and test examples, with their labels and who is memorized."""
+    data = config.data
+    dataset = _load_dataset(data)
     c_scores = human_label = None
     if data.split == "atypical":
         c_scores = load_c_scores(dataset, root=data.root, path=data.c_scores)
@@ -54,13 +62,46 @@ def load_split(config: Config) -> Split:
     )
 
 
+def load_typicality(config: Config, split: Split) -> Tensor | None:
+    """How typical each training example is, where that is known without a download."""
+    data = config.data
+    if split.typicality is not None:
+        return split.typicality
+    if data.c_scores is None and not c_scores_at_hand(data.name, data.root):
+        return None
+    scores = load_c_scores(_load_dataset(data), root=data.root, path=data.c_scores)
+    return scores.to(split.index.device)[split.index]
+
+
 def make_model(config: Config, split: Split) -> StagedModel:
-    """The network at its initialization, on the CPU.
+    """The network at its initialization, on the CPU, with dropout where it is trained with it.
 
     Weights lie channels-last, and so do the activations that convolutions make with them: that is
     the faster layout on CPUs and on tensor cores, and changes no shape.
     """
-    return _build(config, split.shape, split.classes).to(memory_format=torch.channels_last)
+    model = _build(config, split.shape, split.classes).to(memory_format=torch.channels_last)
+    if config.dropout.kind != "none":
+        try:
+            _add_dropout(model, config.dropout, n_examples=int(split.index.max()) + 1)
+        except ValueError as error:
+            raise UserError(f"dropout: {error}") from None
+    return model
+
+
+def _add_dropout(model: StagedModel, dropout: DropoutConfig, n_examples: int) -> None:
+    """Dropout of the configured kind behind the model's sites, with masks of their own."""
+    p, seed, dim = dropout.p_gen, dropout.seed, model.channel_dim
+    layers = {}
+    for number, (site, channels) in enumerate(model.dropout_sites(dropout.sites).items()):
+        if dropout.kind == "example_tied":
+            layers[site] = ExampleTiedDropout(
+                channels, n_examples, p, dropout.p_mem, seed, layer=number, dim=dim
+            )
+        elif dropout.kind == "sparse":
+            layers[site] = SparseDropout(channels, p, seed, layer=number, dim=dim)
+        else:
+            layers[site] = StandardDropout(p)
+    insert_dropout(model, layers)
 
 
 def _build(config: Config, shape: tuple[int, int, int], classes: int) -> StagedModel:

@@ -25,6 +25,8 @@ from engine.devices import compute_precision, derive_seed, isolated_rng
 from engine.errors import RunFailed, UserError
 from engine.evaluation import evaluate_split, mean_by_subset
 from engine.runs import HISTORY_COLUMNS, Run, load_weights
+from engine.stopping import safe_point
+from models.dropout import examples, tied_layers
 
 
 class Accountant(Protocol):
@@ -127,13 +129,16 @@ def train_epoch(
     if config.data.augment:
         augmenting = torch.Generator().manual_seed(derive_seed("augmentation", config.seed, epoch))
     mean_loss = torch.empty(steps, device=split.label.device)
+    tied = nn.ModuleList(tied_layers(model))  # found here, once, and not at every step
     model.train()
     with isolated_rng(derive_seed("layer noise", config.seed, epoch), split.label.device):
         for step, batch in enumerate(batches(split, train.batch_size, order, augmenting)):
             rate = learning_rate((epoch - 1) * steps + step, steps, train)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            losses = F.cross_entropy(model(batch.image).float(), batch.label, reduction="none")
+            with examples(tied, batch.index):
+                logits = model(batch.image).float()
+            losses = F.cross_entropy(logits, batch.label, reduction="none")
             optimizer.zero_grad(set_to_none=True)
             backward(losses, batch)
             optimizer.step()
@@ -151,8 +156,7 @@ def _require_finite(mean_loss: Tensor, epoch: int, train: TrainConfig) -> None:
         rate = learning_rate((epoch - 1) * steps + step, steps, train)
         raise RunFailed(
             f"the loss became {mean_loss[step].item()} at epoch {epoch}, step {step + 1} of "
-            f"{steps}, learning rate {rate:.4g}; epoch {epoch - 1} is kept. "
-            f"A lower train.peak_lr than {train.peak_lr:g} may help"
+            f"{steps}, learning rate {rate:.4g}"
         )
 
 
@@ -185,21 +189,30 @@ def train_run(
         total=train.epochs * steps,
         initial=max(last, 0) * steps,
         unit="step",
+        leave=None,
         mininterval=0.5 if sys.stderr.isatty() else 30,
     )
     with bar, compute_precision(config.precision, device):
         for epoch in range(last + 1, train.epochs + 1):
-            rate = 0.0
+            rate, started = 0.0, time.perf_counter()
             if epoch > 0:
-                rate = train_epoch(
-                    model, optimizer, split, config, epoch, accountant.backward, bar.update
-                )
+                try:
+                    rate = train_epoch(
+                        model, optimizer, split, config, epoch, accountant.backward, bar.update
+                    )
+                except RunFailed as error:
+                    raise RunFailed(
+                        f"{error}; epoch {epoch - 1} is kept. "
+                        f"A lower train.peak_lr than {train.peak_lr:g} may help"
+                    ) from None
                 record.accounts += accountant.epoch_rows(epoch)
             row = record.measure(model, split, epoch, rate)
             record.seconds = time.perf_counter() - began
             _save(run, epoch, model, optimizer, record)
             record.write_tables(run, accountant)
             bar.set_postfix({k: f"{row[f'acc_{k}']:.1%}" for k in ("clean", "noisy", "test")})
+            if epoch < train.epochs:
+                safe_point(next_piece=time.perf_counter() - started)
 
     record.write_tables(run, accountant)
     record.write_examples(run, split)

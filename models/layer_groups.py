@@ -38,8 +38,13 @@ class StagedModel(nn.Module):
     """A model that is defined by its stages: forward runs them, so the two cannot drift apart."""
 
     min_image_size: ClassVar[int] = 1
+    channel_dim: ClassVar[int] = 1  # of the activations at the dropout sites
 
     def stages(self) -> list[Stage]:
+        raise NotImplementedError
+
+    def dropout_sites(self, kind: str = "blocks") -> dict[str, int]:
+        """The modules behind which dropout is inserted, and the channels that leave them."""
         raise NotImplementedError
 
     def forward(self, images: Tensor) -> Tensor:

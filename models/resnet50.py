@@ -25,6 +25,11 @@ class ResNet50(StagedModel, ResNet):
             ("fc", ("fc",), self.head),
         ]
 
+    def dropout_sites(self, kind: str = "blocks") -> dict[str, int]:
+        """Behind the stem and each of the four groups."""
+        groups = {f"layer{k}": 128 * 2**k for k in range(1, 5)}
+        return {"maxpool": self.conv1.out_channels} | groups
+
     def stem(self, images: Tensor) -> Tensor:
         return self.maxpool(self.relu(self.bn1(self.conv1(images))))
 

@@ -75,3 +75,12 @@ class ResNet9(StagedModel):
             "linear": lambda x: LOGIT_SCALE * self.linear(x),
         }
         return [(name, (name,), forward) for name, forward in forwards.items()]
+
+    def dropout_sites(self, kind: str = "blocks") -> dict[str, int]:
+        """'blocks': the six outputs that the authors' code drops; 'layers': all convolutions'."""
+        channels = {f"conv{k}": getattr(self, f"conv{k}").conv.out_channels for k in range(1, 9)}
+        if kind == "layers":
+            return channels
+        channels |= {"residual1": channels["conv4"], "residual2": channels["conv7"]}
+        blocks = ("conv1", "conv2", "residual1", "conv5", "residual2", "conv8")
+        return {name: channels[name] for name in blocks}

@@ -107,6 +107,8 @@ class Block(nn.Sequential):
 class ViTSmall(StagedModel):
     """Layer groups: embedding (patches, positions, class token), block0 ... block5, head."""
 
+    channel_dim = -1
+
     def __init__(
         self,
         channels: int = 3,
@@ -147,6 +149,11 @@ class ViTSmall(StagedModel):
             *((f"block{i}", (f"transformer.layers.{i}",), block) for i, block in enumerate(blocks)),
             ("head", ("mlp_head",), self.classify),
         ]
+
+    def dropout_sites(self, kind: str = "blocks") -> dict[str, int]:
+        """Behind each block, on the features of its tokens."""
+        dim = self.pos_embedding.shape[-1]
+        return {f"transformer.layers.{i}": dim for i in range(len(self.transformer["layers"]))}
 
     def embed(self, images: Tensor) -> Tensor:
         patches = self.to_patch_embedding(images)

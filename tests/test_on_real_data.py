@@ -5,7 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import example_tied_dropout
 import gradient_accounting
+import layer_rewinding
 from data import load_dataset
 from engine import files
 from engine.config import load_configs
@@ -39,15 +41,20 @@ def test_mnist_as_npz_is_the_same_problem(real_data, tmp_path):
     assert splits[0].memorized.sum() == 400
 
 
+@pytest.fixture(scope="module")
+def mnist_run(real_data, tmp_path_factory) -> Run:
+    overrides = [f"data.root={real_data}", f"output_dir={tmp_path_factory.mktemp('runs')}"]
+    (config,) = load_configs(SMALL / "mnist.yaml", [*overrides, "device=cpu"])
+    run = Run.of(config)
+    gradient_accounting.main(run)
+    return run
+
+
 @pytest.mark.real_data
 @pytest.mark.slow(reason="trains for some three minutes on two cores")
 @pytest.mark.timeout(1200)
-def test_gradients_of_the_mislabeled_oppose_those_of_the_clean(real_data, tmp_path):
-    overrides = [f"data.root={real_data}", f"output_dir={tmp_path}", "device=cpu"]
-    (config,) = load_configs(SMALL / "mnist.yaml", overrides)
-    run = Run.of(config)
-    gradient_accounting.main(run)
-
+def test_gradients_of_the_mislabeled_oppose_those_of_the_clean(mnist_run):
+    run = mnist_run
     history = files.read_csv(run.history_path, HISTORY_COLUMNS)
     assert history[-1]["acc_clean"] > 0.999
     assert history[-1]["acc_noisy"] > 0.98
@@ -60,3 +67,48 @@ def test_gradients_of_the_mislabeled_oppose_those_of_the_clean(real_data, tmp_pa
     assert 0.7 < np.median(ratios) < 1.3
     cosines = np.array([row["cosine"] for row in rows]).reshape(-1, 9)
     assert (np.median(cosines, axis=0) < -0.75).sum() >= 7, "of nine layers"
+
+
+@pytest.mark.real_data
+@pytest.mark.slow(reason="trains twice for some four minutes on two cores")
+@pytest.mark.timeout(2400)
+def test_what_is_memorized_can_be_dropped_where_it_is_tied(real_data, tmp_path):
+    """Tables 1 and 3 in small; and the forgotten are less typical than the rest."""
+    overrides = [f"data.root={real_data}", f"output_dir={tmp_path}", "device=cpu"]
+    overrides += ["sweep.dropout.kind=[example_tied, sparse]", "dropout.forget_draws=1"]
+    configs = load_configs(SMALL / "dropout_mnist.yaml", overrides)
+    runs = [Run.of(example_tied_dropout.without_accounting(config)) for config in configs]
+    for run in runs:
+        example_tied_dropout.main(run)
+    tied, sparse = (
+        files.read_csv(
+            run.directory / "example_tied_dropout.csv",
+            example_tied_dropout.COLUMNS,
+            text=("dropout", "state"),
+        )
+        for run in runs
+    )
+    before, after = tied
+    assert min(before["acc_clean"], before["acc_noisy"]) >= 0.99
+    assert after["acc_clean"] >= 0.95
+    assert after["acc_noisy"] <= 0.05
+    assert sparse[1]["acc_noisy"] >= 0.9
+    path = runs[0].directory / "forgotten_typicality.csv"
+    (gap,) = files.read_csv(path, example_tied_dropout.TYPICALITY_COLUMNS)
+    assert gap["high"] < 0
+
+
+@pytest.mark.real_data
+@pytest.mark.slow(reason="trains for some three minutes on two cores")
+@pytest.mark.timeout(1200)
+def test_the_mislabeled_are_not_memorized_in_the_last_layer(mnist_run):
+    history = files.read_csv(mnist_run.history_path, HISTORY_COLUMNS)
+    before = max(int(row["epoch"]) for row in history if row["acc_noisy"] < 0.2)
+    run = Run.at(mnist_run.directory, (f"rewinding.epochs=[0, {before}]",))
+    layer_rewinding.main(run)
+    rows = files.read_csv(run.directory / "layer_rewinding.csv", layer_rewinding.COLUMNS)
+    noisy = {(row["group"], row["epoch"]): row["acc_noisy"] for row in rows}
+    assert noisy[8, before] > 0.8
+    at_initialization = [noisy[group, 0] for group in range(9)]
+    assert sum(accuracy > 0.5 for accuracy in at_initialization) >= 2
+    assert np.argmin(at_initialization) != 8

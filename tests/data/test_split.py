@@ -115,3 +115,15 @@ def test_an_atypical_split_needs_scores(tiny_dataset):
     vars(tiny_dataset)["typicality"] = None
     with pytest.raises(DataError, match="needs C-scores"):
         make_split(tiny_dataset, kind="atypical")
+
+
+def test_some_of_the_training_examples(tiny_dataset):
+    split = make_split(tiny_dataset, noise_rate=0.25)
+    clean = split.subset(~split.memorized)
+    assert clean.n == 45
+    assert not clean.memorized.any()
+    assert torch.equal(clean.index, split.index[~split.memorized])
+    assert torch.equal(clean.images[:, 0, 0, 0].long(), clean.index)
+    assert torch.equal(clean.label, clean.true_label)
+    assert len(clean.typicality) == 45
+    assert torch.equal(clean.test_images, split.test_images)

@@ -66,7 +66,7 @@ MISTAKES = [
     (["{file}", "train.epochs=0"], "train.epochs: 0 is not allowed"),
     (["{file}x"], "no such file; did you mean tiny.yaml?"),
     (["{file}", "data.name=npz", "data.path=no.npz"], "no.npz: cannot be read: No such file"),
-    (["{folder}"], "config.yaml: no such file"),
+    (["{folder}"], "is not the directory of a run: it has no config.yaml"),
 ]
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from engine.config import SCHEMA, Config, flatten, impossible, load_configs, to_yaml
 from engine.errors import UserError
+from engine.options import listed_epochs
 
 
 @pytest.fixture
@@ -90,6 +91,24 @@ def test_keep_is_all_or_a_sorted_list(write):
     assert config.checkpoints.keep == (0, 50)
 
 
+@pytest.mark.parametrize(
+    ("written", "last", "expected"),
+    [
+        ("all", 3, [0, 1, 2, 3]),
+        ("[5, 0, 5]", 9, [0, 5]),
+        ("[0, 5, ...]", 10, [0, 5, 10]),
+        ("[0, 5, ...]", 12, [0, 5, 10, 12]),
+        ("[1, 3, 5, ...]", 4, [1, 3, 4]),
+        ("[0, 5, 10, ...]", 3, [0, 3]),
+    ],
+)
+def test_a_list_of_epochs_may_go_on_to_the_last(write, written, last, expected):
+    train = f"train: {{epochs: {last}, peak_epoch: 1}}\n"
+    (config,) = load_configs(write(f"{train}rewinding: {{epochs: {written}}}\n"))
+    assert listed_epochs(config.rewinding.epochs, last) == expected
+    assert load_configs(write(to_yaml(config), "again.yaml")) == [config]
+
+
 def test_a_resolved_configuration_can_be_read_again(write):
     content = "sweep: {seed: [1, 2]}\ncheckpoints: {keep: [0, 3]}\ntrain: {peak_lr: 1e-5}\n"
     for config in load_configs(write(content)):
@@ -105,7 +124,7 @@ BAD = [
     ("data: {noise_rate: true}", [], "data.noise_rate: True is not allowed: a number"),
     ("data: {noise_rate: null}", [], "data.noise_rate: None is not allowed"),
     ("data: {noise_rate: [0.1, 0.2]}", [], "to try several, write sweep: {data.noise_rate: [...]}"),
-    ("train: {epochs: 0}", [], "train.epochs: 0 is not allowed: a whole number, 1 or more"),
+    ("train: {epochs: 0}", [], "train.epochs: 0 is not allowed: a whole number from 1 to 100000"),
     ("train: {epochs: 2.5}", [], "train.epochs: 2.5 is not allowed: a whole number"),
     ("train: {epochs: '20'}", [], "train.epochs: '20' is not allowed: a whole number"),
     ("train: {epochs: 5}", [], "train.peak_epoch: 10 is not allowed: at most train.epochs"),
@@ -138,6 +157,15 @@ BAD = [
     ("checkpoints: {keep: some}", [], "checkpoints.keep: 'some' is not allowed: all, or a list"),
     ("checkpoints: {keep: [0, 60]}", [], "checkpoints.keep: 60 is not allowed: at most"),
     ("checkpoints: {keep: [-1]}", [], "checkpoints.keep: [-1] is not allowed"),
+    ("rewinding: {epochs: [0, 60]}", [], "rewinding.epochs: 60 is not allowed: at most"),
+    ("rewinding: {epochs: [...]}", [], "is not allowed: all, or a list of epochs such as [0, 5"),
+    ("rewinding: {epochs: [0, 5, 7, ...]}", [], "rewinding.epochs: [0, 5, 7, '...'] is not"),
+    ("rewinding: {epochs: [5, 0, ...]}", [], "rewinding.epochs: [5, 0, '...'] is not allowed"),
+    ("rewinding: {epochs: 5}", [], "rewinding.epochs: 5 is not allowed"),
+    ("checkpoints: {keep: [0, 5, ...]}", [], "checkpoints.keep: [0, 5, '...'] is not allowed"),
+    ("rewinding: {batchnorm: last}", [], "'last' is not allowed: one of final, checkpoint"),
+    ("retraining: {epochs: 5}", [], "retraining.peak_epoch: 10 is not allowed: at most"),
+    ("retraining: {patience: 0}", [], "retraining.patience: 0 is not allowed"),
     ("sweep: {data.noise_rate: 0.1}", [], "data.noise_rate: 0.1 is not a list of values"),
     ("sweep: {data.noise_rate: [0.1, 7]}", [], "data.noise_rate: 7 is not allowed"),
     ("sweep: {data.noise: [0.1]}", [], "data.noise: unknown key; did you mean data.noise_"),

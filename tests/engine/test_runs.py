@@ -28,7 +28,8 @@ def test_what_decides_the_weights_decides_the_directory(tiny):
 @pytest.mark.parametrize(
     "override",
     ["name=other", "device=auto", "data.root=/elsewhere", "checkpoints.keep=[3]",
-     "data.c_score_threshold=0.7", "data.human_labels.column=worse_label"],
+     "data.c_score_threshold=0.7", "data.human_labels.column=worse_label",
+     "rewinding.epochs=all", "retraining.peak_lr=0.3"],
 )  # fmt: skip
 def test_what_does_not_decide_the_weights_does_not(tiny, override):
     assert run_directory(tiny(override)) == run_directory(tiny())

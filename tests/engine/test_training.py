@@ -183,6 +183,13 @@ def test_a_finished_run_is_not_touched(finished):
     assert {p: p.stat().st_mtime_ns for p in finished.directory.rglob("*")} == before
 
 
+@pytest.mark.parametrize("name", ["history.csv", "gradient_accounting.csv", "examples.npz"])
+def test_a_finished_run_that_lacks_a_file_is_not_trained_again_in_silence(finished, name):
+    (finished.directory / name).unlink()
+    with pytest.raises(UserError, match=rf"{name}: is missing from a finished run"):
+        gradient_accounting.main(finished)
+
+
 # ---------------------------------------------------------------- interruptions
 
 

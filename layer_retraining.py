@@ -1,0 +1,179 @@
+"""Layer retraining (Section 5.2): is a layer needed to memorize, or do the others know enough?
+
+Claim: put one layer back to its initialization, freeze all others, and train it on clean examples
+only: mislabeled examples, which it never sees, become correct too, at least at some epoch (Figures
+4, 18, 19). The implication runs one way only: a high peak shows that the layer was redundant for
+memorization, a low one shows nothing. So both the peak and the end are reported.
+
+    python layer_retraining.py configs/paper/figure_4.yaml
+
+Reads finished runs and writes layer_retraining.csv into each. Cost: for each group, 20 epochs, each
+of them the whole network forward, and backward from its end to the group.
+"""
+
+import copy
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data import Split, batch_rows
+from engine import files
+from engine.cli import run_script, title
+from engine.config import Config
+from engine.devices import compute_precision, derive_seed, resolve_device
+from engine.errors import RunFailed, UserError
+from engine.evaluation import evaluate, mean_by_subset
+from engine.measurements import Measurement
+from engine.runs import Run, load_weights
+from engine.setup import load_final_model, load_split
+from engine.training import PlainBackward, train_epoch
+from models.layer_groups import LayerGroup, StagedModel, layer_groups
+
+FILE_NAME = "layer_retraining.csv"
+COLUMNS = ("group", "epoch", "acc_clean", "acc_noisy", "acc_train")
+
+
+# ---------------------------------------------------------------- the measurement
+
+
+def reset_group(
+    final: StagedModel, initial: Mapping[str, Tensor], group: LayerGroup
+) -> StagedModel:
+    """A copy of the final model with one group as it was initialized and everything else frozen.
+
+    Batch norms' running statistics are no parameters: the group's begin anew, and all of them move
+    while training.
+    """
+    model = copy.deepcopy(final)
+    state = model.state_dict()
+    for name in filter(group.owns, state):
+        state[name].copy_(initial[name])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(group.owns(name))
+    return model
+
+
+def retraining_config(config: Config, group: int) -> Config:
+    """The run's own training, with the schedule of retraining and batches of its own."""
+    schedule = {
+        "schedule": "triangle",
+        "epochs": config.retraining.epochs,
+        "peak_lr": config.retraining.peak_lr,
+        "peak_epoch": config.retraining.peak_epoch,
+    }
+    return dataclasses.replace(
+        config,
+        seed=derive_seed("retraining", config.seed, group),
+        train=dataclasses.replace(config.train, **schedule),
+    )
+
+
+def compute_retraining(
+    model: StagedModel,
+    group: LayerGroup,
+    split: Split,
+    config: Config,
+    after_step: Callable[[], object] = lambda: None,
+) -> Iterator[dict[str, float]]:
+    """Train the group on clean examples; accuracies on all examples at epoch 0 and after each.
+
+    Every parameter outside of the group must be frozen. Nothing below the group requires a
+    gradient, so that autograd ends there.
+    """
+    clean, train = split.subset(~split.memorized), config.train
+    optimizer = torch.optim.SGD(
+        group.parameters(model).values(),
+        lr=0.0,
+        momentum=train.momentum,
+        weight_decay=train.weight_decay,
+    )
+    perfect = 0
+    for epoch in range(train.epochs + 1):
+        if epoch > 0:
+            backward = PlainBackward().backward
+            train_epoch(model, optimizer, clean, config, epoch, backward, after_step)
+        accuracy = mean_by_subset(
+            evaluate(model, split.images, split.label).correct, split.memorized, "acc"
+        )
+        accuracy["acc_train"] = accuracy.pop("acc_total")
+        yield {"group": group.index, "epoch": epoch} | accuracy
+        perfect = perfect + 1 if accuracy["acc_clean"] == 1 else 0
+        if perfect == config.retraining.patience:
+            return
+
+
+# ---------------------------------------------------------------- a run
+
+
+def make_measurement(run: Run) -> Measurement:
+    return Measurement(run, FILE_NAME, COLUMNS, dataclasses.asdict(run.config.retraining))
+
+
+def measure(run: Run, measurement: Measurement) -> None:
+    """Retrain each group; a group is a part."""
+    config = run.config
+    device = resolve_device(config)
+    split = load_split(config).to(device)
+    final = load_final_model(run, split, device)
+    if (clean := int((~split.memorized).sum())) < 2:
+        raise UserError(f"{run.directory}: {clean} clean examples; retraining needs 2 or more")
+    initial = run.read_checkpoint(0)
+    load_weights(copy.deepcopy(final), initial, run.checkpoint_path(0))  # of the same model?
+
+    groups = layer_groups(final)
+    steps = config.retraining.epochs * len(batch_rows(clean, config.train.batch_size))
+    rows = []
+    with (
+        tqdm(desc=title(config), total=len(groups) * steps, unit="step") as bar,
+        compute_precision(config.precision, device),
+    ):
+        for group in groups:
+            part = measurement.part(part_key := f"group_{group.index}")
+            if part is None:
+                model = reset_group(final, initial, group)
+                own = retraining_config(config, group.index)
+                try:
+                    part = list(compute_retraining(model, group, split, own, bar.update))
+                except RunFailed as error:
+                    raise RunFailed(
+                        f"{title(config)}: retraining {group.name}: {error}. "
+                        f"A lower retraining.peak_lr than {config.retraining.peak_lr:g} may help"
+                    ) from None
+                measurement.save(part_key, part)
+            rows += part
+            bar.update((group.index + 1) * steps - bar.n)
+    measurement.finish(rows, device)
+
+
+def summarize(run: Run, measurement: Measurement) -> str:
+    """The highest and the last noisy accuracy of every group."""
+    noisy: dict[int, list[float]] = {}
+    for row in files.read_csv(measurement.path, COLUMNS):
+        noisy.setdefault(int(row["group"]), []).append(row["acc_noisy"])
+    groups = ", ".join(f"{max(a[1:]):.0%} > {a[-1]:.0%}" for a in noisy.values())
+    return f"{title(run.config)}: noisy accuracy of each group retrained, peak > end: {groups}"
+
+
+def main(run: Run) -> str:
+    """Measure one run, unless that is done; its results in one line."""
+    run.require_finished()
+    measurement = make_measurement(run)
+    if not measurement.finished:
+        measure(run, measurement)
+    return summarize(run, measurement)
+
+
+def plan(run: Run) -> str:
+    """What `main` would do, and the disk that it takes."""
+    state = "finished" if make_measurement(run).finished else "to do"
+    if not run.finished:
+        state = f"to do after its training, which is {run.state}"
+    return f"{title(run.config)}: {run.config.retraining.epochs} epochs a group {state}, 0.1 MB"
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(__doc__, main, plan))

@@ -1,0 +1,196 @@
+"""Layer rewinding (Section 5.1): which layers does a trained network need from late in training?
+
+Claims: taking the last layers back to an epoch at which hardly any mislabeled example was learned
+leaves those examples correct, so they are not memorized there; the critical layers lie elsewhere,
+differ between networks and data sets, and are critical for clean examples too (Figures 3, 15-17).
+
+    python layer_rewinding.py configs/paper/figure_3.yaml
+
+Reads the checkpoints of finished runs and writes layer_rewinding.csv into each: accuracies of the
+final network with one group's weights from an earlier epoch, on the training set. Only the group
+and the layers above it are computed again, so that G groups and T epochs cost about G * T / 2
+evaluations of the training set; in memory are the weights of all T epochs, and one batch.
+"""
+
+import copy
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data import normalize
+from engine import files
+from engine.cli import run_script, title
+from engine.config import Config
+from engine.devices import compute_precision, resolve_device
+from engine.evaluation import BATCH_SIZE
+from engine.measurements import Measurement
+from engine.options import listed_epochs
+from engine.runs import HISTORY_COLUMNS, Run, load_weights
+from engine.setup import load_final_model, load_split
+from models.layer_groups import LayerGroup, StagedModel, layer_groups, run_stages
+
+FILE_NAME = "layer_rewinding.csv"
+COLUMNS = ("group", "epoch", "acc_clean", "acc_noisy", "acc_total")
+
+Counts = dict[int, list[list[int]]]  # epoch -> group -> correct examples, clean and noisy
+
+
+# ---------------------------------------------------------------- the measurement
+
+
+def load_earlier_groups(
+    run: Run, final: StagedModel, epochs: Iterable[int], batchnorm: str
+) -> dict[int, list[LayerGroup]]:
+    """The layer groups of the model as it was after each of these epochs, in the final one's mode.
+
+    Only parameters are of that epoch, unless `batchnorm` is 'checkpoint': then the batch norms'
+    running statistics are too.
+    """
+    earlier = {}
+    for epoch in epochs:
+        model = copy.deepcopy(final)
+        load_weights(model, run.read_checkpoint(epoch), run.checkpoint_path(epoch))
+        if batchnorm == "final":
+            for own, last in zip(model.buffers(), final.buffers()):
+                own.copy_(last)
+        earlier[epoch] = layer_groups(model)
+    return earlier
+
+
+@torch.no_grad()
+def compute_predictions(
+    final: Sequence[LayerGroup], earlier: Mapping[int, Sequence[LayerGroup]], images: Tensor
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Predictions [b] of the final model, and [groups, b] with each group from each epoch.
+
+    What lies below a group is the final model's and is computed once for all of its epochs.
+    """
+    state = normalize(images)
+    predicted = {epoch: [] for epoch in earlier}
+    for group in final:
+        for epoch, groups in earlier.items():
+            rewound = groups[group.index].forward(state)
+            logits = run_stages(final, rewound, start=group.index + 1)
+            predicted[epoch].append(logits.argmax(1))
+        state = group.forward(state)
+    return state.argmax(1), {epoch: torch.stack(rows) for epoch, rows in predicted.items()}
+
+
+def compute_counts(
+    final: Sequence[LayerGroup],
+    earlier: Mapping[int, Sequence[LayerGroup]],
+    last_epoch: int,
+    images: Tensor,
+    label: Tensor,
+    memorized: Tensor,
+) -> Counts:
+    """How many of a batch's clean and noisy examples each rewound model gets right.
+
+    Taken back to the last epoch, a group is what it is: that is the final model's own prediction.
+    """
+    own, predicted = compute_predictions(final, earlier, images)
+    predicted[last_epoch] = own.expand(len(final), -1)
+    counts = {}
+    for epoch, prediction in predicted.items():
+        correct = prediction == label
+        by_subset = [(correct & subset).sum(1) for subset in (~memorized, memorized)]
+        counts[epoch] = torch.stack(by_subset, dim=1).tolist()
+    return counts
+
+
+def make_rows(
+    parts: Sequence[Counts], epochs: Sequence[int], memorized: Tensor
+) -> list[dict[str, float]]:
+    """The table: every group at every epoch; nan for an empty subset."""
+    noisy = int(memorized.sum())
+    sizes = torch.tensor([len(memorized) - noisy, noisy], dtype=torch.float64)
+    correct = {epoch: torch.tensor([part[epoch] for part in parts]).sum(0) for epoch in epochs}
+    rows = []
+    for group in range(len(correct[epochs[0]])):
+        for epoch in epochs:
+            counts = correct[epoch][group]
+            row = dict(zip(("acc_clean", "acc_noisy"), (counts / sizes).tolist()))
+            row["acc_total"] = counts.sum().item() / len(memorized)
+            rows.append({"group": group, "epoch": epoch} | row)
+    return rows
+
+
+# ---------------------------------------------------------------- a run
+
+
+def chosen_epochs(config: Config) -> list[int]:
+    return listed_epochs(config.rewinding.epochs, config.train.epochs)
+
+
+def make_measurement(run: Run) -> Measurement:
+    settings = {"batchnorm": run.config.rewinding.batchnorm}
+    return Measurement(run, FILE_NAME, COLUMNS, settings, {"epochs": chosen_epochs(run.config)})
+
+
+def measure(run: Run, measurement: Measurement) -> None:
+    """One pass over the training set. Each batch is a part, and epochs can be added to it later."""
+    config, last = run.config, run.config.train.epochs
+    device = resolve_device(config)
+    split = load_split(config).to(device)
+    model = load_final_model(run, split, device).eval()
+    final, epochs = layer_groups(model), chosen_epochs(config)
+
+    batches = [slice(start, start + BATCH_SIZE) for start in range(0, split.n, BATCH_SIZE)]
+    parts: list[Counts] = [measurement.part(part_key(rows)) or {} for rows in batches]
+    missing = {epoch for epoch in epochs for part in parts if epoch not in part}
+    earlier = load_earlier_groups(run, model, missing - {last}, config.rewinding.batchnorm)
+
+    with compute_precision(config.precision, device):
+        for rows, part in tqdm(list(zip(batches, parts)), title(config), None, unit="batch"):
+            if wanted := missing - part.keys():
+                rewound = {epoch: earlier[epoch] for epoch in wanted - {last}}
+                examples = (t[rows] for t in (split.images, split.label, split.memorized))
+                part |= compute_counts(final, rewound, last, *examples)
+                measurement.save(part_key(rows), part)
+    measurement.finish(make_rows(parts, epochs, split.memorized), device)
+
+
+def part_key(rows: slice) -> str:
+    return f"examples_{rows.start:06d}_{rows.stop:06d}"
+
+
+def summarize(run: Run, measurement: Measurement) -> str:
+    """Noisy accuracy with each group back at the first epoch, and the last group's best witness.
+
+    That is the latest epoch whose own noisy accuracy was below 20%.
+    """
+    rows = files.read_csv(measurement.path, COLUMNS)
+    noisy = {(int(row["group"]), int(row["epoch"])): row["acc_noisy"] for row in rows}
+    first, top = min(epoch for _, epoch in noisy), max(group for group, _ in noisy)
+    groups = " ".join(f"{noisy[group, first]:.0%}" for group in range(top + 1))
+    line = f"{title(run.config)}: noisy accuracy with one group back at epoch {first}: {groups}"
+    history = files.read_csv(run.history_path, HISTORY_COLUMNS)
+    low = [row for row in history if (top, row["epoch"]) in noisy and row["acc_noisy"] < 0.2]
+    if low:
+        epoch, then = int(low[-1]["epoch"]), low[-1]["acc_noisy"]
+        line += f"; the last group back at epoch {epoch} (then {then:.1%}): {noisy[top, epoch]:.1%}"
+    return line
+
+
+def main(run: Run) -> str:
+    """Measure one run, unless that is done; its results in one line."""
+    run.require_finished()
+    measurement = make_measurement(run)
+    if not measurement.finished:
+        measure(run, measurement)
+    return summarize(run, measurement)
+
+
+def plan(run: Run) -> str:
+    """What `main` would do, and the disk that it takes: some KB for each batch."""
+    state = "finished" if make_measurement(run).finished else "to do"
+    if not run.finished:
+        state = f"to do after its training, which is {run.state}"
+    return f"{title(run.config)}: {len(chosen_epochs(run.config))} epochs {state}, a few MB"
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(__doc__, main, plan))

@@ -1,0 +1,61 @@
+"""Which neurons belong to whom in a trained model (Figure 6), and whom dropping forgets (7)."""
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+
+from engine import files
+from engine.setup import load_split, make_model
+from models.dropout import tied_layers
+from plotting.runs import Family
+from plotting.style import CLEAN, NOISY, PAGE
+
+FORGOTTEN = "forgotten.csv"
+FORGOTTEN_COLUMNS = ("index", "label", "prediction_after", "typicality")
+EXAMPLES, NEURONS = 24, 64  # of each layer, at the most: more cannot be seen
+ACROSS, DOWN = 8, 3
+
+
+def plot_masks(family: Family) -> Figure:
+    """Figure 6: the masks that a model was trained with; each row is an example."""
+    split = load_split(family.config)
+    layers = tied_layers(make_model(family.config, split))
+    rows = split.index[:EXAMPLES]
+    colors = ListedColormap(["white", CLEAN, NOISY])
+    figure, panels = plt.subplots(1, len(layers), figsize=(PAGE, 2.2), sharey=True, squeeze=False)
+    for number, (axes, layer) in enumerate(zip(panels[0], layers)):
+        kept = np.ones((len(rows), layer.generalization), int)
+        tied = 2 * layer.masks[rows].numpy().astype(int)
+        shown = np.concatenate([kept, tied], axis=1)[:, :NEURONS]
+        axes.imshow(shown, colors, vmin=0, vmax=2, aspect="auto", interpolation="nearest")
+        axes.set(title=f"layer {number}", xlabel="neuron")
+        axes.spines[:].set_visible(True)
+    panels[0, 0].set_ylabel("training example")
+    figure.suptitle(
+        f"{family.title}: on for everybody (blue), for this example (red), off (white)",
+        fontsize=8,
+    )
+    return figure
+
+
+def plot_forgotten(family: Family) -> Figure:
+    """Figure 7: clean examples that are no longer right without the memorization neurons."""
+    split = load_split(family.config)
+    run = family.runs[0]
+    rows = files.read_csv(run.directory / FORGOTTEN, FORGOTTEN_COLUMNS)
+    place = {int(index): row for row, index in enumerate(split.index.tolist())}
+    figure, panels = plt.subplots(DOWN, ACROSS, figsize=(PAGE, 3.4))
+    for axes in panels.flat:
+        axes.set_axis_off()
+    for axes, row in zip(panels.flat, rows):
+        image = split.images[place[int(row["index"])]].permute(1, 2, 0).cpu().numpy()
+        label, after = (split.class_names[int(row[k])] for k in ("label", "prediction_after"))
+        axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axes.set_title(f"{label}\n(now {after})", fontsize=6, pad=2)
+    figure.suptitle(
+        f"{family.title}, {run.directory.name}: {len(rows)} clean examples forgotten; "
+        f"label (prediction after dropping)",
+        fontsize=8,
+    )
+    return figure

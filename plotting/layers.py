@@ -1,0 +1,92 @@
+"""What single layers are needed for: rewinding (Figures 3, 9, 15-17) and retraining (4, 18, 19)."""
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from plotting.runs import Family
+from plotting.style import PAGE, draw_band, names_of
+
+REWINDING = "layer_rewinding.csv"
+REWINDING_COLUMNS = ("group", "epoch", "acc_clean", "acc_noisy", "acc_total")
+RETRAINING = "layer_retraining.csv"
+RETRAINING_COLUMNS = ("group", "epoch", "acc_clean", "acc_noisy", "acc_train")
+LINES_AT_MOST = 11  # more would not be told apart
+
+
+def by_group(table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Column -> values [seeds, groups, epochs], of a table whose rows are sorted like that."""
+    groups = len(np.unique(table["group"]))
+    return {name: values.reshape(len(values), groups, -1) for name, values in table.items()}
+
+
+def plot_rewinding(family: Family) -> Figure:
+    """Accuracy of the final model with one layer from an earlier epoch, a line for each epoch."""
+    table = by_group(family.table(REWINDING, REWINDING_COLUMNS))
+    groups, epochs = table["group"][0, :, 0], table["epoch"][0, 0]
+    shown = np.unique(np.linspace(0, len(epochs) - 1, min(len(epochs), LINES_AT_MOST)).round())
+    names = names_of(family.config.data.split)
+    scale = ScalarMappable(Normalize(epochs.min(), epochs.max()), "viridis_r")
+    figure, panels = plt.subplots(1, 2, figsize=(PAGE, 2.5), sharey=True)
+    for axes, kind in zip(panels, ("clean", "noisy")):
+        mean = table[f"acc_{kind}"].mean(0)
+        for i in shown.astype(int):
+            axes.plot(groups, mean[:, i], "o-", color=scale.to_rgba(epochs[i]))
+        axes.set(title=f"{names[kind]} examples", xlabel="layer that is rewound", ylim=(0, 1.02))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+    panels[0].set_ylabel("accuracy")
+    bar = figure.colorbar(scale, ax=panels, label="rewound to epoch", pad=0.02)
+    bar.locator = MaxNLocator(integer=True)
+    bar.update_ticks()
+    figure.suptitle(f"{family.title} ({family.seeds})", fontsize=8)
+    return figure
+
+
+def plot_rewinding_map(family: Family) -> Figure:
+    """The same as a map, layer by epoch: accuracy on the memorized examples."""
+    table = by_group(family.table(REWINDING, REWINDING_COLUMNS))
+    groups, epochs = table["group"][0, :, 0], table["epoch"][0, 0]
+    names = names_of(family.config.data.split)
+    figure, panels = plt.subplots(1, 2, figsize=(PAGE, 2.5), sharey=True)
+    for axes, kind in zip(panels, ("clean", "noisy")):
+        image = axes.imshow(
+            table[f"acc_{kind}"].mean(0).T, cmap="viridis", vmin=0, vmax=1, aspect="auto"
+        )
+        axes.set_xticks(range(len(groups)), [f"{group:.0f}" for group in groups])
+        axes.set_yticks(range(len(epochs)), [f"{epoch:.0f}" for epoch in epochs])
+        axes.set(title=f"{names[kind]} examples", xlabel="layer that is rewound")
+        axes.spines[:].set_visible(False)
+    panels[0].set_ylabel("rewound to epoch")
+    figure.colorbar(image, ax=panels, label="accuracy", pad=0.02, format=PercentFormatter(1))
+    figure.suptitle(f"{family.title} ({family.seeds})", fontsize=8)
+    return figure
+
+
+def plot_retraining(family: Family) -> Figure:
+    """A panel for each layer: accuracies while it is trained again, on clean examples only."""
+    table = by_group(family.table(RETRAINING, RETRAINING_COLUMNS))
+    names = names_of(family.config.data.split)
+    count = table["group"].shape[1]
+    rows = -(-count // 3)
+    figure, panels = plt.subplots(
+        rows, 3, figsize=(PAGE, 1.35 * rows + 0.4), sharex=True, sharey=True, squeeze=False
+    )
+    for group, axes in enumerate(panels.flat):
+        if group >= count:
+            axes.set_visible(False)
+            continue
+        for kind in ("clean", "noisy"):
+            values = table[f"acc_{kind}"][:, group]
+            draw_band(axes, table["epoch"][0, group], values, kind, names[kind])
+        axes.set(title=f"layer {group}", ylim=(0, 1.04))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+    panels[0, 0].legend(loc="lower right")
+    figure.supxlabel("epoch of retraining (0: the layer as initialized)", fontsize=8)
+    figure.supylabel("accuracy", fontsize=8)
+    figure.suptitle(f"{family.title} ({family.seeds})", fontsize=8)
+    return figure

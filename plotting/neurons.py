@@ -1,0 +1,61 @@
+"""How many neurons hold an example, and where they are (Figure 5)."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from plotting.runs import Family
+from plotting.style import COLORS, PAGE, names_of
+
+FLIPPING = "neuron_flipping.csv"
+FLIPPING_COLUMNS = (
+    "example", "memorized", "neurons", "flipped",
+    "acc_remaining_before", "acc_remaining_after", "groups", "neurons_ids",
+)  # fmt: skip
+
+
+def _of_both_kinds(rows: list[dict]) -> Iterator[tuple[str, list[dict]]]:
+    for kind, memorized in (("clean", 0), ("noisy", 1)):
+        yield kind, [row for row in rows if row["memorized"] == memorized]
+
+
+def _histogram(axes: Axes, values: list[float], bins: np.ndarray, kind: str, name: str) -> None:
+    weights = np.full(len(values), 1 / max(1, len(values)))
+    axes.hist(values, bins, weights=weights, alpha=0.55, color=COLORS[kind], label=name)
+
+
+def plot_flipping(family: Family) -> Figure:
+    """Neurons to flip, accuracy on the rest afterwards, and the layers that the neurons are in."""
+    rows = family.rows(FLIPPING, FLIPPING_COLUMNS, text=("groups", "neurons_ids"))
+    names = names_of(family.config.data.split)
+    figure, (counts, after, layers) = plt.subplots(1, 3, figsize=(PAGE, 2.3))
+    most = max(row["neurons"] for row in rows)
+    steps = np.arange(0.5, most + 1.5, max(1, most // 30))
+    lowest = min(row["acc_remaining_after"] for row in rows)
+    groups = [int(g) for row in rows for g in row["groups"].split()]
+    for kind, chosen in _of_both_kinds(rows):
+        neurons = [row["neurons"] for row in chosen]
+        _histogram(counts, neurons, np.append(steps, most + 1.5), kind, names[kind])
+        counts.axvline(np.mean(neurons), color=COLORS[kind], ls="--", lw=0.8)
+        remaining = [row["acc_remaining_after"] for row in chosen]
+        _histogram(after, remaining, np.linspace(lowest, 1, 21), kind, names[kind])
+        own = [int(g) for row in chosen for g in row["groups"].split()]
+        share = np.bincount(own, minlength=max(groups) + 1) / max(1, len(own))
+        place = np.arange(len(share)) + (0.2 if kind == "noisy" else -0.2)
+        layers.bar(place, share, 0.4, color=COLORS[kind], label=names[kind])
+    counts.set(xlabel="neurons zeroed to flip it", ylabel="share of examples")
+    after.set(xlabel="accuracy on the remaining set")
+    layers.set(xlabel="layer", ylabel="share of neurons")
+    after.xaxis.set_major_formatter(PercentFormatter(1))
+    for axes in (counts, after, layers):
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.legend()
+    layers.xaxis.set_major_locator(MaxNLocator(integer=True))
+    unflipped = sum(row["flipped"] == 0 for row in rows)
+    more = f", {unflipped} of {len(rows)} never flipped" if unflipped else ""
+    figure.suptitle(f"{family.title} ({family.seeds}{more}; dashed: means)", fontsize=8)
+    return figure

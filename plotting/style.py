@@ -1,0 +1,56 @@
+"""How every figure looks: sized for a printed column, readable without colour vision."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+
+COLUMN, PAGE = 3.3, 6.9  # inches: one column, and both
+
+# From the palette of Okabe and Ito, which keeps its differences for colour-blind readers.
+CLEAN, NOISY, TOTAL, TEST = "#0072B2", "#D55E00", "#444444", "#009E73"
+DASHES = {"clean": "-", "noisy": "--", "total": ":", "test": "-."}
+COLORS = {"clean": CLEAN, "noisy": NOISY, "total": TOTAL, "test": TEST}
+
+SETTINGS = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "legend.fontsize": 7,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 3,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 200,
+    "pdf.fonttype": 42,  # letters stay letters in the PDF
+}
+
+
+@contextmanager
+def paper_style() -> Iterator[None]:
+    """The settings above for what is drawn inside; no window is ever opened."""
+    matplotlib.use("Agg")
+    with matplotlib.rc_context(SETTINGS):
+        yield
+
+
+def names_of(split: str) -> dict[str, str]:
+    """What the two kinds of examples are called: in atypical splits nobody is mislabeled."""
+    if split == "atypical":
+        return {"clean": "typical", "noisy": "atypical", "total": "all", "test": "test"}
+    return {name: name for name in COLORS}
+
+
+def draw_band(axes: Axes, x: np.ndarray, values: np.ndarray, kind: str, label: str) -> None:
+    """The mean over the first axis (seeds) as a line, and a standard deviation around it."""
+    mean, spread = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else None
+    axes.plot(x, mean, DASHES[kind], color=COLORS[kind], label=label)
+    if spread is not None:
+        axes.fill_between(x, mean - spread, mean + spread, color=COLORS[kind], alpha=0.2, lw=0)

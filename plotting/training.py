@@ -1,0 +1,103 @@
+"""Learning curves, and where gradients come from (Figures 1, 2, 3, 8, 10 to 14)."""
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from engine.runs import HISTORY_COLUMNS
+from plotting.runs import Family
+from plotting.style import COLUMN, PAGE, draw_band, names_of
+
+ACCOUNTING = "gradient_accounting.csv"
+ACCOUNTING_COLUMNS = (
+    "epoch", "group", "norm_clean", "norm_noisy", "norm_total", "cosine", "parameters",
+)  # fmt: skip
+KINDS = ("clean", "noisy", "total")
+
+
+def plot_learning_curves(family: Family) -> Figure:
+    """Figure 3, left: accuracy on clean and noisy training examples, and on test examples."""
+    table = family.table("history.csv", HISTORY_COLUMNS)
+    figure, axes = plt.subplots(figsize=(COLUMN, 2.3))
+    for kind, name in names_of(family.config.data.split).items():
+        draw_band(axes, table["epoch"][0], table[f"acc_{kind}"], kind, name)
+    axes.set(xlabel="epoch", ylabel="accuracy", ylim=(0, 1.02))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(loc="lower right")
+    axes.set_title(f"{family.title} ({family.seeds})")
+    return figure
+
+
+def _accounts(family: Family) -> dict[str, np.ndarray]:
+    """Column -> values [seeds, epochs, groups]."""
+    table = family.table(ACCOUNTING, ACCOUNTING_COLUMNS)
+    groups = int(table["group"].max()) + 1
+    return {name: values.reshape(len(values), -1, groups) for name, values in table.items()}
+
+
+def _draw_norms(axes: Axes, family: Family, accounts: dict, epochs: slice) -> None:
+    """Norms of each layer, averaged over some epochs; mean and spread over seeds."""
+    groups = accounts["group"][0, 0]
+    names = names_of(family.config.data.split)
+    for kind in KINDS:
+        draw_band(axes, groups, accounts[f"norm_{kind}"][:, epochs].mean(1), kind, names[kind])
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def plot_gradient_norms(family: Family) -> Figure:
+    """Figures 1, 8, 11 to 14: each layer's gradient norms, averaged over all epochs."""
+    accounts = _accounts(family)
+    figure, axes = plt.subplots(figsize=(COLUMN, 2.3))
+    _draw_norms(axes, family, accounts, slice(None))
+    axes.set(xlabel="layer", ylabel="gradient norm / sqrt(parameters)")
+    axes.legend()
+    axes.set_title(f"{family.title}, all epochs ({family.seeds})")
+    return figure
+
+
+def plot_gradient_norms_over_training(family: Family) -> Figure:
+    """Figure 10: the same in nine windows of the training, each with a scale of its own."""
+    accounts = _accounts(family)
+    count = accounts["epoch"].shape[1]
+    bounds = np.unique(np.linspace(0, count, min(9, count) + 1).round().astype(int))
+    rows = -(-(len(bounds) - 1) // 3)
+    figure, panels = plt.subplots(rows, 3, figsize=(PAGE, 1.6 * rows + 0.3), squeeze=False)
+    for axes, start, stop in zip(panels.flat, bounds, bounds[1:]):
+        _draw_norms(axes, family, accounts, slice(start, stop))
+        axes.set_title(f"epochs {start + 1} to {stop}" if stop > start + 1 else f"epoch {stop}")
+    for axes in list(panels.flat)[len(bounds) - 1 :]:
+        axes.set_visible(False)
+    panels[0, 0].legend()
+    figure.supxlabel("layer", fontsize=8)
+    figure.supylabel("gradient norm / sqrt(parameters)", fontsize=8)
+    figure.suptitle(f"{family.title} ({family.seeds})", fontsize=8)
+    return figure
+
+
+def plot_gradient_cosines(family: Family) -> Figure:
+    """Figure 2: cosine between the clean and the noisy gradient, epoch by layer."""
+    accounts = _accounts(family)
+    cosine = accounts["cosine"].mean(0)
+    figure, axes = plt.subplots(figsize=(COLUMN, 2.8))
+    epochs, groups = cosine.shape
+    image = axes.imshow(
+        cosine,
+        cmap="viridis",
+        vmin=-1,
+        vmax=np.max(cosine, initial=0, where=np.isfinite(cosine)),
+        aspect="auto",
+        extent=(-0.5, groups - 0.5, epochs + 0.5, 0.5),
+        interpolation="nearest",
+    )
+    axes.set(xlabel="layer", ylabel="epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.spines[:].set_visible(False)
+    clean, noisy = (names_of(family.config.data.split)[kind] for kind in ("clean", "noisy"))
+    figure.colorbar(image, label=f"cosine of {clean} and {noisy} gradient")
+    axes.set_title(f"{family.title} ({family.seeds})")
+    return figure

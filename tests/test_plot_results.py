@@ -1,0 +1,105 @@
+"""Figures come from result files alone, show what is in them, and say what is missing."""
+
+import numpy as np
+import pytest
+from matplotlib import pyplot as plt
+from PIL import Image
+
+import gradient_accounting
+import plot_results
+from engine.runs import Run
+from engine.setup import load_split
+from plotting.examples import choose_examples
+from plotting.runs import find_families
+from plotting.style import NOISY, paper_style
+from plotting.training import ACCOUNTING_COLUMNS, plot_gradient_norms, plot_learning_curves
+
+
+@pytest.fixture
+def family(tiny, tmp_path):
+    for seed in (0, 1):
+        gradient_accounting.main(Run.of(tiny(f"seed={seed}")))
+    (found,) = find_families([tmp_path / "runs"])
+    return found
+
+
+def test_every_figure_of_finished_runs(family, capsys):
+    assert plot_results.main([str(family.folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(plot_results.KINDS)
+    for kind in plot_results.KINDS:
+        png = family.folder / "figures" / f"{kind.name}.png"
+        assert np.asarray(Image.open(png).convert("L")).std() > 5, "an empty picture"
+        assert png.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_the_same_results_are_the_same_files(family):
+    found = []
+    for _ in range(2):
+        plot_results.main([str(family.folder), "--figure", "1"])
+        found.append([p.read_bytes() for p in sorted((family.folder / "figures").iterdir())])
+    assert found[0] == found[1]
+
+
+def test_runs_of_different_settings_do_not_share_a_figure(family, tiny, tmp_path):
+    gradient_accounting.main(Run.of(tiny("data.noise_rate=0.4")))
+    families = find_families([tmp_path / "runs"])
+    assert sorted(len(f.runs) for f in families) == [1, 2]
+
+
+def test_gradient_norms_are_means_over_epochs_and_seeds(family):
+    table = family.table("gradient_accounting.csv", ACCOUNTING_COLUMNS)
+    expected = [table["norm_noisy"][table["group"] == group].mean() for group in range(9)]
+    with paper_style():
+        figure = plot_gradient_norms(family)
+    (line,) = [line for line in figure.axes[0].lines if line.get_color() == NOISY]
+    np.testing.assert_allclose(line.get_ydata(), expected, rtol=1e-9)
+    plt.close(figure)
+
+
+def test_learning_curves_begin_with_the_initialization(family):
+    with paper_style():
+        figure = plot_learning_curves(family)
+    assert all(line.get_xdata().tolist() == [0, 1, 2, 3] for line in figure.axes[0].lines)
+    assert "n = 2 seeds" in figure.axes[0].get_title()
+    plt.close(figure)
+
+
+def test_a_figure_without_data_is_named_with_its_command(family, capsys):
+    for run in family.runs:
+        (run.directory / "gradient_accounting.csv").unlink()
+    assert plot_results.main([str(family.folder), "--figure", "2"]) == 0
+    line = capsys.readouterr().out
+    assert "gradient_accounting.csv is missing; python gradient_accounting.py" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["{folder}", "--figure", "99"], "'99' is not a figure"),
+        (["{folder}/nowhere"], "no such folder"),
+        (["{folder}/empty"], "no finished run there"),
+    ],
+)
+def test_mistakes(tmp_path, capsys, arguments, expected):
+    (tmp_path / "empty").mkdir()
+    assert plot_results.main([a.format(folder=tmp_path) for a in arguments]) == 2
+    printed = capsys.readouterr().err
+    assert expected in printed
+    assert printed.count("\n") == 1
+
+
+def test_contact_sheets_show_the_ends_of_typicality(tiny):
+    config = tiny("data.split=atypical")
+    split = load_split(config)
+    (_, least), (_, most) = choose_examples(split, "atypical")
+    assert split.typicality[int(least[0])] == split.typicality.min()
+    assert split.typicality[int(most[0])] == split.typicality.max()
+    assert split.memorized[least.tolist()].sum() >= split.memorized.sum().clamp(max=len(least))
+
+
+def test_contact_sheets_show_who_is_mislabeled(tiny):
+    split = load_split(tiny())
+    (_, wrong), (_, right) = choose_examples(split, "noise")
+    assert (split.label != split.true_label)[wrong.tolist()].all()
+    assert (split.label == split.true_label)[right.tolist()].all()

@@ -1,0 +1,128 @@
+"""The main job: every script in order, each piece of work once, and going on after a stop."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import gradient_accounting
+import reproduce
+from engine.config import load_configs
+from engine.runs import Run
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SMALL = [
+    "train.epochs=2", "rewinding.epochs=[0,1,...]", "retraining.epochs=1",
+    "retraining.peak_epoch=1", "flipping.examples=2", "flipping.reference_batch=8",
+    "flipping.noise_copies=1", "flipping.remaining=20", "flipping.max_neurons=3",
+    "model.width=0.1", "dropout.forget_draws=1", "dropout.forget=[1]",
+]  # fmt: skip
+TABLES = {
+    "gradient_accounting.csv", "history.csv", "layer_rewinding.csv", "layer_retraining.csv",
+    "neuron_flipping.csv", "mislabel_detection.csv",
+}  # fmt: skip
+
+
+def test_everything_in_order_and_then_nothing(tiny_file, tmp_path, capsys):
+    arguments = [str(tiny_file), *SMALL, "sweep.dropout.kind=[example_tied, standard]"]
+    assert reproduce.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == [
+        "gradient accounting", "layer rewinding", "layer retraining", "neuron flipping",
+        "example tied dropout", "example tied dropout", "figures", "figures", "figures",
+        "table", "table", "table",
+    ]  # fmt: skip
+    plain = Path(lines[0].split()[-1])
+    assert {path.name for path in plain.glob("*.csv")} == TABLES
+    figures = {path.name for path in (plain.parent / "figures").glob("*.png")}
+    assert {"gradient_norms.png", "rewinding.png", "retraining.png", "neurons.png"} <= figures
+
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.csv")}
+    assert reproduce.main(arguments) == 0
+    assert capsys.readouterr().out.splitlines() == lines
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.csv")} == before
+
+
+def test_a_deleted_measurement_is_measured_again_and_nothing_else(tiny_file, capsys):
+    arguments = [str(tiny_file), *SMALL, "experiments=[rewinding]"]
+    assert reproduce.main(arguments) == 0
+    directory = Path(capsys.readouterr().out.splitlines()[0].split()[-1])
+    table = directory / "layer_rewinding.csv"
+    content, weights = table.read_bytes(), directory / "checkpoints" / "epoch_002.pt"
+    trained = weights.stat().st_mtime_ns
+    table.unlink()
+    assert reproduce.main(arguments) == 0
+    assert table.read_bytes() == content
+    assert weights.stat().st_mtime_ns == trained
+
+
+def test_configurations_that_ask_for_the_same_work_share_it(tiny_file):
+    configs = load_configs(tiny_file, ["sweep.dropout.kind=[none, example_tied, sparse]"])
+    jobs = reproduce.make_jobs(configs)
+    assert [job.script.__name__ for job in jobs].count("gradient_accounting") == 1
+    assert [job.script.__name__ for job in jobs].count("example_tied_dropout") == 2
+
+
+def test_experiments_are_a_choice(tiny_file):
+    for chosen, expected in (("[]", 1), ("[rewinding, flipping]", 3), ("all", 4)):
+        jobs = reproduce.make_jobs(load_configs(tiny_file, [f"experiments={chosen}"]))
+        assert len(jobs) == expected
+
+
+def test_out_of_time_stops_cleanly_and_the_same_command_goes_on(tiny_file, capsys):
+    overrides = [*SMALL[1:], "train.epochs=5", "experiments=[rewinding]"]
+    arguments = [str(tiny_file), *overrides]
+    rounds = 0
+    while True:
+        assert reproduce.main([*arguments, "--time-budget", "0"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        if not lines[-1].startswith("out of time: "):
+            break
+        rounds += 1
+        assert rounds < 30
+    assert rounds >= 5, "a budget of nothing must stop at every safe point"
+    (stopped,), (whole,) = (
+        [Run.of(config) for config in load_configs(tiny_file, [*overrides, *place])]
+        for place in ([], [f"output_dir={tiny_file.parent / 'whole'}"])
+    )
+    assert stopped.finished
+    gradient_accounting.main(whole)
+    for name in ("history.csv", "gradient_accounting.csv"):
+        assert (stopped.directory / name).read_bytes() == (whole.directory / name).read_bytes()
+
+
+def test_a_run_that_fails_does_not_stop_the_others(tiny_file, capsys):
+    arguments = [str(tiny_file), *SMALL, "sweep.train.peak_lr=[1e30, 0.1]", "experiments=[]"]
+    assert reproduce.main(arguments) == 1
+    printed = capsys.readouterr()
+    assert "the loss became" in printed.err
+    assert printed.out.count("gradient accounting: ") == 1
+
+
+def test_the_first_argument_may_be_an_override(capsys):
+    assert reproduce.main(["seed=[3,4]", "--dry-run"]) == 0
+    assert "seed 4" in capsys.readouterr().out
+    assert reproduce.main(["sede=3"]) == 2
+    assert "did you mean seed?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_end_a_real_process_with_one_line(tiny_file, number, status):
+    command = [sys.executable, "reproduce.py", str(tiny_file), "train.epochs=2000"]
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not list(tiny_file.parent.glob("runs/*/*/resume/epoch_001.pt")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert error.splitlines()[-1].endswith("the same command goes on where this one was")
+    assert "Traceback" not in error
+    assert not list(tiny_file.parent.rglob("*.tmp"))
