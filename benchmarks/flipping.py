@@ -50,7 +50,7 @@ class SlowSearch:
     """One example at a time, on a copy of the model with a parameter for each gate."""
 
     def __init__(self, run: Run, split: Split, model: nn.Module) -> None:
-        self.run, self.split, self.original = run, split, model
+        self.run, self.split, self.original = run, split, copy.deepcopy(model)
         settings = run.config.flipping
         rows = draw_rows("flipping reference", run.config.seed, split.n, settings.reference_batch)
         self.reference = torch.cat([self.copies_of(row) for row in rows.tolist()])

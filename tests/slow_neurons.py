@@ -32,7 +32,7 @@ FINAL = {
 class SingleConv(StagedModel):
     """One convolution with a bias and without batch norm, and a linear layer with a bias."""
 
-    def __init__(self, channels: int = 1, classes: int = 10, width: int = 8):
+    def __init__(self, channels: int = 1, classes: int = 10, width: int = 24):
         super().__init__()
         self.conv = nn.Conv2d(channels, width, 5, stride=2)
         self.linear = nn.Linear(width, classes)

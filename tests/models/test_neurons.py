@@ -1,5 +1,7 @@
 """Gates do what scaling or zeroing a copy's parameters does, in value and in derivative."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,6 +29,7 @@ def test_gradients_and_outputs_of_several_sets_at_once(name, ablate):
     model = make(name).double()
     model.requires_grad_(False)
     label = torch.tensor([1, 4, 2, 2, 7, 0])
+    fresh = copy.deepcopy(model)
     with Gates(model, ablate) as gates:
         chosen = some_of_each_layer(gates)
         sets = [[], chosen[1::3], chosen[-2:]]
@@ -36,7 +39,7 @@ def test_gradients_and_outputs_of_several_sets_at_once(name, ablate):
         loss = F.cross_entropy(output, label, reduction="sum")
         found = gates.gradients(taps, torch.autograd.grad(loss, [t.output for t in taps]), 3)
     for i, closed in enumerate(sets):
-        slow = SlowNeurons(model, name, ablate)
+        slow = SlowNeurons(fresh, name, ablate)
         for gate in closed:
             slow.close(gate)
         rows = slice(2 * i, 2 * i + 2)
@@ -94,9 +97,10 @@ def test_afterwards_nothing_is_left(name):
     model = make(name)
     x = images(2).float()
     before = model(x)
-    with pytest.raises(IndexError), Gates(model) as gates:
+    with Gates(model) as gates:
         gates.close([[0]])
         assert not torch.equal(model(x), before)
+    with pytest.raises(IndexError), Gates(model) as gates:
         gates.close([[gates.count]])
     assert torch.equal(model(x), before)
     assert not any(module._forward_hooks for module in model.modules())
