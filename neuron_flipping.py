@@ -37,6 +37,7 @@ from engine.reuse import SAVED_PER_TAP, Correctness, ReferenceGradient, mean_out
 from engine.runs import Run
 from engine.second_split import measure_forgetting, read_forgetting
 from engine.setup import load_final_model, load_split
+from models.dropout import examples
 from models.layer_groups import StagedModel
 from models.neurons import Gates
 
@@ -100,6 +101,7 @@ class Candidate:
     row: int
     label: Tensor
     images: Tensor  # normalized and noisy, [copies, channels, height, width]
+    index: Tensor | None = None  # [copies], where dropout gives every example a mask of its own
     closed: list[int] = field(default_factory=list)
 
 
@@ -130,7 +132,9 @@ def search(
     most = min(max_neurons, gates.count)
     while active := [*active, *islice(waiting, chunk - len(active))]:
         gates.close([candidate.closed for candidate in active])
-        logits = model(torch.cat([candidate.images for candidate in active]))
+        index = [candidate.index for candidate in active if candidate.index is not None]
+        with examples(model, torch.cat(index) if index else None):
+            logits = model(torch.cat([candidate.images for candidate in active]))
         taps = gates.take_taps()
         output = mean_output(logits, len(active[0].images))
         label = torch.stack([candidate.label for candidate in active])
@@ -172,18 +176,34 @@ def compute_flipping(
 
     copies, others = settings.noise_copies, settings.reference_copies or settings.noise_copies
     of_reference = draw_rows("flipping reference", seed, split.n, settings.reference_batch)
+    of_reference = of_reference.to(device)
     reference_images = torch.stack([copies_of(row, others) for row in of_reference.tolist()])
     of_remaining = draw_rows("flipping remaining", seed, split.n, settings.remaining).to(device)
 
     with Gates(model, settings.ablate) as gates:
         memory = free_memory(device)
         reference = ReferenceGradient(
-            model, gates, reference_images, split.label[of_reference.to(device)], memory / 3
+            model,
+            gates,
+            reference_images,
+            split.label[of_reference],
+            memory / 3,
+            split.index[of_reference],
         )
         remaining = Correctness(
-            model, gates, split.images[of_remaining], split.label[of_remaining], memory / 3
+            model,
+            gates,
+            split.images[of_remaining],
+            split.label[of_remaining],
+            memory / 3,
+            split.index[of_remaining],
         )
-        candidates = (Candidate(row, split.label[row], copies_of(row, copies)) for row in rows)
+        candidates = (
+            Candidate(
+                row, split.label[row], copies_of(row, copies), split.index[row].expand(copies)
+            )
+            for row in rows
+        )
         chunk = chunk_size(model, gates, copies_of(rows[0], copies))
         before = remaining.of(frozenset())
         for candidate, flipped in search(
@@ -219,7 +239,8 @@ def measure(run: Run, split: Split, device: torch.device) -> None:
     measurement = search_measurement(run)
     model = load_final_model(run, split, device).eval().requires_grad_(False)
     with compute_precision(run.config.precision, device):
-        correct = evaluate(model, split.images, split.label).correct.cpu()
+        outcome = evaluate(model, split.images, split.label, index=split.index)
+        correct = outcome.correct.cpu()
         rows = choose_examples(split, correct, run.config.flipping.examples)
         example_of = dict(zip(rows, split.index[rows].tolist()))
         found = {e: measurement.part(f"example_{e:06d}") for e in example_of.values()}

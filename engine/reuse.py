@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import normalize
+from models.dropout import examples
 from models.layer_groups import StagedModel, State, layer_groups, run_stages
 from models.neurons import Gates, Tap
 
@@ -36,6 +37,15 @@ def _tensors(state: State) -> tuple[Tensor, ...]:
 
 def _leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+def _split_index(
+    index: Tensor | None, size: int, batches: int, copies: int = 1
+) -> Sequence[Tensor | None]:
+    """The indices of each batch's images, where every example stands `copies` times."""
+    if index is None:
+        return [None] * batches
+    return index.repeat_interleave(copies).split(size * copies)
 
 
 def _nbytes(state: State) -> int:
@@ -62,16 +72,28 @@ class ReferenceGradient:
     """
 
     def __init__(
-        self, model: StagedModel, gates: Gates, images: Tensor, label: Tensor, memory: float
+        self,
+        model: StagedModel,
+        gates: Gates,
+        images: Tensor,
+        label: Tensor,
+        memory: float,
+        index: Tensor | None = None,
     ) -> None:
-        """Images are normalized and noisy, [n, copies, channels, height, width]."""
-        self.groups, self.gates, self.copies = layer_groups(model), gates, images.shape[1]
+        """Images are normalized and noisy, [n, copies, channels, height, width].
+
+        With their `index`, examples go through example-tied dropout under masks of their own.
+        """
+        self.model, self.groups, self.gates = model, layer_groups(model), gates
+        self.n, self.copies = len(label), images.shape[1]
         each = max(1, ROWS[images.device.type] // self.copies)
-        self.n, self.batches = len(label), list(zip(images.split(each), label.split(each)))
+        self.batches = list(zip(images.split(each), label.split(each)))
+        self.index = _split_index(index, each, len(self.batches), self.copies)
         self.graphs: list[_Graph] = []
         gates.close([()])
-        for batch, _ in self.batches:
-            graph = self._open_graph(batch.flatten(0, 1))
+        for (batch, _), rows in zip(self.batches, self.index):
+            with examples(model, rows):
+                graph = self._open_graph(batch.flatten(0, 1))
             memory -= graph.nbytes
             if memory < 0:
                 break
@@ -95,7 +117,8 @@ class ReferenceGradient:
         start = self.gates.first_group(closed, default=len(self.groups)) if graph else 0
         below = _tensors(graph.states[start] if graph else images.flatten(0, 1))
         leaves = tuple(_leaf(tensor) for tensor in below)
-        logits = run_stages(self.groups, leaves if len(leaves) > 1 else leaves[0], start)
+        with examples(self.model, self.index[batch]):
+            logits = run_stages(self.groups, leaves if len(leaves) > 1 else leaves[0], start)
         taps = self.gates.take_taps()
         loss = F.cross_entropy(mean_output(logits, self.copies), label, reduction="sum")
 
@@ -119,24 +142,32 @@ class Correctness:
     """Which of many images a model gets right, for any set of closed gates; no noise is added."""
 
     def __init__(
-        self, model: StagedModel, gates: Gates, images: Tensor, label: Tensor, memory: float
+        self,
+        model: StagedModel,
+        gates: Gates,
+        images: Tensor,
+        label: Tensor,
+        memory: float,
+        index: Tensor | None = None,
     ) -> None:
-        self.groups, self.gates = layer_groups(model), gates
+        self.model, self.groups, self.gates = model, layer_groups(model), gates
         rows = ROWS[images.device.type]
         self.batches = list(zip(images.split(rows), label.split(rows)))
+        self.index = _split_index(index, rows, len(self.batches))
         gates.close([()])
         with torch.no_grad():
-            sizes = [_nbytes(state) for state in self._states(self.batches[0][0], 0)]
+            sizes = [_nbytes(state) for state in self._states(0, 0)]
             self.lowest = self._lowest_stored([len(self.batches) * size for size in sizes], memory)
-            self.states = [self._states(batch, self.lowest) for batch, _ in self.batches]
+            self.states = [self._states(i, self.lowest) for i in range(len(self.batches))]
         self.of = lru_cache(maxsize=64)(self._compute)
 
-    def _states(self, images: Tensor, lowest: int) -> list[State]:
+    def _states(self, batch: int, lowest: int) -> list[State]:
         """The states in front of the groups lowest, lowest + 1, ..., and the logits."""
-        state, states = normalize(images), []
-        for group in self.groups:
-            states.append(state)
-            state = group.forward(state)
+        state, states = normalize(self.batches[batch][0]), []
+        with examples(self.model, self.index[batch]):
+            for group in self.groups:
+                states.append(state)
+                state = group.forward(state)
         return [*states, state][lowest:]
 
     @staticmethod
@@ -152,10 +183,11 @@ class Correctness:
         self.gates.close([closed])
         start = self.gates.first_group(closed, default=len(self.groups))
         correct = []
-        for (images, label), states in zip(self.batches, self.states):
-            if start >= self.lowest:
-                logits = run_stages(self.groups, states[start - self.lowest], start)
-            else:
-                logits = run_stages(self.groups, normalize(images))
+        for (images, label), rows, states in zip(self.batches, self.index, self.states):
+            with examples(self.model, rows):
+                if start >= self.lowest:
+                    logits = run_stages(self.groups, states[start - self.lowest], start)
+                else:
+                    logits = run_stages(self.groups, normalize(images))
             correct.append(logits.argmax(1) == label)
         return torch.cat(correct)

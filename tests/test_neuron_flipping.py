@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import example_tied_dropout
 import gradient_accounting
 import neuron_flipping
 from data import normalize
@@ -16,6 +17,7 @@ from engine import files, reuse
 from engine.cli import run_script
 from engine.detection import DETECTION_COLUMNS, compute_area
 from engine.errors import UserError
+from engine.evaluation import evaluate
 from engine.reuse import Correctness, ReferenceGradient
 from engine.runs import Run
 from engine.setup import load_final_model, load_split
@@ -523,3 +525,20 @@ def test_compute_flipping_leaves_the_model_as_it_was(run_of):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     next(compute_flipping(run, split, model, [0, 1]))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_each_example_keeps_its_own_mask_in_a_run_with_dropout(tiny):
+    overrides = ["dropout.kind=example_tied", "model.width=0.1", "train.epochs=8"]
+    overrides += ["flipping.examples=2", "flipping.noise_copies=2", "flipping.reference_batch=20"]
+    run = Run.of(example_tied_dropout.without_accounting(tiny(*overrides)))
+    example_tied_dropout.train(run, torch.device("cpu"))
+    neuron_flipping.main(run)
+    split = load_split(run.config)
+    model = load_final_model(run, split, torch.device("cpu"))
+    correct = evaluate(model, split.images, split.label, index=split.index).correct
+    assert not torch.equal(correct, evaluate(model, split.images, split.label).correct)
+    found = neuron_flipping.read_results(run)
+    assert len(found) > 2
+    for example, row in found.items():
+        others = correct[split.index != example].double().mean().item()
+        assert row["acc_remaining_before"] == pytest.approx(others)
