@@ -11,6 +11,7 @@ import pytest
 import gradient_accounting
 from engine.cli import run_script
 from engine.config import describe_keys, load_configs
+from reproduce import QUICKSTART
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -43,7 +44,8 @@ def test_every_command_names_a_script_and_a_configuration_that_are_there(command
     python, script, *arguments = shlex.split(command)
     assert python == "python"
     assert (REPOSITORY / script).exists()
-    config, *overrides = [a for a in arguments if not a.startswith("--")]
+    named = [argument for argument in arguments if not argument.startswith("--")]
+    config, *overrides = named or [str(QUICKSTART)]
     assert load_configs(REPOSITORY / config, overrides)
 
 
