@@ -29,11 +29,11 @@ from data import Split, batch_rows, normalize
 from data.random_streams import random_stream
 from engine import files
 from engine.cli import run_script, title
-from engine.config import Config
 from engine.devices import compute_precision, resolve_device
 from engine.evaluation import Outcome, eval_mode, evaluate_split, mean_by_subset
 from engine.measurements import Measurement
 from engine.runs import Run
+from engine.settings import Config
 from engine.setup import estimate_disk, load_final_model, load_split, load_typicality, make_model
 from engine.training import train_run
 from models.dropout import dropout_mode, forget, tied_layers

@@ -23,12 +23,12 @@ from tqdm import tqdm
 from data import Split, batch_rows
 from engine import files
 from engine.cli import run_script, title
-from engine.config import Config
 from engine.devices import compute_precision, derive_seed, resolve_device
 from engine.errors import RunFailed, UserError
 from engine.evaluation import evaluate, mean_by_subset
 from engine.measurements import Measurement
 from engine.runs import Run, load_weights
+from engine.settings import Config
 from engine.setup import load_final_model, load_split
 from engine.training import PlainBackward, train_epoch
 from models.layer_groups import LayerGroup, StagedModel, layer_groups

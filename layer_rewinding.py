@@ -23,12 +23,12 @@ from tqdm import tqdm
 from data import normalize
 from engine import files
 from engine.cli import run_script, title
-from engine.config import Config
 from engine.devices import compute_precision, resolve_device
 from engine.evaluation import BATCH_SIZE
 from engine.measurements import Measurement
 from engine.options import listed_epochs
 from engine.runs import HISTORY_COLUMNS, Run, load_weights
+from engine.settings import Config
 from engine.setup import load_final_model, load_split
 from models.dropout import examples, tied_layers
 from models.layer_groups import LayerGroup, StagedModel, layer_groups, run_stages

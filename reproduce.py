@@ -26,9 +26,10 @@ import layer_rewinding
 import neuron_flipping
 import plot_results
 from engine.cli import Ending, make_parser, reporting_ends
-from engine.config import EXPERIMENTS, Config, load_configs
+from engine.config import load_configs
 from engine.errors import RunFailed
 from engine.runs import Run, without_dropout
+from engine.settings import EXPERIMENTS, Config
 from engine.stopping import OutOfTime, ending_on_signals, time_budget
 from plotting.runs import Family, find_families
 

@@ -23,8 +23,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from data import Split, batches, epoch_order  # noqa: E402
-from engine.config import Config, load_configs  # noqa: E402
+from engine.config import load_configs  # noqa: E402
 from engine.devices import describe_device, resolve_device  # noqa: E402
+from engine.settings import Config  # noqa: E402
 from engine.setup import load_split, make_model  # noqa: E402
 from engine.training import PlainBackward, train_epoch  # noqa: E402
 from gradient_accounting import GradientAccountant  # noqa: E402

@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data import DataError
-from engine.config import Config, describe_keys, load_configs
+from engine.config import describe_keys, load_configs
 from engine.errors import RunFailed, UserError
 from engine.runs import Run, without_dropout
+from engine.settings import Config
 from engine.stopping import Terminated, ending_on_signals
 
 

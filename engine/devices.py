@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from data.random_streams import random_stream
-from engine.config import Config
 from engine.errors import UserError
+from engine.settings import Config
 
 
 def resolve_device(config: Config) -> torch.device:

@@ -21,8 +21,9 @@ from torch import nn
 
 from data import Split, file_digest
 from engine import files
-from engine.config import SCHEMA, Config, DropoutConfig, flatten, load_configs, to_yaml
+from engine.config import SCHEMA, flatten, load_configs, to_yaml
 from engine.errors import UserError
+from engine.settings import Config, DropoutConfig
 from models import MODELS, model_options
 
 HISTORY_COLUMNS = (

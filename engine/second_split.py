@@ -14,12 +14,12 @@ from torch import Tensor
 from data import Split
 from data.random_streams import random_stream
 from engine import files
-from engine.config import Config
 from engine.detection import first_epoch_for_good
 from engine.devices import compute_precision
 from engine.evaluation import evaluate
 from engine.measurements import Measurement
 from engine.runs import Run
+from engine.settings import Config
 from engine.setup import make_model
 from engine.training import PlainBackward, train_epoch
 

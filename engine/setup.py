@@ -15,9 +15,9 @@ from data import (
     make_split,
     outline,
 )
-from engine.config import Config, DataConfig, DropoutConfig
 from engine.errors import UserError
 from engine.runs import Run, load_weights
+from engine.settings import Config, DataConfig, DropoutConfig
 from models import build_model
 from models.dropout import ExampleTiedDropout, SparseDropout, StandardDropout, insert_dropout
 from models.layer_groups import StagedModel

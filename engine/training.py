@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 from data import Batch, Split, batch_rows, batches, epoch_order
 from engine import files, provenance
-from engine.config import Config, TrainConfig
 from engine.devices import compute_precision, derive_seed, isolated_rng
 from engine.errors import RunFailed, UserError
 from engine.evaluation import evaluate_split, mean_by_subset
 from engine.runs import HISTORY_COLUMNS, Run, load_weights
+from engine.settings import Config, TrainConfig
 from engine.stopping import safe_point
 from models.dropout import examples, tied_layers
 

@@ -8,9 +8,9 @@ import numpy as np
 
 from engine import files
 from engine.cli import title
-from engine.config import Config
 from engine.errors import UserError
 from engine.runs import Run
+from engine.settings import Config
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 
-from engine.config import SCHEMA, Config, flatten, impossible, load_configs, to_yaml
+from engine.config import SCHEMA, flatten, load_configs, to_yaml
 from engine.errors import UserError
 from engine.options import listed_epochs
+from engine.settings import Config, impossible
 
 
 @pytest.fixture

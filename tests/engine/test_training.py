@@ -11,10 +11,10 @@ import torch.nn.functional as F
 import gradient_accounting
 from data import batches, epoch_order, normalize
 from engine import files, training
-from engine.config import TrainConfig
 from engine.errors import RunFailed, UserError
 from engine.evaluation import evaluate
 from engine.runs import HISTORY_COLUMNS, Run, load_weights
+from engine.settings import TrainConfig
 from engine.setup import load_split, make_model
 from engine.training import learning_rate
 
