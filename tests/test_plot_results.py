@@ -5,13 +5,16 @@ import pytest
 from matplotlib import pyplot as plt
 from PIL import Image
 
+import example_tied_dropout
 import gradient_accounting
 import plot_results
+from engine import files
 from engine.runs import Run
 from engine.setup import load_split
 from plotting.examples import choose_examples
 from plotting.runs import find_families
 from plotting.style import NOISY, paper_style
+from plotting.tables import KINDS, spread
 from plotting.training import ACCOUNTING_COLUMNS, plot_gradient_norms, plot_learning_curves
 
 
@@ -26,8 +29,12 @@ def family(tiny, tmp_path):
 def test_every_figure_of_finished_runs(family, capsys):
     assert plot_results.main([str(family.folder)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(plot_results.KINDS)
-    for kind in plot_results.KINDS:
+    concerned = [kind for kind in plot_results.KINDS if kind.concerns(family)]
+    assert len(lines) == len(concerned)
+    assert not any(kind.script == "example_tied_dropout.py" for kind in concerned)
+    measured = [kind for kind in concerned if family.has(kind.source)]
+    assert len(measured) == sum("is missing" not in line for line in lines) >= 5
+    for kind in measured:
         png = family.folder / "figures" / f"{kind.name}.png"
         assert np.asarray(Image.open(png).convert("L")).std() > 5, "an empty picture"
         assert png.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
@@ -87,6 +94,27 @@ def test_mistakes(tmp_path, capsys, arguments, expected):
     printed = capsys.readouterr().err
     assert expected in printed
     assert printed.count("\n") == 1
+
+
+def test_a_table_holds_ours_beside_the_papers(tiny, tmp_path, capsys):
+    overrides = ["dropout.kind=example_tied", "model.width=0.1", "dropout.forget_draws=1"]
+    config = example_tied_dropout.without_accounting(tiny(*overrides))
+    example_tied_dropout.main(Run.of(config))
+    assert plot_results.main([str(tmp_path / "runs"), "--format", "png"]) == 0
+    assert "figure 7" in capsys.readouterr().out
+    rows = (tmp_path / "runs" / "tables" / "table_1.csv").read_text().splitlines()
+    columns = example_tied_dropout.COLUMNS
+    path = Run.of(config).directory / "example_tied_dropout.csv"
+    before, after = files.read_csv(path, columns, text=("dropout", "state"))
+    found = [f"{100 * row[f'acc_{k}']:.1f}%" for row in (before, after) for k in KINDS]
+    assert rows[1].split(",")[-6:] == found
+    assert rows[-3].startswith("paper: cifar10,-,99.9%,99.3%,79.3%,90.8%,3.1%,82.7%")
+
+
+def test_spread_of_several_seeds():
+    assert spread([0.5]) == "50.0%"
+    assert spread([0.4, 0.6]) == "50.0 ± 14.1%"
+    assert spread([float("nan")]) == "-"
 
 
 def test_contact_sheets_show_the_ends_of_typicality(tiny):
