@@ -1,6 +1,6 @@
 """The main job: everything that a configuration asks for, in order, for every run of its sweep.
 
-    python reproduce.py                              # configs/quickstart.yaml, five minutes
+    python reproduce.py                              # configs/quickstart.yaml, on embedded images
     python reproduce.py configs/small/mnist.yaml
     python reproduce.py CONFIG --time-budget 540     # stop cleanly after nine minutes; call again
 
