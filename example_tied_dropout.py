@@ -280,6 +280,7 @@ def main(run: Run) -> str:
     device = resolve_device(run.config)
     if not run.finished:
         train(run, device)
+    run.require_intact()
     run.discard(run.resumable_epochs())
     found = tables(run)
     if not all(table.finished for table in found.values()):

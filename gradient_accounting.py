@@ -87,13 +87,18 @@ class GradientAccountant:
         for parameter, gradient in zip(self.parameters, torch._foreach_add(clean, noisy)):
             parameter.grad = gradient
 
+    @property
+    def sums(self) -> list[Tensor]:
+        """This epoch's gradients so far."""
+        return [*self.clean, *self.noisy]
+
     def epoch_rows(self, epoch: int) -> list[dict[str, float]]:
         """A row for each layer group; the sums begin anew."""
         rows = []
         for group, positions in enumerate(self.groups):
             clean, noisy = ([sums[i] for i in positions] for sums in (self.clean, self.noisy))
             rows.append({"epoch": epoch, "group": group} | compute_row(clean, noisy))
-        torch._foreach_zero_([*self.clean, *self.noisy])
+        torch._foreach_zero_(self.sums)
         return rows
 
 
@@ -102,14 +107,14 @@ class GradientAccountant:
 
 def main(run: Run) -> str:
     """Train and account one run, unless it is finished; its results in one line."""
-    accounting = run.config.train.account_gradients
     if run.finished:
+        run.require_intact()
         run.discard(run.resumable_epochs())
-        run.require_results(*([FILE_NAME] if accounting else []))
     else:
         device = resolve_device(run.config)
         split = load_split(run.config).to(device)
         model = make_model(run.config, split).to(device)
+        accounting = run.config.train.account_gradients
         train_run(run, split, model, device, GradientAccountant(model) if accounting else None)
     last = files.read_csv(run.history_path, HISTORY_COLUMNS)[-1]
     return (

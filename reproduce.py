@@ -74,7 +74,7 @@ def make_jobs(configs: Sequence[Config]) -> list[Job]:
     return list(jobs.values())
 
 
-def work(jobs: Sequence[Job], ending: Ending) -> Iterator[Job]:
+def work(jobs: Sequence[Job], ending: Ending, wait: bool) -> Iterator[Job]:
     """Do every job, a line of results each, under one line of progress; yield what is done."""
     with tqdm(total=len(jobs), unit="job", dynamic_ncols=True) as bar:
         for job in jobs:
@@ -83,7 +83,8 @@ def work(jobs: Sequence[Job], ending: Ending) -> Iterator[Job]:
             with ending.one_of_several(job.run.directory):
                 if not trained:
                     raise RunFailed(f"no {job.name}, as the training did not come to its end")
-                result = job.script.main(job.run)
+                with job.run.claimed(wait):
+                    result = job.script.main(job.run)
                 bar.write(f"{job.name}: {result}  {job.run.directory}", file=sys.stdout)
                 yield job
             bar.update()
@@ -116,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         done = []
         try:
             with time_budget(given.time_budget):
-                for job in work(jobs, ending):
+                for job in work(jobs, ending, given.wait):
                     done.append(job)
         except OutOfTime:
             print(f"out of time: {len(jobs) - len(done)} of {len(jobs)} jobs left; ", end="")

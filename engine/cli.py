@@ -36,6 +36,9 @@ def make_parser(description: str, default_config: str | None = None) -> argparse
     )
     parser.add_argument("--dry-run", action="store_true", help="only say what would be done")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"))
+    parser.add_argument(
+        "--wait", action="store_true", help="wait for runs that another process works on"
+    )
     return parser
 
 
@@ -74,7 +77,11 @@ def run_script(
         done = []
         for run in find_runs(given.config, [*given.overrides, *device], training):
             with ending.one_of_several(run.directory):
-                result = plan(run) if given.dry_run else work(run)
+                if given.dry_run:
+                    result = plan(run)
+                else:
+                    with run.claimed(given.wait):
+                        result = work(run)
                 print(f"{result}  {run.directory}", flush=True)
                 done.append(run)
         for result, folder in () if given.dry_run else conclude(done):
@@ -108,7 +115,8 @@ def reporting_ends() -> Iterator[Ending]:
         ending.status = 2
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        print(f"{place}{error.strerror or error}", file=sys.stderr)
+        reason = f"{place}{error.strerror or error}"
+        print(f"{reason}; the same command goes on once this is mended", file=sys.stderr)
         ending.status = 1
     except (KeyboardInterrupt, Terminated) as error:
         ending.status = getattr(error, "status", 130)

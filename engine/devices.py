@@ -1,7 +1,7 @@
 """Where a run computes, in which precision, and with which random numbers."""
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -89,3 +89,17 @@ def isolated_rng(seed: int, device: torch.device) -> Iterator[None]:
         if on_gpu:
             torch.cuda.manual_seed(seed)
         yield
+
+
+def random_states(device: torch.device) -> dict[str, torch.Tensor]:
+    """Where torch's global streams are now, such that `set_random_states` goes on from there."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_random_states(states: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)

@@ -11,6 +11,8 @@ import json
 import re
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,8 +23,9 @@ from torch import nn
 
 from data import Split, file_digest
 from engine import files
+from engine.claims import claim
 from engine.config import SCHEMA, flatten, load_configs, to_yaml
-from engine.errors import UserError
+from engine.errors import RunFailed, UserError
 from engine.settings import Config, DropoutConfig
 from models import MODELS, model_options
 
@@ -51,8 +54,10 @@ _DROPOUT_KEYS = {
 }
 
 
-def deciding_settings(config: Config) -> dict[str, object]:
+def deciding_settings(config: Config, contents: bool = True) -> dict[str, object]:
     """The settings that decide a training's weights, those that have no effect left out.
+
+    The contents of data files are settings too, unless they are not asked for.
 
     A value at its default is left out too (but for the three that name the run), so that a key
     which a later version adds does not rename the runs of an earlier one.
@@ -73,7 +78,7 @@ def deciding_settings(config: Config) -> dict[str, object]:
         and key not in without_effect
         and (key in always or value != SCHEMA[key].default)
     }
-    for key in _PLACES[1:]:
+    for key in _PLACES[1:] if contents else ():
         if (path := flatten(config)[key]) is not None:
             settings[f"{key}.sha256"] = file_digest(path)
     return settings
@@ -130,16 +135,20 @@ class Run:
     def at(cls, directory: Path, overrides: tuple[str, ...] = ()) -> "Run":
         """The run that lies in a directory, wherever it was made.
 
-        Overrides can change what a measurement does, never what was trained.
+        Overrides can change what a measurement does and where data lie, never what was trained.
         """
         path = directory / "config.yaml"
         if not path.exists():
             raise UserError(f"{directory}: is not the directory of a run: it has no config.yaml")
-        (made,) = load_configs(path)
+        made, *more = load_configs(path)
+        if more:
+            raise UserError(f"{path}: has a sweep, and is about {len(more) + 1} runs, not this one")
+        cls(directory, made)._require_own_settings()
         configs = load_configs(path, overrides)
+        decisive = [key for key in SCHEMA if _DECIDING.fullmatch(key) and key not in _PLACES]
         for config in configs:
-            for key, value in flatten(made).items():
-                if _DECIDING.fullmatch(key) and flatten(config)[key] != value:
+            for key in decisive:
+                if flatten(config)[key] != (value := flatten(made)[key]):
                     raise UserError(
                         f"command line: {key}: cannot be changed, {directory} was trained "
                         f"with {value!r}"
@@ -147,6 +156,13 @@ class Run:
         if len(configs) != 1:
             raise UserError("command line: a sweep needs a configuration file, not one run")
         return cls(directory, configs[0])
+
+    @contextmanager
+    def claimed(self, wait: bool = False) -> Iterator[None]:
+        """Nobody else works on this run meanwhile; `Held` if somebody does already."""
+        with claim(self.directory, wait):
+            files.remove_leftovers(self.directory)
+            yield
 
     # ------------------------------------------------------------ identity and state
 
@@ -156,9 +172,9 @@ class Run:
         path = self.provenance_path
         if not path.exists():
             return self.expected or identity_of(self.config)
-        identity = files.read_json(path).get("identity")
+        identity = self._provenance().get("identity")
         if not isinstance(identity, str):
-            raise UserError(f"{path}: damaged: it has no identity")
+            raise UserError(f"{path}: damaged: it has no identity{self._remedy}")
         if self.expected not in (None, identity):
             raise UserError(f"{path}: belongs to another run; move {self.directory} away")
         return identity
@@ -166,19 +182,48 @@ class Run:
     @property
     def finished(self) -> bool:
         path = self.provenance_path
-        return bool(path.exists() and self.identity and files.read_json(path).get("finished"))
+        return bool(path.exists() and self.identity and self._provenance().get("finished"))
 
-    def require_results(self, *more: str) -> None:
+    def require_intact(self) -> None:
         """A finished run has all that its training wrote; only training again could replace it."""
-        paths = [self.split_path, self.history_path, self.examples_path]
-        paths += [self.checkpoint_path(self.config.train.epochs)]
-        paths += [self.directory / name for name in more]
-        for path in paths:
+        written = self._provenance().get("files") or {}
+        last = self.checkpoint_path(self.config.train.epochs)
+        for path in (self.split_path, self.history_path, self.examples_path, last):
+            written.setdefault(str(path.relative_to(self.directory)), None)
+        for name, digest in written.items():
+            path = self.directory / name
             if not path.exists():
+                raise UserError(f"{path}: is missing from a finished run{self._remedy}")
+            if digest not in (None, file_digest(path)):
                 raise UserError(
-                    f"{path}: is missing from a finished run; put it back, or delete "
-                    f"{self.directory} and train again"
+                    f"{path}: is not what the training wrote: damaged, or another run's"
+                    f"{self._remedy}"
                 )
+
+    @property
+    def _remedy(self) -> str:
+        return f"; put it back, or delete {self.directory} and train again"
+
+    def _require_own_settings(self) -> None:
+        """config.yaml must say what was trained; only the places of data may have changed."""
+        if not self.provenance_path.exists():
+            return
+        trained = self._provenance().get("settings")
+        if not isinstance(trained, dict):  # an earlier version's
+            return
+        own = deciding_settings(self.config, contents=False)
+        for key in sorted({*own, *trained}):
+            if not key.endswith(".sha256") and own.get(key) != trained.get(key):
+                raise UserError(
+                    f"{self.config_path}: its {key} is not what was trained: damaged, or another "
+                    f"run's{self._remedy}"
+                )
+
+    def _provenance(self) -> dict:
+        try:
+            return files.read_json(self.provenance_path)
+        except UserError as error:
+            raise UserError(f"{error}{self._remedy}") from None
 
     @property
     def state(self) -> str:
@@ -189,9 +234,9 @@ class Run:
         return f"interrupted after epoch {epochs[0]}" if epochs else "to do"
 
     def require_finished(self) -> None:
-        """A measurement needs a training that came to its end."""
+        """A measurement needs a training that came to its end, and all that it wrote."""
         if self.finished:
-            return
+            return self.require_intact()
         if not self.provenance_path.exists():
             command = shlex.join(["gradient_accounting.py", *sys.argv[1:]])
             raise UserError(f"{self.directory}: no such run; `python {command}` trains it")
@@ -228,6 +273,11 @@ class Run:
     def resume_path(self, epoch: int) -> Path:
         return self.directory / "resume" / f"epoch_{epoch:03d}.pt"
 
+    @property
+    def within_path(self) -> Path:
+        """Where an epoch that a signal ended goes on with its next step."""
+        return self.directory / "resume" / "within_epoch.pt"
+
     def resumable_epochs(self) -> list[int]:
         """Epochs after which training could go on, the latest first."""
         names = [path.stem for path in (self.directory / "resume").glob("epoch_*.pt")]
@@ -239,11 +289,15 @@ class Run:
         return keep == "all" or epoch in keep or epoch == self.config.train.epochs
 
     def discard(self, epochs: list[int]) -> None:
-        """Drop what it took to go on from these epochs, and weights that are not to be kept."""
+        """Drop what it took to go on from these epochs, and weights that are not to be kept.
+
+        A newer epoch is saved, or all are: what was saved within one goes too.
+        """
         for epoch in epochs:
             if not self.kept(epoch):
                 self.checkpoint_path(epoch).unlink(missing_ok=True)
             self.resume_path(epoch).unlink(missing_ok=True)
+        self.within_path.unlink(missing_ok=True)
 
     # ------------------------------------------------------------ writing and reading
 
@@ -264,14 +318,24 @@ class Run:
     def check_split(self, split: Split) -> None:
         """The data set must still be the one that this run was trained on."""
         names = ("label", "true_label", "memorized", "index")
-        for name, saved in files.read_arrays(self.split_path, *names).items():
+        try:
+            arrays = files.read_arrays(self.split_path, *names)
+        except UserError as error:
+            raise UserError(f"{error}{self._remedy}") from None
+        for name, saved in arrays.items():
             if not np.array_equal(saved, getattr(split, name).cpu().numpy()):
                 raise UserError(
                     f"{self.split_path}: its {name} is not what the data set gives now; "
                     "the data changed since this run began, or the file is another run's"
                 )
 
+    def require_present(self) -> None:
+        """A folder that was removed while its run is worked on is not made anew, half empty."""
+        if not self.provenance_path.exists():
+            raise RunFailed(f"{self.directory} vanished; the same command begins anew")
+
     def write_checkpoint(self, epoch: int, model: nn.Module) -> None:
+        self.require_present()
         state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
         content = {"identity": self.identity, "epoch": epoch, "model": state}
         files.write_tensors(self.checkpoint_path(epoch), content)
