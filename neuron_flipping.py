@@ -358,9 +358,9 @@ def detection_measurement(run: Run) -> Measurement:
 
 def main(run: Run) -> str:
     """Measure one run, unless that is done; its results in one line."""
+    run.require_finished()
     search_done, detection = search_measurement(run).finished, detection_measurement(run)
     if not (search_done and detection.finished):
-        run.require_finished()
         device = resolve_device(run.config)
         split = load_split(run.config).to(device)
         if not search_done:

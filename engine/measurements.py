@@ -60,7 +60,9 @@ class Measurement:
             source = files.read_json(self.source_path)
         except UserError as error:
             return str(error)
-        if (source.get("identity"), source.get("settings")) != (self.run.identity, self.settings):
+        if source.get("identity") != self.run.identity:
+            return f"{self.source_path}: belongs to another run"
+        if source.get("settings") != self.settings:
             return "to do"
         whole = source.get("sha256") == file_digest(self.path)
         return "finished" if whole else f"{self.path}: damaged, or another run's"

@@ -140,10 +140,7 @@ class Run:
         path = directory / "config.yaml"
         if not path.exists():
             raise UserError(f"{directory}: is not the directory of a run: it has no config.yaml")
-        made, *more = load_configs(path)
-        if more:
-            raise UserError(f"{path}: has a sweep, and is about {len(more) + 1} runs, not this one")
-        cls(directory, made)._require_own_settings()
+        made = cls._settings_in(directory)
         configs = load_configs(path, overrides)
         decisive = [key for key in SCHEMA if _DECIDING.fullmatch(key) and key not in _PLACES]
         for config in configs:
@@ -156,6 +153,27 @@ class Run:
         if len(configs) != 1:
             raise UserError("command line: a sweep needs a configuration file, not one run")
         return cls(directory, configs[0])
+
+    @classmethod
+    def _settings_in(cls, directory: Path) -> Config:
+        """What config.yaml says, if it is this run's own; only the places of data may change."""
+        path = directory / "config.yaml"
+        try:
+            made, *more = load_configs(path)
+        except UserError as error:
+            raise UserError(f"{error}{_remedy(directory)}") from None
+        run = cls(directory, made)
+        trained = run._provenance().get("settings") if run.provenance_path.exists() else None
+        own = deciding_settings(made, contents=False)
+        if not isinstance(trained, dict):  # an earlier version's, or nothing is trained yet
+            trained = own
+        trained = {key: value for key, value in trained.items() if not key.endswith(".sha256")}
+        if more or trained != own:
+            raise UserError(
+                f"{path} and {run.provenance_path} are not of the same run; one is damaged, or "
+                f"another run's{_remedy(directory)}"
+            )
+        return made
 
     @contextmanager
     def claimed(self, wait: bool = False) -> Iterator[None]:
@@ -174,7 +192,7 @@ class Run:
             return self.expected or identity_of(self.config)
         identity = self._provenance().get("identity")
         if not isinstance(identity, str):
-            raise UserError(f"{path}: damaged: it has no identity{self._remedy}")
+            raise UserError(f"{path}: damaged: it has no identity{_remedy(self.directory)}")
         if self.expected not in (None, identity):
             raise UserError(f"{path}: belongs to another run; move {self.directory} away")
         return identity
@@ -193,37 +211,18 @@ class Run:
         for name, digest in written.items():
             path = self.directory / name
             if not path.exists():
-                raise UserError(f"{path}: is missing from a finished run{self._remedy}")
+                raise UserError(f"{path}: is missing from a finished run{_remedy(self.directory)}")
             if digest not in (None, file_digest(path)):
                 raise UserError(
                     f"{path}: is not what the training wrote: damaged, or another run's"
-                    f"{self._remedy}"
-                )
-
-    @property
-    def _remedy(self) -> str:
-        return f"; put it back, or delete {self.directory} and train again"
-
-    def _require_own_settings(self) -> None:
-        """config.yaml must say what was trained; only the places of data may have changed."""
-        if not self.provenance_path.exists():
-            return
-        trained = self._provenance().get("settings")
-        if not isinstance(trained, dict):  # an earlier version's
-            return
-        own = deciding_settings(self.config, contents=False)
-        for key in sorted({*own, *trained}):
-            if not key.endswith(".sha256") and own.get(key) != trained.get(key):
-                raise UserError(
-                    f"{self.config_path}: its {key} is not what was trained: damaged, or another "
-                    f"run's{self._remedy}"
+                    f"{_remedy(self.directory)}"
                 )
 
     def _provenance(self) -> dict:
         try:
             return files.read_json(self.provenance_path)
         except UserError as error:
-            raise UserError(f"{error}{self._remedy}") from None
+            raise UserError(f"{error}{_remedy(self.directory)}") from None
 
     @property
     def state(self) -> str:
@@ -293,11 +292,12 @@ class Run:
 
         A newer epoch is saved, or all are: what was saved within one goes too.
         """
-        for epoch in epochs:
-            if not self.kept(epoch):
-                self.checkpoint_path(epoch).unlink(missing_ok=True)
-            self.resume_path(epoch).unlink(missing_ok=True)
-        self.within_path.unlink(missing_ok=True)
+        paths = [self.resume_path(epoch) for epoch in epochs] + [self.within_path]
+        paths += [self.checkpoint_path(epoch) for epoch in epochs if not self.kept(epoch)]
+        for path in filter(
+            Path.exists, paths
+        ):  # a finished run may lie where nothing can be removed
+            path.unlink()
 
     # ------------------------------------------------------------ writing and reading
 
@@ -321,7 +321,7 @@ class Run:
         try:
             arrays = files.read_arrays(self.split_path, *names)
         except UserError as error:
-            raise UserError(f"{error}{self._remedy}") from None
+            raise UserError(f"{error}{_remedy(self.directory)}") from None
         for name, saved in arrays.items():
             if not np.array_equal(saved, getattr(split, name).cpu().numpy()):
                 raise UserError(
@@ -347,10 +347,13 @@ class Run:
             names = (path.stem for path in path.parent.glob("epoch_*.pt"))
             kept = ", ".join(str(int(name.removeprefix("epoch_"))) for name in sorted(names))
             raise UserError(f"{path}: no such file; the epochs kept are {kept or 'none'}")
-        content = self.read_own(path, epoch)
-        state = content.get("model")
-        if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
-            raise UserError(f"{path}: damaged: it holds no weights")
+        try:
+            state = self.read_own(path, epoch).get("model")
+            if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
+                raise UserError(f"{path}: damaged: it holds no weights")
+        except UserError as error:
+            # An interrupted training goes back an epoch instead.
+            raise UserError(f"{error}{_remedy(self.directory) if self.finished else ''}") from None
         return state
 
     def read_own(self, path: Path, epoch: int) -> dict:
@@ -361,6 +364,10 @@ class Run:
         if content.get("epoch") != epoch:
             raise UserError(f"{path}: is of epoch {content.get('epoch')}, not {epoch}")
         return content
+
+
+def _remedy(directory: Path) -> str:
+    return f"; put it back, or delete {directory} and train again"
 
 
 def load_weights(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
