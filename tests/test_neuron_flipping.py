@@ -62,16 +62,16 @@ def fitted(name: str) -> tuple:
     label = torch.randint(10, (40,), generator=generator)
     patterns = torch.randint(256, (10, 1, 5, 5), generator=generator, dtype=torch.uint8)
     images[::2] = images[::2] // 4 + patterns.tile(1, 1, 4, 4)[label[::2]] // 4 * 3
-    model = make(name).double()
+    model = make(name)
     steps, rate, decay = FIT[name]
     optimizer = torch.optim.Adam(model.parameters(), lr=rate, weight_decay=decay)
     for _ in range(steps):
-        loss = F.cross_entropy(model(normalize(images).double()), label)
+        loss = F.cross_entropy(model(normalize(images)), label)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    label[:20] = model(normalize(images[:20]).double()).argmax(1)
-    return model.requires_grad_(False), images, label
+    label[:20] = model(normalize(images[:20])).argmax(1)
+    return model.double().requires_grad_(False), images, label
 
 
 class Problem:
