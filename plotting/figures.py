@@ -172,6 +172,8 @@ def _draw(
 ) -> tuple[Path, ...]:
     with paper_style():
         figure = kind.plot(subject)
+        figure.draw_without_rendering()  # places everything, once for all formats
+        figure.set_layout_engine("none")
         paths = tuple(path.with_name(f"{path.name}.{suffix}") for suffix in formats)
         for path in paths:
             _save(figure, path)
