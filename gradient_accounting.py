@@ -24,7 +24,7 @@ from engine.cli import run_script, title
 from engine.devices import resolve_device
 from engine.runs import HISTORY_COLUMNS, Run
 from engine.setup import estimate_disk, load_split, make_model
-from engine.training import train_run
+from engine.training import PlainBackward, restore_results, train_run
 from models.layer_groups import layer_groups
 
 FILE_NAME = "gradient_accounting.csv"
@@ -107,14 +107,14 @@ class GradientAccountant:
 
 def main(run: Run) -> str:
     """Train and account one run, unless it is finished; its results in one line."""
+    accounting = run.config.train.account_gradients
     if run.finished:
-        run.require_intact()
+        restore_results(run, GradientAccountant if accounting else PlainBackward)
         run.discard(run.resumable_epochs())
     else:
         device = resolve_device(run.config)
         split = load_split(run.config).to(device)
         model = make_model(run.config, split).to(device)
-        accounting = run.config.train.account_gradients
         train_run(run, split, model, device, GradientAccountant(model) if accounting else None)
     last = files.read_csv(run.history_path, HISTORY_COLUMNS)[-1]
     return (

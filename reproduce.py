@@ -31,7 +31,7 @@ from engine.errors import RunFailed
 from engine.runs import Run, without_dropout
 from engine.settings import EXPERIMENTS, Config
 from engine.stopping import OutOfTime, ending_on_signals, time_budget
-from plotting.runs import Family, find_families
+from plotting.runs import find_families
 
 QUICKSTART = Path(__file__).resolve().parent / "configs" / "quickstart.yaml"
 ON_PLAIN_RUNS = {
@@ -90,18 +90,15 @@ def work(jobs: Sequence[Job], ending: Ending, wait: bool) -> Iterator[Job]:
             bar.update()
 
 
-def conclude(jobs: Sequence[Job]) -> list[Family]:
-    """What several runs show together, and all figures."""
+def conclude(jobs: Sequence[Job], folder: Path, title: str) -> None:
+    """What several runs show together: means over seeds, figures, tables, and the report."""
     flipped = [job.run for job in jobs if job.script is neuron_flipping]
-    for result, folder in neuron_flipping.conclude(flipped):
-        print(f"{result}  {folder}")
+    for result, place in neuron_flipping.conclude(flipped):
+        print(f"{result}  {place}")
     directories = list(dict.fromkeys(job.run.directory for job in jobs))
-    families = find_families(directories) if directories else []
-    for family in families:
-        for kind in plot_results.KINDS:
-            if kind.concerns(family) and family.has(kind.source):
-                plot_results.draw(family, kind, ("pdf", "png"))
-    return families
+    if directories:
+        *_, summary, report = plot_results.present(find_families(directories), folder, title=title)
+        print(summary, report, sep="\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -123,18 +120,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"out of time: {len(jobs) - len(done)} of {len(jobs)} jobs left; ", end="")
             print("the same command goes on")
             return ending.status
-        families = conclude(done)
-        for family in families:
-            print(f"figures: {family.folder / 'figures'}")
-        for path in plot_results.write_tables(families, tables_folder(configs, given.config)):
-            if path.suffix == ".md":
-                print(f"table: {path}")
+        conclude(done, report_folder(configs, given.config), configs[0].name)
     return ending.status
 
 
-def tables_folder(configs: Sequence[Config], config_file: str) -> Path:
-    """Tables are about all runs of a configuration: they lie in a folder with its name."""
-    return Path(configs[0].output_dir) / f"tables-{Path(config_file).stem}"
+def report_folder(configs: Sequence[Config], config_file: str) -> Path:
+    """A report is about all runs of a configuration: it lies in a folder with its name."""
+    return Path(configs[0].output_dir) / f"report-{Path(config_file).stem}"
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

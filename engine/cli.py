@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from data import DataError
 from engine.config import describe_keys, load_configs
 from engine.errors import RunFailed, UserError
@@ -14,7 +16,9 @@ from engine.settings import Config
 from engine.stopping import Terminated, ending_on_signals
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """One that complains in one line."""
+
     def error(self, message: str) -> None:
         raise UserError(f"command line: {message}; see --help")
 
@@ -22,7 +26,7 @@ class _Parser(argparse.ArgumentParser):
 def make_parser(description: str, default_config: str | None = None) -> argparse.ArgumentParser:
     """The arguments of every script; without a default, the configuration must be named."""
     keys = [f"  {key}: {meaning} [{default}]" for key, default, _, meaning in describe_keys()]
-    parser = _Parser(
+    parser = Parser(
         description=description,
         epilog="\n".join(["keys, with their defaults:", *keys]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -113,6 +117,10 @@ def reporting_ends() -> Iterator[Ending]:
     except (UserError, DataError) as error:
         print(error, file=sys.stderr)
         ending.status = 2
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        reason = f"out of memory: {str(error).partition('. ')[0]}".removesuffix(": ")
+        print(f"{reason}; a smaller train.batch_size may help", file=sys.stderr)
+        ending.status = 1
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         reason = f"{place}{error.strerror or error}"

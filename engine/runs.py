@@ -54,6 +54,9 @@ _DROPOUT_KEYS = {
 }
 
 
+_AGAIN = "the script that trained this run makes it again"
+
+
 def deciding_settings(config: Config, contents: bool = True) -> dict[str, object]:
     """The settings that decide a training's weights, those that have no effect left out.
 
@@ -202,20 +205,34 @@ class Run:
         path = self.provenance_path
         return bool(path.exists() and self.identity and self._provenance().get("finished"))
 
-    def require_intact(self) -> None:
-        """A finished run has all that its training wrote; only training again could replace it."""
-        written = self._provenance().get("files") or {}
-        last = self.checkpoint_path(self.config.train.epochs)
-        for path in (self.split_path, self.history_path, self.examples_path, last):
-            written.setdefault(str(path.relative_to(self.directory)), None)
-        for name, digest in written.items():
+    def missing_results(self, accounts: str = "") -> list[Path]:
+        """What a finished training must have left behind, and is not there."""
+        paths = [self.checkpoint_path(self.config.train.epochs)]
+        paths += [self.split_path, self.history_path, self.examples_path]
+        paths += [self.directory / accounts] if accounts else []
+        return [path for path in paths if not path.exists()]
+
+    def require_intact(self, accounts: str = "") -> None:
+        """A finished run has all that its training wrote, as it was written.
+
+        From the run's record, the script that trained it makes everything again but weights.
+        """
+        for path in self.missing_results(accounts):
+            restorable = self.record_path.exists() and path.suffix != ".pt"
+            remedy = f"; {_AGAIN}" if restorable else _remedy(self.directory)
+            raise UserError(f"{path}: is missing from a finished run{remedy}")
+        self.require_undamaged()
+
+    def require_undamaged(self) -> None:
+        """The results that are there are those that the training of a finished run wrote."""
+        remedy = _remedy(self.directory)
+        if self.record_path.exists():
+            remedy = f"; delete it, and {_AGAIN}"
+        for name, digest in (self._provenance().get("files") or {}).items():
             path = self.directory / name
-            if not path.exists():
-                raise UserError(f"{path}: is missing from a finished run{_remedy(self.directory)}")
-            if digest not in (None, file_digest(path)):
+            if path.exists() and file_digest(path) != digest:
                 raise UserError(
-                    f"{path}: is not what the training wrote: damaged, or another run's"
-                    f"{_remedy(self.directory)}"
+                    f"{path}: is not what the training wrote: damaged, or another run's{remedy}"
                 )
 
     def _provenance(self) -> dict:
@@ -265,6 +282,10 @@ class Run:
     @property
     def examples_path(self) -> Path:
         return self.directory / "examples.npz"
+
+    @property
+    def record_path(self) -> Path:
+        return self.directory / "record.pt"
 
     def checkpoint_path(self, epoch: int) -> Path:
         return self.directory / "checkpoints" / f"epoch_{epoch:03d}.pt"

@@ -9,8 +9,10 @@ has both.
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -32,6 +34,7 @@ from engine.errors import RunFailed, UserError
 from engine.evaluation import evaluate_split, mean_by_subset
 from engine.runs import HISTORY_COLUMNS, Run, deciding_settings, load_weights
 from engine.settings import Config, TrainConfig
+from engine.setup import load_split
 from engine.stopping import finishing_steps, safe_point
 from models.dropout import examples, tied_layers
 
@@ -107,19 +110,30 @@ class Record:
             self.loss.append(train.loss.clamp(max=65504).half().cpu())  # float16's largest
         return row
 
-    def write_tables(self, run: Run, accountant: Accountant) -> None:
-        files.write_csv(run.history_path, HISTORY_COLUMNS, self.history)
+    def tables(self, run: Run, accountant: Accountant) -> dict[Path, Callable[[], None]]:
+        """The CSV files that are kept up to date while a run trains, and what writes each."""
+        found = {
+            run.history_path: partial(
+                files.write_csv, run.history_path, HISTORY_COLUMNS, self.history
+            )
+        }
         if accountant.columns:
             path = run.directory / accountant.file_name
-            files.write_csv(path, accountant.columns, self.accounts)
+            found[path] = partial(files.write_csv, path, accountant.columns, self.accounts)
+        return found
 
-    def write_examples(self, run: Run, split: Split) -> None:
-        bits = torch.stack(self.correct).numpy()
+    def results(self, run: Run, accountant: Accountant) -> dict[Path, Callable[[], None]]:
+        """All files but weights that a finished training leaves behind, and what writes each."""
+        examples = {run.examples_path: partial(self.write_examples, run.examples_path)}
+        return self.tables(run, accountant) | examples
+
+    def write_examples(self, path: Path) -> None:
+        bits, loss = torch.stack(self.correct).numpy(), torch.stack(self.loss).numpy()
         files.write_arrays(
-            run.examples_path,
+            path,
             epoch=np.arange(1, len(bits) + 1),
-            correct=np.unpackbits(bits, axis=1, count=split.n).astype(bool),
-            loss=torch.stack(self.loss).numpy(),
+            correct=np.unpackbits(bits, axis=1, count=loss.shape[1]).astype(bool),
+            loss=loss,
         )
 
 
@@ -263,24 +277,44 @@ def train_run(
                 ) from None
             record.seconds = time.perf_counter() - began
             _save(run, epoch, model, optimizer, record)
-            record.write_tables(run, accountant)
+            for write in record.tables(run, accountant).values():
+                write()
             bar.set_postfix({k: f"{row[f'acc_{k}']:.1%}" for k in ("clean", "noisy", "test")})
             if asked_to_end():
                 return
             if epoch < train.epochs:
                 safe_point(next_piece=time.perf_counter() - started)
 
-    record.write_tables(run, accountant)
-    record.write_examples(run, split)
-    written = [run.split_path, run.history_path, run.examples_path]
-    written += [run.directory / accountant.file_name] if accountant.columns else []
-    finished = {
-        "seconds": round(record.seconds, 1),
-        "finished": True,
-        "files": {path.name: file_digest(path) for path in written},
-    }
+    for write in record.results(run, accountant).values():
+        write()
+    content = {"identity": run.identity, "epoch": train.epochs, **vars(record)}
+    files.write_tensors(run.record_path, content)
+    finished = {"seconds": round(record.seconds, 1), "finished": True}
+    finished["files"] = _digests([run.split_path, *record.results(run, accountant)])
     files.write_json(run.provenance_path, source | finished)
     run.discard(run.resumable_epochs())
+
+
+def restore_results(run: Run, accountant: Accountant) -> None:
+    """What of a finished training's results was deleted, made again from its record."""
+    missing = run.missing_results(accountant.file_name)
+    if missing and run.record_path.exists():
+        content = run.read_own(run.record_path, run.config.train.epochs)
+        record = Record(**{name: content[name] for name in vars(Record())})
+        results = record.results(run, accountant)
+        results[run.split_path] = lambda: run.write_settings(load_split(run.config))
+        again = [path for path in missing if path in results]
+        for path in again:
+            results[path]()
+        source = files.read_json(run.provenance_path)
+        # Another version of NumPy may write the same arrays in other bytes.
+        if (digests := source.get("files", {}) | _digests(again)) != source.get("files"):
+            files.write_json(run.provenance_path, source | {"files": digests})
+    run.require_intact(accountant.file_name)
+
+
+def _digests(paths: Iterable[Path]) -> dict[str, str]:
+    return {path.name: file_digest(path) for path in paths}
 
 
 # ---------------------------------------------------------------- saving, and going on

@@ -1,0 +1,48 @@
+"""summary.json: every headline number beside the paper's, the same bytes for the same results."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from engine import files
+from engine.runs import deciding_settings
+from plotting.claims import Finding
+from plotting.runs import Family
+
+NAME = "summary.json"
+DIGITS = 6  # significant ones: two machines' sums differ in the last ones of all
+
+
+def _rounded(value: float) -> float | None:
+    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+
+
+def summarize(families: Sequence[Family], findings: Sequence[Finding]) -> dict[str, object]:
+    runs = []
+    for family in families:
+        settings = {k: v for k, v in deciding_settings(family.config).items() if k != "seed"}
+        seeds = [run.config.seed for run in family.runs]
+        runs.append({"about": family.title, "seeds": seeds, "settings": settings})
+    return {"runs": runs, "claims": [_entry(finding) for finding in findings]}
+
+
+def _entry(finding: Finding) -> dict[str, object]:
+    values = finding.values
+    return {
+        "claim": finding.claim.name,
+        "about": finding.about,
+        "paper": finding.claim.paper,
+        "mean": _rounded(np.mean(values)) if values else None,
+        "std": _rounded(np.std(values, ddof=1)) if len(values) > 1 else None,
+        "n": finding.n,
+        "agrees_if": finding.claim.rule.words,
+        "verdict": finding.verdict,
+    }
+
+
+def write_summary(families: Sequence[Family], findings: Sequence[Finding], folder: Path) -> Path:
+    path = folder / NAME
+    files.write_json(path, summarize(families, findings))
+    return path
