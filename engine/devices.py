@@ -55,11 +55,14 @@ def _processor() -> str:
 def compute_precision(precision: str, device: torch.device) -> Iterator[None]:
     """fp32, tf32 or bf16 for what runs inside; the settings before are restored.
 
-    fp32 means fp32: the GPU's default of rounding convolutions to TF32 is switched off.
+    fp32 means fp32: the GPU's default of rounding convolutions to TF32 is switched off. bf16 does
+    without autocast's cache, which would keep the weights of the first step for as long as this
+    lasts.
     """
     backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
     before = [backend.fp32_precision for backend in backends]
-    autocast = torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+    half = torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+    autocast = half if precision == "bf16" else nullcontext()
     try:
         for backend in backends:
             backend.fp32_precision = "tf32" if precision == "tf32" else "ieee"
