@@ -25,6 +25,7 @@ import layer_retraining
 import layer_rewinding
 import neuron_flipping
 import plot_results
+from engine.claims import claim
 from engine.cli import Ending, make_parser, reporting_ends
 from engine.config import load_configs
 from engine.errors import RunFailed
@@ -83,7 +84,7 @@ def work(jobs: Sequence[Job], ending: Ending, wait: bool) -> Iterator[Job]:
             with ending.one_of_several(job.run.directory):
                 if not trained:
                     raise RunFailed(f"no {job.name}, as the training did not come to its end")
-                with job.run.claimed(wait):
+                with claim(job.run.directory, wait):
                     result = job.script.main(job.run)
                 bar.write(f"{job.name}: {result}  {job.run.directory}", file=sys.stdout)
                 yield job
@@ -126,7 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def report_folder(configs: Sequence[Config], config_file: str) -> Path:
     """A report is about all runs of a configuration: it lies in a folder with its name."""
-    return Path(configs[0].output_dir) / f"report-{Path(config_file).stem}"
+    name = f"report-{Path(config_file).stem}".encode()[:200].decode(errors="ignore")
+    return Path(configs[0].output_dir) / name
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

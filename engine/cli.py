@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from data import DataError
+from engine.claims import claim
 from engine.config import describe_keys, load_configs
 from engine.errors import RunFailed, UserError
 from engine.runs import Run, without_dropout
@@ -84,7 +85,7 @@ def run_script(
                 if given.dry_run:
                     result = plan(run)
                 else:
-                    with run.claimed(given.wait):
+                    with claim(run.directory, given.wait):
                         result = work(run)
                 print(f"{result}  {run.directory}", flush=True)
                 done.append(run)
@@ -112,6 +113,8 @@ class Ending:
 def reporting_ends() -> Iterator[Ending]:
     """Whatever ends a command early becomes one line on stderr and an exit status."""
     ending = Ending()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot write
     try:
         yield ending
     except (UserError, DataError) as error:
@@ -139,4 +142,5 @@ def title(config: Config) -> str:
         "atypical": "atypical",
     }[config.data.split]
     data = Path(config.data.path).stem if config.data.path else config.data.name
+    data = data.replace("$", "")  # which would begin a formula in a figure
     return f"{data} {config.model.name} {split} seed {config.seed}"
