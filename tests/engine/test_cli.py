@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import gradient_accounting
-from engine.cli import run_script
+from engine.cli import reporting_ends, run_script
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "gradient_accounting.py"
@@ -57,6 +58,28 @@ def test_a_dry_run_needs_no_data(tmp_path, capsys, name):
     assert run_script("", gradient_accounting.main, gradient_accounting.plan, arguments) == 0
     assert re.search(r"seed 0: to do, 5\d\d\.\d MB  runs/", capsys.readouterr().out)
     assert not (tmp_path / "empty").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee docs"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:1] can't allocate memory: 9 bytes"),
+    ],
+)
+def test_no_memory_is_one_line(capsys, error):
+    with reporting_ends() as ending:
+        raise error
+    assert ending.status == 1
+    line = capsys.readouterr().err
+    assert line.startswith("out of memory: ")
+    assert line.count("\n") == 1
+
+
+def test_what_nobody_expected_is_not_hidden():
+    with pytest.raises(RuntimeError, match="mat1"), reporting_ends():
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
 
 def test_a_gpu_that_is_not_there(tiny_file):
