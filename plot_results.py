@@ -3,6 +3,7 @@
     python plot_results.py                          # every finished run below runs/
     python plot_results.py runs/NAME --figure 2     # some runs, one figure
     python plot_results.py --format png
+    python plot_results.py RUNS... --output results/NAME    # all in one folder, to be kept
 
 Runs that differ in nothing but the seed share a figure: lines are means over seeds, bands a
 standard deviation. Such a figure lies in figures/ beside its seeds' folders; one that compares
@@ -14,7 +15,8 @@ figure), 2 (their cosines), learning-curves, 10 (gradient norms over training), 
 to flip), 6 (masks of example-tied dropout), 7 (clean examples that it forgets).
 
 All together lie below the folder that was named: report.html, summary.json, and Tables 1 to 3 and
-the AUCs in tables/, as Markdown, CSV and LaTeX.
+the AUCs in tables/, as Markdown, CSV and LaTeX. With --output everything lies there, with copies of
+the runs' own tables and provenance.json, which says where each came from.
 """
 
 import argparse
@@ -31,7 +33,7 @@ from plotting.claims import find
 from plotting.figures import KINDS, Kind, draw_all
 from plotting.report import write_report
 from plotting.runs import Family, find_families
-from plotting.summary import write_summary
+from plotting.summary import keep_results, write_summary
 from plotting.tables import TABLES, Table
 
 TITLE = "Where neural networks memorize"
@@ -59,15 +61,18 @@ def present(
     folder: Path,
     formats: Sequence[str] = ("pdf", "png"),
     title: str = TITLE,
+    gather: bool = False,
 ) -> Iterator[str]:
     """Everything that the runs allow, the report last; a line for each."""
     drawings = []
-    for drawing in draw_all(families, folder, formats=formats):
+    for drawing in draw_all(families, folder, formats=formats, gather=gather):
         drawings.append(drawing)
         yield str(drawing)
     tables = [table for make in TABLES if (table := make(families)).measured]
     for table in tables:
         yield f"table: {write_table(table, folder)}"
+    if gather:
+        yield f"tables of all runs: {keep_results(families, folder)}"
     findings = find(families)
     yield f"summary: {write_summary(families, findings, folder)}"
     yield f"report: {write_report(title, families, findings, drawings, tables, folder)}"
@@ -77,16 +82,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", default=[Path("runs")])
     parser.add_argument("--figure", metavar="NUMBER", help="only this one")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="all there, to be kept")
     parser.add_argument("--format", choices=("pdf", "png"), help="only this one; else both")
     with reporting_ends() as ending, ending_on_signals():
         given = parser.parse_args(arguments)
         formats = [given.format] if given.format else ["pdf", "png"]
         kinds, families = choose_kinds(given.figure), find_families(given.runs)
-        folder = given.runs[0]
+        folder, gather = given.output or given.runs[0], given.output is not None
         if given.figure:
-            lines = draw_all(families, folder, kinds, formats, concerning=False)
+            lines = draw_all(families, folder, kinds, formats, concerning=False, gather=gather)
         else:
-            lines = present(families, folder, formats)
+            lines = present(families, folder, formats, gather=gather)
         for line in lines:
             print(line, flush=True)
     return ending.status

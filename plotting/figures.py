@@ -147,8 +147,12 @@ def draw_all(
     kinds: Sequence[Kind] = KINDS,
     formats: Sequence[str] = ("pdf", "png"),
     concerning: bool = True,
+    gather: bool = False,
 ) -> Iterator[Drawing]:
-    """Every figure, each beside its runs; those that compare several families in `folder`."""
+    """Every figure, each beside its runs; those that compare several families in `folder`.
+
+    With `gather` all lie in `folder`, those of a family in a folder with its name.
+    """
     for kind in kinds:
         wanted = [family for family in families if not concerning or kind.concerns(family)]
         measured = [part for family in wanted if (part := family.having(kind.source))]
@@ -160,7 +164,8 @@ def draw_all(
             continue
         for family in wanted:
             if part := family.having(kind.source):
-                paths = _draw(kind, part, family.folder / "figures" / kind.name, formats)
+                beside = folder / "figures" / family.name if gather else family.folder / "figures"
+                paths = _draw(kind, part, beside / kind.name, formats)
                 yield Drawing(kind, f"{family.title}, {part.seeds}", paths)
             else:
                 command = f"python {SCRIPTS[kind.experiment]} {family.runs[0].config_path}"

@@ -27,6 +27,10 @@ class Family:
         return self.runs[0].config
 
     @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
     def title(self) -> str:
         plain, dropout = title(self.config).rpartition(" seed")[0], self.config.dropout
         if dropout.kind == "example_tied":

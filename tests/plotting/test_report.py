@@ -93,6 +93,26 @@ def test_the_summary_is_the_same_for_the_same_results(folder):
     assert (folder / "summary.json").read_bytes() == before
 
 
+def test_results_can_be_kept_apart_from_their_runs(folder, tmp_path, capsys):
+    before = {path for path in folder.rglob("*") if path.is_file()}
+    kept = tmp_path / "kept"
+    assert plot_results.main([str(folder), "--output", str(kept), "--format", "png"]) == 0
+    assert {path for path in folder.rglob("*") if path.is_file()} == before
+    sources = json.loads((kept / "provenance.json").read_text())
+    assert len(sources) == 2
+    for place, source in sources.items():
+        tables = sorted(path.name for path in (kept / place).iterdir())
+        run = folder / Path(place).parent.name / Path(place).name
+        assert tables == sorted(path.name for path in run.glob("*.csv"))
+        for name in tables:
+            assert (kept / place / name).read_text() == (run / name).read_text()
+        assert source["versions"]["torch"]
+        assert source["settings"]["data.name"] == "glyphs"
+        assert str(tmp_path.parent) not in json.dumps(source), "no path of this machine"
+    assert (kept / "summary.json").read_bytes() == (folder / "summary.json").read_bytes()
+    assert list((kept / "figures").glob("*/gradient_norms.png"))
+
+
 def test_it_lists_the_deviations_of_the_readme(page):
     assert "<b>Schedule.</b>" in page
     assert page.count("<li>") >= 16
