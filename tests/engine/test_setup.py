@@ -43,7 +43,7 @@ def test_a_half_finished_run_names_the_command_that_finishes_it(tiny, monkeypatc
     run = Run.of(tiny())
     monkeypatch.setattr(sys, "argv", ["gradient_accounting.py", "tiny.yaml"])
     with monkeypatch.context() as patch:
-        patch.setattr(training.Record, "write_tables", die)
+        patch.setattr(training.Record, "tables", die)
         with pytest.raises(KeyboardInterrupt):
             gradient_accounting.main(run)
     monkeypatch.setattr(sys, "argv", ["layer_rewinding.py", "other.yaml"])
