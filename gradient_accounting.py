@@ -118,6 +118,10 @@ def main(run: Run) -> str:
     )
 
 
+def is_done(run: Run) -> bool:
+    return run.finished
+
+
 def plan(run: Run) -> str:
     """What `main` would do, and the disk that it takes."""
     return f"{title(run.config)}: {run.state}, {files.megabytes(estimate_disk(run))}"

@@ -135,10 +135,16 @@ def estimate_disk(run: Run) -> float:
     """Bytes that a run takes while it trains; no data are downloaded, no weights allocated."""
     config = run.config
     known = outline(config.data.name, config.data.path)
-    with torch.device("meta"):
-        model = _build(config, known.shape, known.classes)
-    weights = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    state = outline_model(config).state_dict()
+    weights = sum(value.numel() * value.element_size() for value in state.values())
     kept = sum(run.kept(epoch) for epoch in range(config.train.epochs + 1))
     # Resuming takes two epochs' momentum, and their weights where those are not kept.
     examples = 2.2 * (config.data.train_size or known.train_count) * config.train.epochs
     return (kept + 4) * weights + examples
+
+
+def outline_model(config: Config) -> StagedModel:
+    """The network without dropout and without memory for its weights: names and shapes only."""
+    known = outline(config.data.name, config.data.path)
+    with torch.device("meta"):
+        return _build(config, known.shape, known.classes)
