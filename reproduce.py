@@ -125,7 +125,8 @@ def submit(jobs: Sequence[Job], configs: Sequence[Config], given: argparse.Names
         return
     fetch_data(configs)
     given.wait = True  # a job that went on elsewhere may meet the claim that it left behind
-    settings, folder = configs[0].slurm, Path(configs[0].output_dir) / "slurm"
+    settings = configs[0].slurm
+    folder = Path(configs[0].output_dir) / f"slurm-{Path(given.config).stem}"
     commands = [command(given, "--only", str(run)) for run in runs]
     handles = slurm.submit(commands, folder, settings)
     for handle, run in zip(handles, runs):

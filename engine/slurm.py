@@ -80,12 +80,12 @@ def _make_executor(folder: Path, settings: SlurmConfig, cluster: str, gpus: int)
         )
     except RuntimeError:
         raise UserError("command line: --slurm: there is no Slurm here (no srun)") from None
-    # For Python to find the class above; and a job's threads are those that it asked for.
     path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
-    setup = [
-        f"export PYTHONPATH={shlex.quote(path)}",
-        f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{settings.cpus}}}",
-    ]
+    setup = {
+        "PYTHONPATH": shlex.quote(path),  # for Python to find the class above
+        "OMP_NUM_THREADS": f"${{OMP_NUM_THREADS:-{settings.cpus}}}",
+        "TQDM_MININTERVAL": "30",  # a log is no terminal
+    }
     executor.update_parameters(
         name=folder.name,
         timeout_min=settings.time,
@@ -97,6 +97,7 @@ def _make_executor(folder: Path, settings: SlurmConfig, cluster: str, gpus: int)
         slurm_array_parallelism=settings.parallel,
         # Since Slurm 22.05, srun takes no notice of what its job asked for.
         slurm_srun_args=[f"--cpus-per-task={settings.cpus}"],
-        **{f"{cluster}_setup": setup},
+        slurm_additional_parameters={"requeue": True},  # some clusters do so only when asked
+        slurm_setup=[f"export {name}={value}" for name, value in setup.items()],
     )
     return executor
