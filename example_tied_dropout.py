@@ -35,7 +35,7 @@ from engine.measurements import Measurement
 from engine.runs import Run
 from engine.settings import Config
 from engine.setup import estimate_disk, load_final_model, load_split, load_typicality, make_model
-from engine.training import train_run
+from engine.training import PlainBackward, restore_results, train_run
 from models.dropout import dropout_mode, forget, tied_layers
 
 ACCURACIES = ("acc_clean", "acc_noisy", "acc_test")
@@ -280,6 +280,7 @@ def main(run: Run) -> str:
     device = resolve_device(run.config)
     if not run.finished:
         train(run, device)
+    restore_results(run, PlainBackward())
     run.discard(run.resumable_epochs())
     found = tables(run)
     if not all(table.finished for table in found.values()):
@@ -293,7 +294,8 @@ def main(run: Run) -> str:
 
 
 def is_done(run: Run) -> bool:
-    return run.finished and all(table.finished for table in tables(run).values())
+    trained = run.finished and not run.missing_results()
+    return trained and all(table.finished for table in tables(run).values())
 
 
 def plan(run: Run) -> str:

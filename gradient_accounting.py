@@ -24,7 +24,7 @@ from engine.cli import run_script, title
 from engine.devices import resolve_device
 from engine.runs import HISTORY_COLUMNS, Run
 from engine.setup import estimate_disk, load_split, make_model
-from engine.training import train_run
+from engine.training import PlainBackward, restore_results, train_run
 from models.layer_groups import layer_groups
 
 FILE_NAME = "gradient_accounting.csv"
@@ -105,7 +105,7 @@ def main(run: Run) -> str:
     accounting = run.config.train.account_gradients
     if run.finished:
         run.discard(run.resumable_epochs())
-        run.require_results(*([FILE_NAME] if accounting else []))
+        restore_results(run, GradientAccountant if accounting else PlainBackward)
     else:
         device = resolve_device(run.config)
         split = load_split(run.config).to(device)
@@ -119,7 +119,8 @@ def main(run: Run) -> str:
 
 
 def is_done(run: Run) -> bool:
-    return run.finished
+    accounts = FILE_NAME if run.config.train.account_gradients else ""
+    return run.finished and not run.missing_results(accounts)
 
 
 def plan(run: Run) -> str:

@@ -38,6 +38,7 @@ from engine.runs import Run
 from engine.second_split import measure_forgetting, read_forgetting
 from engine.setup import load_final_model, load_split
 from models.dropout import examples
+from models.inference import folded
 from models.layer_groups import StagedModel
 from models.neurons import Gates
 
@@ -180,6 +181,7 @@ def compute_flipping(
     reference_images = torch.stack([copies_of(row, others) for row in of_reference.tolist()])
     of_remaining = draw_rows("flipping remaining", seed, split.n, settings.remaining).to(device)
 
+    model = folded(model)
     with Gates(model, settings.ablate) as gates:
         memory = free_memory(device)
         reference = ReferenceGradient(

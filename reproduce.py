@@ -45,7 +45,7 @@ from engine.sweeps import (
     foresee,
     one_after_another,
 )
-from plotting.runs import Family, find_families
+from plotting.runs import find_families
 
 QUICKSTART = Path(__file__).resolve().parent / "configs" / "quickstart.yaml"
 ON_PLAIN_RUNS = {
@@ -135,18 +135,15 @@ def submit(jobs: Sequence[Job], configs: Sequence[Config], given: argparse.Names
     print(f"job {last.job_id}, when these have ended, collects the results; logs  {folder}")
 
 
-def conclude(jobs: Sequence[Job]) -> list[Family]:
-    """What several runs show together, and all figures."""
+def conclude(jobs: Sequence[Job], folder: Path, title: str) -> None:
+    """What several runs show together: means over seeds, figures, tables, and the report."""
     flipped = [job.run for job in jobs if job.script is neuron_flipping]
-    for result, folder in neuron_flipping.conclude(flipped):
-        print(f"{result}  {folder}")
+    for result, place in neuron_flipping.conclude(flipped):
+        print(f"{result}  {place}")
     directories = list(dict.fromkeys(job.run.directory for job in jobs))
-    families = find_families(directories) if directories else []
-    for family in families:
-        for kind in plot_results.KINDS:
-            if kind.concerns(family) and family.has(kind.source):
-                plot_results.draw(family, kind, ("pdf", "png"))
-    return families
+    if directories:
+        *_, summary, report = plot_results.present(find_families(directories), folder, title=title)
+        print(summary, report, sep="\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -175,20 +172,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except LeftToOthers:
             print("other processes work on what is left; whoever ends last draws the figures")
             return ending.status
-        if given.only:
-            return ending.status
-        families = conclude(sorted(done, key=jobs.index))
-        for family in families:
-            print(f"figures: {family.folder / 'figures'}")
-        for path in plot_results.write_tables(families, tables_folder(configs, given.config)):
-            if path.suffix == ".md":
-                print(f"table: {path}")
+        if not given.only:
+            folder = report_folder(configs, given.config)
+            conclude(sorted(done, key=jobs.index), folder, configs[0].name)
     return ending.status
 
 
-def tables_folder(configs: Sequence[Config], config_file: str) -> Path:
-    """Tables are about all runs of a configuration: they lie in a folder with its name."""
-    return Path(configs[0].output_dir) / f"tables-{Path(config_file).stem}"
+def report_folder(configs: Sequence[Config], config_file: str) -> Path:
+    """A report is about all runs of a configuration: it lies in a folder with its name."""
+    return Path(configs[0].output_dir) / f"report-{Path(config_file).stem}"
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -121,16 +121,17 @@ class SlowSearch:
 
 
 class Clock:
-    """Seconds spent inside of some functions."""
+    """Seconds spent inside of some functions; of the processor's own time where that is a CPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.now = time.perf_counter if device.type == "cuda" else time.process_time
         self.seconds, self.calls = Counter(), Counter()
 
     def around(self, name: str, work: Callable) -> Callable:
         def timed(*arguments: object) -> object:
-            began = time.perf_counter()
+            began = self.now()
             result = work(*arguments)
-            self.seconds[name] += time.perf_counter() - began
+            self.seconds[name] += self.now() - began
             self.calls[name] += 1
             return result
 
@@ -143,35 +144,34 @@ def measure(run: Run, count: int, slow_count: int) -> None:
     model = load_final_model(run, split, device).eval().requires_grad_(False)
     correct = evaluate(model, split.images, split.label).correct.cpu()
     rows = choose_examples(split, correct, count)
-    half = len(rows) // 2
+    half, clock = len(rows) // 2, Clock(device)
     slow_rows = [*rows[:slow_count], *rows[half : half + slow_count]]
-    slow, clock = SlowSearch(run, split, model), Clock()
+    slow_search = clock.around("slow", SlowSearch(run, split, model).search)
     for name in ("ReferenceGradient", "Correctness"):
         owner = getattr(reuse, name)
         owner._compute = clock.around(name, owner._compute)
 
-    found, slow_seconds, slow_neurons, fast_seconds = [], [], [], 0.0
     turns = {round(len(rows) * (k + 1) / (len(slow_rows) + 1)): r for k, r in enumerate(slow_rows)}
-    began = time.perf_counter()
-    for done, result in enumerate(compute_flipping(run, split, model, rows)):
-        fast_seconds += time.perf_counter() - began
-        found.append(result)
+    neurons, slow_neurons = {}, {}
+    fast = compute_flipping(run, split, model, rows)
+    search_next = clock.around("fast", lambda: next(fast))
+    for done in range(len(rows)):
+        result = search_next()
+        neurons[result["example"]] = result["neurons"]
         if done in turns:
-            began = time.perf_counter()
-            slow_neurons.append((turns[done], slow.search(turns[done])))
-            slow_seconds.append(time.perf_counter() - began)
-        began = time.perf_counter()
+            slow_neurons[int(split.index[turns[done]])] = slow_search(turns[done])
+    assert all(neurons[example] == number for example, number in slow_neurons.items())
 
-    by_example = {row["example"]: row["neurons"] for row in found}
-    assert all(by_example[int(split.index[row])] == neurons for row, neurons in slow_neurons)
-    steps = sum(neurons for _, neurons in slow_neurons) / len(slow_neurons)
-    fast, slow_each = fast_seconds / len(rows), statistics.mean(slow_seconds)
+    fast_each, slow_each = clock.seconds["fast"] / len(rows), clock.seconds["slow"] / len(slow_rows)
     print(f"{describe_device(device)}, torch {torch.__version__}, {run.config.flipping}")
-    print(f"fast: {len(rows)} examples, {statistics.mean(by_example.values()):.2f} neurons each")
-    print(f"slow: {len(slow_rows)} of them, {steps:.2f} neurons each, the same numbers")
-    print(f"fast {fast:.2f} s an example, slow {slow_each:.2f} s: {slow_each / fast:.1f} times")
-    for name, seconds in clock.seconds.items():
-        print(f"  {name}: {clock.calls[name]} computed, {seconds / fast_seconds:.0%} of the time")
+    print(f"fast: {len(rows)} examples of {statistics.mean(neurons.values()):.2f} neurons")
+    print(
+        f"slow: {len(slow_rows)} of them, of {statistics.mean(slow_neurons.values()):.2f} neurons"
+    )
+    print(f"fast {fast_each:.2f} s an example, slow {slow_each:.2f} s: {slow_each / fast_each:.1f}")
+    for name in ("ReferenceGradient", "Correctness"):
+        share = clock.seconds[name] / clock.seconds["fast"]
+        print(f"  {name}: computed {clock.calls[name]} times, {share:.0%} of the fast time")
 
 
 def main() -> None:

@@ -168,17 +168,19 @@ class Run:
         path = self.provenance_path
         return bool(path.exists() and self.identity and files.read_json(path).get("finished"))
 
-    def require_results(self, *more: str) -> None:
-        """A finished run has all that its training wrote; only training again could replace it."""
-        paths = [self.split_path, self.history_path, self.examples_path]
-        paths += [self.checkpoint_path(self.config.train.epochs)]
-        paths += [self.directory / name for name in more]
-        for path in paths:
-            if not path.exists():
-                raise UserError(
-                    f"{path}: is missing from a finished run; put it back, or delete "
-                    f"{self.directory} and train again"
-                )
+    def missing_results(self, accounts: str = "") -> list[Path]:
+        """What a finished training must have left behind, and is not there."""
+        paths = [self.checkpoint_path(self.config.train.epochs)]
+        paths += [self.split_path, self.history_path, self.examples_path]
+        paths += [self.directory / accounts] if accounts else []
+        return [path for path in paths if not path.exists()]
+
+    def require_results(self, accounts: str = "") -> None:
+        for path in self.missing_results(accounts):
+            raise UserError(
+                f"{path}: is missing from a finished run; put it back, or delete "
+                f"{self.directory} and train again"
+            )
 
     @property
     def state(self) -> str:
@@ -221,6 +223,10 @@ class Run:
     @property
     def examples_path(self) -> Path:
         return self.directory / "examples.npz"
+
+    @property
+    def record_path(self) -> Path:
+        return self.directory / "record.pt"
 
     def checkpoint_path(self, epoch: int) -> Path:
         return self.directory / "checkpoints" / f"epoch_{epoch:03d}.pt"

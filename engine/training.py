@@ -10,6 +10,8 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -25,6 +27,7 @@ from engine.errors import RunFailed, UserError
 from engine.evaluation import evaluate_split, mean_by_subset
 from engine.runs import HISTORY_COLUMNS, Run, load_weights
 from engine.settings import Config, TrainConfig
+from engine.setup import load_split
 from engine.stopping import safe_point
 from models.dropout import examples, tied_layers
 
@@ -93,19 +96,30 @@ class Record:
             self.loss.append(train.loss.clamp(max=65504).half().cpu())  # float16's largest
         return row
 
-    def write_tables(self, run: Run, accountant: Accountant) -> None:
-        files.write_csv(run.history_path, HISTORY_COLUMNS, self.history)
+    def tables(self, run: Run, accountant: Accountant) -> dict[Path, Callable[[], None]]:
+        """The CSV files that are kept up to date while a run trains, and what writes each."""
+        found = {
+            run.history_path: partial(
+                files.write_csv, run.history_path, HISTORY_COLUMNS, self.history
+            )
+        }
         if accountant.columns:
             path = run.directory / accountant.file_name
-            files.write_csv(path, accountant.columns, self.accounts)
+            found[path] = partial(files.write_csv, path, accountant.columns, self.accounts)
+        return found
 
-    def write_examples(self, run: Run, split: Split) -> None:
-        bits = torch.stack(self.correct).numpy()
+    def results(self, run: Run, accountant: Accountant) -> dict[Path, Callable[[], None]]:
+        """All files but weights that a finished training leaves behind, and what writes each."""
+        examples = {run.examples_path: partial(self.write_examples, run.examples_path)}
+        return self.tables(run, accountant) | examples
+
+    def write_examples(self, path: Path) -> None:
+        bits, loss = torch.stack(self.correct).numpy(), torch.stack(self.loss).numpy()
         files.write_arrays(
-            run.examples_path,
+            path,
             epoch=np.arange(1, len(bits) + 1),
-            correct=np.unpackbits(bits, axis=1, count=split.n).astype(bool),
-            loss=torch.stack(self.loss).numpy(),
+            correct=np.unpackbits(bits, axis=1, count=loss.shape[1]).astype(bool),
+            loss=loss,
         )
 
 
@@ -209,16 +223,32 @@ def train_run(
             row = record.measure(model, split, epoch, rate)
             record.seconds = time.perf_counter() - began
             _save(run, epoch, model, optimizer, record)
-            record.write_tables(run, accountant)
+            for write in record.tables(run, accountant).values():
+                write()
             bar.set_postfix({k: f"{row[f'acc_{k}']:.1%}" for k in ("clean", "noisy", "test")})
             if epoch < train.epochs:
                 safe_point(next_piece=time.perf_counter() - started)
 
-    record.write_tables(run, accountant)
-    record.write_examples(run, split)
+    for write in record.results(run, accountant).values():
+        write()
+    content = {"identity": run.identity, "epoch": train.epochs, **vars(record)}
+    files.write_tensors(run.record_path, content)
     finished = {"seconds": round(record.seconds, 1), "finished": True}
     files.write_json(run.provenance_path, source | finished)
     run.discard(run.resumable_epochs())
+
+
+def restore_results(run: Run, accountant: Accountant) -> None:
+    """What of a finished training's results was deleted, made again from its record."""
+    if run.missing_results(accountant.file_name) and run.record_path.exists():
+        content = run.read_own(run.record_path, run.config.train.epochs)
+        record = Record(**{name: content[name] for name in vars(Record())})
+        for path, write in record.results(run, accountant).items():
+            if not path.exists():
+                write()
+        if not run.split_path.exists():
+            run.write_settings(load_split(run.config))
+    run.require_results(accountant.file_name)
 
 
 def _save(

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from engine import files
 from engine.setup import load_split, make_model
 from models.dropout import tied_layers
+from plotting.examples import draw_sheet
 from plotting.runs import Family
 from plotting.style import CLEAN, NOISY, PAGE
 
@@ -45,17 +46,16 @@ def plot_forgotten(family: Family) -> Figure:
     run = family.runs[0]
     rows = files.read_csv(run.directory / FORGOTTEN, FORGOTTEN_COLUMNS)
     place = {int(index): row for row, index in enumerate(split.index.tolist())}
-    figure, panels = plt.subplots(DOWN, ACROSS, figsize=(PAGE, 3.4))
-    for axes in panels.flat:
-        axes.set_axis_off()
-    for axes, row in zip(panels.flat, rows):
-        image = split.images[place[int(row["index"])]].permute(1, 2, 0).cpu().numpy()
-        label, after = (split.class_names[int(row[k])] for k in ("label", "prediction_after"))
-        axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        axes.set_title(f"{label}\n(now {after})", fontsize=6, pad=2)
-    figure.suptitle(
-        f"{family.title}, {run.directory.name}: {len(rows)} clean examples forgotten; "
-        f"label (prediction after dropping)",
-        fontsize=8,
+    names = split.class_names
+    shown = rows[: ACROSS * DOWN]
+    images = split.images[[place[int(row["index"])] for row in shown]]
+    captions = [
+        f"{names[int(row['label'])]}\n(now {names[int(row['prediction_after'])]})" for row in shown
+    ]
+    figure, axes = plt.subplots(figsize=(PAGE, 3.6))
+    draw_sheet(axes, images, captions, ACROSS, size=6)
+    axes.set_title(
+        f"{family.title}, {run.directory.name}: {len(rows)} clean examples forgotten\n"
+        "label (prediction after dropping)"
     )
     return figure

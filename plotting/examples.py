@@ -1,8 +1,12 @@
 """Contact sheets: what the memorized examples look like, for a person to judge."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from data import Split
 from engine.setup import load_split
@@ -10,6 +14,7 @@ from plotting.runs import Family
 from plotting.style import PAGE
 
 ACROSS, DOWN = 12, 3  # images on each half of a sheet
+PITCH, ROOM = 1.15, 0.5  # in images: from one to the next, and for a caption above it
 
 
 def choose_examples(split: Split, kind: str) -> list[tuple[str, np.ndarray]]:
@@ -37,17 +42,31 @@ def plot_examples(family: Family) -> Figure:
     """The sheet of a run's training set; it is the same for every seed."""
     split = load_split(family.config)
     halves = choose_examples(split, family.config.data.split)
-    figure = plt.figure(figsize=(PAGE, 5.6))
-    for part, (heading, rows) in zip(figure.subfigures(2, 1), halves):
-        part.suptitle(heading, fontsize=8, x=0.01, ha="left")
-        panels = part.subplots(DOWN, ACROSS)
-        for axes in panels.flat:
-            axes.set_axis_off()
-        for axes, row in zip(panels.flat, rows):
-            image = split.images[row].permute(1, 2, 0).cpu().numpy()
-            axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-            axes.set_title(_caption(split, row, family.config.data.split), fontsize=5.5, pad=2)
+    figure, panels = plt.subplots(2, 1, figsize=(PAGE, 5.6))
+    for axes, (heading, rows) in zip(panels, halves):
+        captions = [_caption(split, row, family.config.data.split) for row in rows]
+        draw_sheet(axes, split.images[rows.tolist()], captions, ACROSS, size=5.5)
+        axes.set_title(heading, loc="left")
     return figure
+
+
+def draw_sheet(
+    axes: Axes, images: Tensor, captions: Sequence[str], across: int, size: float
+) -> None:
+    """Images [n, channels, height, width] in rows of `across`, each below its caption."""
+    axes.set_axis_off()
+    axes.set_aspect("equal")
+    rows = -(-len(images) // across)
+    axes.set(xlim=(0, across * PITCH), ylim=(rows * (PITCH + ROOM), 0))
+    for place, (image, caption) in enumerate(zip(images, captions)):
+        down, right = divmod(place, across)
+        left, top = right * PITCH, down * (PITCH + ROOM) + ROOM
+        axes.imshow(
+            image.permute(1, 2, 0).cpu().numpy(),
+            cmap="gray", vmin=0, vmax=255, interpolation="nearest",
+            extent=(left, left + 1, top + 1, top),
+        )  # fmt: skip
+        axes.text(left + 0.5, top - 0.05, caption, fontsize=size, ha="center", va="bottom")
 
 
 def _caption(split: Split, row: int, kind: str) -> str:

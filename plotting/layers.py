@@ -1,7 +1,10 @@
 """What single layers are needed for: rewinding (Figures 3, 9, 15-17) and retraining (4, 18, 19)."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -9,6 +12,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from plotting.runs import Family
 from plotting.style import PAGE, draw_band, names_of
+from plotting.training import draw_curves
 
 REWINDING = "layer_rewinding.csv"
 REWINDING_COLUMNS = ("group", "epoch", "acc_clean", "acc_noisy", "acc_total")
@@ -24,26 +28,40 @@ def by_group(table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def plot_rewinding(family: Family) -> Figure:
-    """Accuracy of the final model with one layer from an earlier epoch, a line for each epoch."""
-    table = by_group(family.table(REWINDING, REWINDING_COLUMNS))
+    """Figure 3: learning curves, and the final model with one layer from an earlier epoch."""
+    return plot_rewinding_compared([family])
+
+
+def plot_rewinding_compared(families: Sequence[Family]) -> Figure:
+    """The same of several runs, a row for each; a line for each epoch that layers go back to."""
+    rows = len(families)
+    figure, panels = plt.subplots(
+        rows, 3, figsize=(PAGE, 1.75 * rows + 0.5), sharey=True, squeeze=False
+    )
+    for (curves, *rewound), family in zip(panels, families):
+        draw_curves(curves, family, ("clean", "noisy"))
+        curves.legend(loc="lower right")
+        curves.set(ylabel="accuracy", title=f"{family.title}\n({family.seeds})")
+        table = by_group(family.table(REWINDING, REWINDING_COLUMNS))
+        scale = _draw_rewound(rewound, table, names_of(family.config.data.split))
+        bar = figure.colorbar(scale, ax=rewound, label="rewound to epoch", pad=0.02)
+        bar.locator = MaxNLocator(integer=True)
+        bar.update_ticks()
+    return figure
+
+
+def _draw_rewound(panels: Sequence[Axes], table: dict, names: dict[str, str]) -> ScalarMappable:
+    """Clean and noisy accuracy against the layer; the scale that the lines are coloured by."""
     groups, epochs = table["group"][0, :, 0], table["epoch"][0, 0]
     shown = np.unique(np.linspace(0, len(epochs) - 1, min(len(epochs), LINES_AT_MOST)).round())
-    names = names_of(family.config.data.split)
     scale = ScalarMappable(Normalize(epochs.min(), epochs.max()), "viridis_r")
-    figure, panels = plt.subplots(1, 2, figsize=(PAGE, 2.5), sharey=True)
     for axes, kind in zip(panels, ("clean", "noisy")):
         mean = table[f"acc_{kind}"].mean(0)
         for i in shown.astype(int):
             axes.plot(groups, mean[:, i], "o-", color=scale.to_rgba(epochs[i]))
-        axes.set(title=f"{names[kind]} examples", xlabel="layer that is rewound", ylim=(0, 1.02))
+        axes.set(title=f"{names[kind]} examples", xlabel="layer that is rewound")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
-    panels[0].set_ylabel("accuracy")
-    bar = figure.colorbar(scale, ax=panels, label="rewound to epoch", pad=0.02)
-    bar.locator = MaxNLocator(integer=True)
-    bar.update_ticks()
-    figure.suptitle(f"{family.title} ({family.seeds})", fontsize=8)
-    return figure
+    return scale
 
 
 def plot_rewinding_map(family: Family) -> Figure:

@@ -50,7 +50,7 @@ def plot_flipping(family: Family) -> Figure:
     counts.set(xlabel="neurons zeroed to flip it", ylabel="share of examples")
     after.set(xlabel="accuracy on the remaining set")
     layers.set(xlabel="layer", ylabel="share of neurons")
-    after.xaxis.set_major_formatter(PercentFormatter(1))
+    after.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     for axes in (counts, after, layers):
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.legend()

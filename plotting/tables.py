@@ -85,7 +85,8 @@ def _dropout_rows(family: Family, state: str) -> list[dict]:
 
 
 def _with_dropout(families: Sequence[Family], *kinds: str) -> list[Family]:
-    return [f for f in families if f.config.dropout.kind in kinds and f.has(DROPOUT)]
+    wanted = [family for family in families if family.config.dropout.kind in kinds]
+    return [measured for family in wanted if (measured := family.having(DROPOUT))]
 
 
 def table_1(families: Sequence[Family]) -> Table:
@@ -142,9 +143,7 @@ def table_3(families: Sequence[Family]) -> Table:
 def table_auc(families: Sequence[Family]) -> Table:
     """How well each score tells memorized from clean examples; on those that were searched."""
     rows = []
-    for family in families:
-        if not family.has(DETECTION):
-            continue
+    for family in filter(None, (family.having(DETECTION) for family in families)):
         found = family.rows(DETECTION, DETECTION_COLUMNS, text=("method", "on"))
         for method, paper in PAPER_AUC.items():
             areas = [r["auc"] for r in found if (r["method"], r["on"]) == (method, "searched")]

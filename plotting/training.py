@@ -1,12 +1,14 @@
 """Learning curves, and where gradients come from (Figures 1, 2, 3, 8, 10 to 14)."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from engine.runs import HISTORY_COLUMNS
+from engine.runs import HISTORY_COLUMNS, deciding_settings
 from plotting.runs import Family
 from plotting.style import COLUMN, PAGE, draw_band, names_of
 
@@ -17,21 +19,33 @@ ACCOUNTING_COLUMNS = (
 KINDS = ("clean", "noisy", "total")
 
 
+def read_curves(family: Family) -> dict[str, np.ndarray]:
+    """Column -> values [seeds, epochs], the initialization being the first."""
+    return family.table("history.csv", HISTORY_COLUMNS)
+
+
 def plot_learning_curves(family: Family) -> Figure:
     """Figure 3, left: accuracy on clean and noisy training examples, and on test examples."""
-    table = family.table("history.csv", HISTORY_COLUMNS)
     figure, axes = plt.subplots(figsize=(COLUMN, 2.3))
-    for kind, name in names_of(family.config.data.split).items():
-        draw_band(axes, table["epoch"][0], table[f"acc_{kind}"], kind, name)
-    axes.set(xlabel="epoch", ylabel="accuracy", ylim=(0, 1.02))
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    draw_curves(axes, family, ("clean", "noisy", "total", "test"))
+    axes.set_ylabel("accuracy")
     axes.legend(loc="lower right")
-    axes.set_title(f"{family.title} ({family.seeds})")
+    axes.set_title(f"{family.title}\n({family.seeds})")
     return figure
 
 
-def _accounts(family: Family) -> dict[str, np.ndarray]:
+def draw_curves(axes: Axes, family: Family, kinds: Sequence[str]) -> None:
+    """Accuracies over the epochs of a training; mean and spread over seeds."""
+    table, names = read_curves(family), names_of(family.config.data.split)
+    epochs = table["epoch"][0]
+    for kind in kinds:
+        draw_band(axes, epochs, table[f"acc_{kind}"], kind, names[kind])
+    axes.set(xlabel="epoch", xlim=(0, epochs[-1]), ylim=(0, 1.02))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def read_accounts(family: Family) -> dict[str, np.ndarray]:
     """Column -> values [seeds, epochs, groups]."""
     table = family.table(ACCOUNTING, ACCOUNTING_COLUMNS)
     groups = int(table["group"].max()) + 1
@@ -50,18 +64,52 @@ def _draw_norms(axes: Axes, family: Family, accounts: dict, epochs: slice) -> No
 
 def plot_gradient_norms(family: Family) -> Figure:
     """Figures 1, 8, 11 to 14: each layer's gradient norms, averaged over all epochs."""
-    accounts = _accounts(family)
+    accounts = read_accounts(family)
     figure, axes = plt.subplots(figsize=(COLUMN, 2.3))
     _draw_norms(axes, family, accounts, slice(None))
     axes.set(xlabel="layer", ylabel="gradient norm / sqrt(parameters)")
     axes.legend()
-    axes.set_title(f"{family.title}, all epochs ({family.seeds})")
+    axes.set_title(f"{family.title}\nall epochs ({family.seeds})")
     return figure
+
+
+def plot_gradient_norms_compared(families: Sequence[Family]) -> Figure:
+    """Figures 11 to 14: the same of several runs, a row for each model, by noise rate.
+
+    Of a single model the panels fill three columns.
+    """
+    models = dict.fromkeys(_model_of(family) for family in families)
+    rates = sorted({family.config.data.noise_rate for family in families})
+    across = len(rates) if len(models) > 1 else min(3, len(rates))
+    down = len(models) if len(models) > 1 else -(-len(rates) // across)
+    width = max(COLUMN, min(PAGE, 2.3 * across))
+    figure, panels = plt.subplots(down, across, figsize=(width, 1.6 * down + 0.4), squeeze=False)
+    for axes in panels.flat:
+        axes.set_visible(False)
+    for family in families:
+        place = rates.index(family.config.data.noise_rate)
+        row = list(models).index(_model_of(family))
+        axes = panels[row, place] if len(models) > 1 else panels.flat[place]
+        axes.set_visible(True)
+        _draw_norms(axes, family, read_accounts(family), slice(None))
+        model = f"{family.config.model.name}, " if len(models) > 1 else ""
+        axes.set_title(f"{model}noise {family.config.data.noise_rate:.0%} ({family.seeds})")
+    first = next(axes for axes in panels.flat if axes.get_visible())
+    first.legend()
+    figure.supxlabel("layer", fontsize=8)
+    figure.supylabel("gradient norm / sqrt(parameters)", fontsize=8)
+    return figure
+
+
+def _model_of(family: Family) -> str:
+    """The model and how it is trained: what makes a row of its own."""
+    settings = deciding_settings(family.config)
+    return repr({k: v for k, v in settings.items() if k.startswith(("model.", "train."))})
 
 
 def plot_gradient_norms_over_training(family: Family) -> Figure:
     """Figure 10: the same in nine windows of the training, each with a scale of its own."""
-    accounts = _accounts(family)
+    accounts = read_accounts(family)
     count = accounts["epoch"].shape[1]
     bounds = np.unique(np.linspace(0, count, min(9, count) + 1).round().astype(int))
     rows = -(-(len(bounds) - 1) // 3)
@@ -80,7 +128,7 @@ def plot_gradient_norms_over_training(family: Family) -> Figure:
 
 def plot_gradient_cosines(family: Family) -> Figure:
     """Figure 2: cosine between the clean and the noisy gradient, epoch by layer."""
-    accounts = _accounts(family)
+    accounts = read_accounts(family)
     cosine = accounts["cosine"].mean(0)
     figure, axes = plt.subplots(figsize=(COLUMN, 2.8))
     epochs, groups = cosine.shape
@@ -99,5 +147,5 @@ def plot_gradient_cosines(family: Family) -> Figure:
     axes.spines[:].set_visible(False)
     clean, noisy = (names_of(family.config.data.split)[kind] for kind in ("clean", "noisy"))
     figure.colorbar(image, label=f"cosine of {clean} and {noisy} gradient")
-    axes.set_title(f"{family.title} ({family.seeds})")
+    axes.set_title(f"{family.title}\n({family.seeds})")
     return figure

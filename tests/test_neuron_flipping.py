@@ -21,6 +21,7 @@ from engine.evaluation import evaluate
 from engine.reuse import Correctness, ReferenceGradient
 from engine.runs import Run
 from engine.setup import load_final_model, load_split
+from models.inference import folded
 from models.neurons import Gates
 from neuron_flipping import (
     COLUMNS,
@@ -62,16 +63,16 @@ def fitted(name: str) -> tuple:
     label = torch.randint(10, (40,), generator=generator)
     patterns = torch.randint(256, (10, 1, 5, 5), generator=generator, dtype=torch.uint8)
     images[::2] = images[::2] // 4 + patterns.tile(1, 1, 4, 4)[label[::2]] // 4 * 3
-    model = make(name).double()
+    model = make(name)
     steps, rate, decay = FIT[name]
     optimizer = torch.optim.Adam(model.parameters(), lr=rate, weight_decay=decay)
     for _ in range(steps):
-        loss = F.cross_entropy(model(normalize(images).double()), label)
+        loss = F.cross_entropy(model(normalize(images)), label)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    label[:20] = model(normalize(images[:20]).double()).argmax(1)
-    return model.requires_grad_(False), images, label
+    label[:20] = model(normalize(images[:20])).argmax(1)
+    return model.double().requires_grad_(False), images, label
 
 
 class Problem:
@@ -84,16 +85,17 @@ class Problem:
         self.copies = torch.stack(
             [noisy_copies(image, i, 7, copies, 0.05) for i, image in enumerate(clean)]
         )
-        self.reference = self.copies[20:], self.label[20:]
+        self.reference = self.copies[28:], self.label[28:]
         self.rows = range(count)
 
     def candidates(self):
         return (Candidate(row, self.label[row], self.copies[row]) for row in self.rows)
 
     def search(self, ablate, chunk, most, memory=EVERYTHING, **options):
-        with Gates(self.model, ablate) as gates:
-            reference = ReferenceGradient(self.model, gates, *self.reference, memory)
-            found = search(self.model, gates, reference, self.candidates(), chunk, most, **options)
+        model = folded(self.model)  # as real searches do
+        with Gates(model, ablate) as gates:
+            reference = ReferenceGradient(model, gates, *self.reference, memory)
+            found = search(model, gates, reference, self.candidates(), chunk, most, **options)
             return {c.row: (c.closed, flipped) for c, flipped in found}
 
 
@@ -130,7 +132,7 @@ def test_in_float32_too():
     problem = Problem("resnet9")
     problem.model = problem.model.float()
     problem.copies = problem.copies.float()
-    problem.reference = problem.copies[20:], problem.label[20:]
+    problem.reference = problem.copies[28:], problem.label[28:]
     expected = {}
     for row in problem.rows:
         closed, flipped, _ = slow_search(
@@ -153,7 +155,7 @@ def test_the_reference_gradient_of_any_set_of_closed_gates(name):
         reference = ReferenceGradient(model, gates, images, label, EVERYTHING)
         assert len(reference.graphs) == len(reference.batches)
         lowest, middle = gates.sites[0].first, gates.sites[len(gates.sites) // 2].first + 1
-        for closed in ([], [gates.count - 1], [middle, gates.count - 2], [lowest, middle], []):
+        for closed in ([gates.count - 1], [middle, gates.count - 2], [lowest, middle], []):
             slow = SlowNeurons(fresh, name, "activation")
             for gate in closed:
                 slow.close(gate)
@@ -171,15 +173,20 @@ def test_accuracy_on_the_remaining_examples(name, memory):
     fresh = copy.deepcopy(model)
     with Gates(model) as gates:
         correctness = Correctness(model, gates, problem.images, problem.label, memory)
-        for closed in ([], [0], [gates.count - 1, 3], [gates.sites[4].first, gates.count - 2]):
+        # Many at once, so that predictions change.
+        lower_half = [*range(0, gates.sites[3].first, 2), gates.count - 2]
+        seen = set()
+        for closed in ([], [*range(1, 4)], [*range(gates.count - 60, gates.count)], lower_half):
             slow = SlowNeurons(fresh, name, "activation")
             for gate in closed:
                 slow.close(gate)
             correct = correctness.of(frozenset(closed))
+            seen.add(int(correct.sum()))
             for row in (0, 35):
                 kept = torch.arange(40) != row
                 expected = slow.accuracy(problem.images, problem.label, row)
                 assert correct[kept].double().mean().item() == pytest.approx(expected)
+        assert len(seen) > 2
 
 
 def test_a_known_gradient_is_not_computed_again(monkeypatch):
@@ -254,7 +261,7 @@ def test_a_planted_neuron_is_found_first_and_alone(kind, ablate):
 
 
 def test_equal_scores_go_to_the_lowest_gate():
-    score = torch.tensor([1.0, 2.0, 2.0000001, 2.0])
+    score = torch.tensor([1.0, 2.0, 2.0001, 2.0])
     assert best_gate(score, []) == 1
     assert best_gate(score, [1]) == 2
     assert best_gate(-score, []) == 0
@@ -337,7 +344,7 @@ def test_a_run_against_the_slow_way(run_of):
     reference = torch.stack([copies(row) for row in order.tolist()])
     rows = results(run)
     assert len(rows) == 8
-    for result in rows:
+    for result in rows[::2]:
         row = int((split.index == int(result["example"])).nonzero())
         closed, flipped, slow = slow_search(
             model, "resnet9", "activation", copies(row), split.label[row],
@@ -415,7 +422,7 @@ def test_noise_that_flips_an_example_is_said(run_of):
 
 
 def test_every_gate_closed_ends_the_search():
-    problem = Problem("single_conv", count=2)
+    problem = Problem("single_conv", count=1, copies=1)
     problem.model.linear.bias[:] = 0
     problem.model.linear.bias[int(problem.label[0])] = 100.0
     found = problem.search("activation", chunk=4, most=10_000)

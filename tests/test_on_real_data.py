@@ -8,6 +8,7 @@ import pytest
 import example_tied_dropout
 import gradient_accounting
 import layer_rewinding
+import neuron_flipping
 from data import load_dataset
 from engine import files
 from engine.config import load_configs
@@ -112,3 +113,23 @@ def test_the_mislabeled_are_not_memorized_in_the_last_layer(mnist_run):
     at_initialization = [noisy[group, 0] for group in range(9)]
     assert sum(accuracy > 0.5 for accuracy in at_initialization) >= 2
     assert np.argmin(at_initialization) != 8
+
+
+@pytest.mark.real_data
+@pytest.mark.slow(reason="trains for some three minutes on two cores, and searches for one")
+@pytest.mark.timeout(1800)
+def test_the_mislabeled_flip_with_fewer_neurons_and_less_damage(mnist_run):
+    settings = ("flipping.examples=40", "flipping.reference_batch=128", "flipping.noise_copies=3")
+    run = Run.at(mnist_run.directory, settings)
+    neuron_flipping.main(run)
+    rows = neuron_flipping.read_results(run).values()
+    memorized, clean = ([row for row in rows if row["memorized"] == kind] for kind in (1, 0))
+    assert len(memorized) == len(clean) == 40
+    for column, sign in (("neurons", -1), ("acc_remaining_after", 1)):
+        difference = sign * (
+            np.mean([row[column] for row in memorized]) - np.mean([row[column] for row in clean])
+        )
+        assert difference > 0, column
+    assert np.mean([row["neurons"] for row in memorized]) < 4
+    (area,) = [row for row in neuron_flipping.detect([run]) if row["method"] == "neurons"]
+    assert area["low"] > 0.5

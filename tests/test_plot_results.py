@@ -12,9 +12,11 @@ from engine import files
 from engine.runs import Run
 from engine.setup import load_split
 from plotting.examples import choose_examples
+from plotting.figures import KINDS, draw_all
 from plotting.runs import find_families
 from plotting.style import NOISY, paper_style
-from plotting.tables import KINDS, spread
+from plotting.tables import KINDS as ACCURACIES
+from plotting.tables import spread
 from plotting.training import ACCOUNTING_COLUMNS, plot_gradient_norms, plot_learning_curves
 
 
@@ -28,11 +30,13 @@ def family(tiny, tmp_path):
 
 def test_every_figure_of_finished_runs(family, capsys):
     assert plot_results.main([str(family.folder)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    concerned = [kind for kind in plot_results.KINDS if kind.concerns(family)]
+    *lines, summary, report = capsys.readouterr().out.splitlines()
+    assert summary == f"summary: {family.folder / 'summary.json'}"
+    assert report == f"report: {family.folder / 'report.html'}"
+    concerned = [kind for kind in KINDS if kind.concerns(family) and not kind.compares]
     assert len(lines) == len(concerned)
-    assert not any(kind.script == "example_tied_dropout.py" for kind in concerned)
-    measured = [kind for kind in concerned if family.has(kind.source)]
+    assert not any(kind.experiment == "dropout" for kind in concerned)
+    measured = [kind for kind in concerned if family.having(kind.source)]
     assert len(measured) == sum("is missing" not in line for line in lines) >= 5
     for kind in measured:
         png = family.folder / "figures" / f"{kind.name}.png"
@@ -52,6 +56,25 @@ def test_runs_of_different_settings_do_not_share_a_figure(family, tiny, tmp_path
     gradient_accounting.main(Run.of(tiny("data.noise_rate=0.4")))
     families = find_families([tmp_path / "runs"])
     assert sorted(len(f.runs) for f in families) == [1, 2]
+
+
+def test_noise_rates_are_compared_in_one_figure(family, tiny, tmp_path, capsys):
+    gradient_accounting.main(Run.of(tiny("data.noise_rate=0.4")))
+    capsys.readouterr()
+    assert plot_results.main([str(tmp_path / "runs"), "--figure", "11", "--format", "png"]) == 0
+    *alone, together = capsys.readouterr().out.splitlines()
+    assert len(alone) == 2
+    path = tmp_path / "runs" / "figures" / "gradient_norms_compared_1.png"
+    assert together == f"figure 11: {path}"
+    assert path.exists()
+
+
+def test_a_figure_is_of_the_runs_that_have_its_data(family, capsys):
+    (family.runs[0].directory / "gradient_accounting.csv").unlink()
+    measured = family.having("gradient_accounting.csv")
+    assert [run.config.seed for run in measured.runs] == [1]
+    (drawing,) = draw_all([family], family.folder, [KINDS[2]], ["png"])
+    assert drawing.about.endswith("n = 1 seed")
 
 
 def test_gradient_norms_are_means_over_epochs_and_seeds(family):
@@ -106,7 +129,7 @@ def test_a_table_holds_ours_beside_the_papers(tiny, tmp_path, capsys):
     columns = example_tied_dropout.COLUMNS
     path = Run.of(config).directory / "example_tied_dropout.csv"
     before, after = files.read_csv(path, columns, text=("dropout", "state"))
-    found = [f"{100 * row[f'acc_{k}']:.1f}%" for row in (before, after) for k in KINDS]
+    found = [f"{100 * row[f'acc_{k}']:.1f}%" for row in (before, after) for k in ACCURACIES]
     assert rows[1].split(",")[-6:] == found
     assert rows[-3].startswith("paper: cifar10,-,99.9%,99.3%,79.3%,90.8%,3.1%,82.7%")
 

@@ -1,5 +1,6 @@
 """The main job: every script in order, each piece of work once, and going on after a stop."""
 
+import json
 import os
 import signal
 import subprocess
@@ -33,13 +34,21 @@ def test_everything_in_order_and_then_nothing(tiny_file, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in lines] == [
         "gradient accounting", "layer rewinding", "layer retraining", "neuron flipping",
-        "example tied dropout", "example tied dropout", "figures", "figures", "figures",
-        "table", "table", "table", "table",
+        "example tied dropout", "example tied dropout", "summary", "report",
     ]  # fmt: skip
     plain = Path(lines[0].split()[-1])
     assert {path.name for path in plain.glob("*.csv")} == TABLES
     figures = {path.name for path in (plain.parent / "figures").glob("*.png")}
     assert {"gradient_norms.png", "rewinding.png", "retraining.png", "neurons.png"} <= figures
+
+    report = tmp_path / "runs" / "report-tiny" / "report.html"
+    assert lines[-1] == f"report: {report}"
+    assert lines[-2] == f"summary: {report.with_name('summary.json')}"
+    summary = json.loads(report.with_name("summary.json").read_text())
+    verdicts = {entry["claim"]: entry["verdict"] for entry in summary["claims"]}
+    for experiment in ("gradients", "rewinding", "retraining", "flipping", "dropout"):
+        own = [v for name, v in verdicts.items() if name.partition(".")[0] == experiment]
+        assert any(verdict != "not measured" for verdict in own), experiment
 
     before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("runs/*/seed*/*.csv")}
     assert len(before) > len(TABLES)

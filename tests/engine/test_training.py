@@ -1,6 +1,7 @@
 """The training loop: schedule, record, checkpoints, and going on after an interruption."""
 
 import copy
+import io
 import math
 
 import numpy as np
@@ -183,9 +184,37 @@ def test_a_finished_run_is_not_touched(finished):
     assert {p: p.stat().st_mtime_ns for p in finished.directory.rglob("*")} == before
 
 
-@pytest.mark.parametrize("name", ["history.csv", "gradient_accounting.csv", "examples.npz"])
-def test_a_finished_run_that_lacks_a_file_is_not_trained_again_in_silence(finished, name):
+def snapshot(run: Run) -> dict:
+    return {
+        path: (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in run.directory.rglob("*")
+        if path.is_file()
+    }
+
+
+RESULTS = ["history.csv", "gradient_accounting.csv", "examples.npz", "split.npz"]
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_a_deleted_result_is_made_again_from_the_record_and_nothing_else(finished, name):
+    before = snapshot(finished)
     (finished.directory / name).unlink()
+    gradient_accounting.main(finished)
+    after = snapshot(finished)
+    changed = {path for path in before if before[path] != after[path]}
+    assert {path.name for path in changed} <= {name, "config.yaml"}
+    path = finished.directory / name
+    if path.suffix == ".csv":
+        assert after[path][0] == before[path][0]
+    else:
+        again, first = np.load(path), np.load(io.BytesIO(before[path][0]))
+        assert all(np.array_equal(again[key], first[key]) for key in first)
+
+
+@pytest.mark.parametrize("name", [*RESULTS[:3], "checkpoints/epoch_003.pt"])
+def test_a_finished_run_without_its_record_is_not_trained_again_in_silence(finished, name):
+    for path in (finished.directory / name, finished.record_path):
+        path.unlink()
     with pytest.raises(UserError, match=rf"{name}: is missing from a finished run"):
         gradient_accounting.main(finished)
 

@@ -1,0 +1,193 @@
+"""Every kind of figure: what it is called, what it is made from, and what to see in it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from engine import files
+from plotting.dropout import FORGOTTEN, plot_forgotten, plot_masks
+from plotting.examples import plot_examples
+from plotting.layers import (
+    RETRAINING,
+    REWINDING,
+    plot_retraining,
+    plot_rewinding,
+    plot_rewinding_compared,
+    plot_rewinding_map,
+)
+from plotting.neurons import FLIPPING, plot_flipping
+from plotting.runs import Family, alike
+from plotting.style import paper_style
+from plotting.training import (
+    ACCOUNTING,
+    plot_gradient_cosines,
+    plot_gradient_norms,
+    plot_gradient_norms_compared,
+    plot_gradient_norms_over_training,
+    plot_learning_curves,
+)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of figure: its numbers in the paper, its file, and what it is made from."""
+
+    numbers: tuple[str, ...]
+    name: str
+    experiment: str
+    source: str  # the result file that it needs
+    plot: Callable[..., Figure]  # of a family, or of several at once
+    see: str  # what to see in it, in one sentence
+    compares: str | None = None  # settings in which the families of one figure may differ
+
+    def concerns(self, family: Family) -> bool:
+        """Whether a family of runs could have this figure at all."""
+        kind = family.config.dropout.kind
+        if self.experiment == "dropout":
+            return kind == "example_tied"
+        return kind == "none" or self.source == "history.csv"
+
+
+OF_ANY_MODEL = r"data\.noise_rate|(model|train)\..+"
+KINDS = (
+    Kind(
+        ("examples",), "examples", "gradients", "split.npz", plot_examples,
+        "What there is to memorize: judge for yourself whether a person would give these labels.",
+    ),
+    Kind(
+        ("learning-curves",), "learning_curves", "gradients", "history.csv", plot_learning_curves,
+        "Clean examples are learned first; mislabeled ones only later, if at all.",
+    ),
+    Kind(
+        ("1", "8", "11", "12", "13", "14"), "gradient_norms", "gradients", ACCOUNTING,
+        plot_gradient_norms,
+        "The memorized examples, though few, contribute about as much gradient as all others, in "
+        "every layer; the total is smaller than either, since the two oppose each other.",
+    ),
+    Kind(
+        ("2",), "gradient_cosines", "gradients", ACCOUNTING, plot_gradient_cosines,
+        "Dark: clean and memorized examples pull a layer in opposite directions in that epoch.",
+    ),
+    Kind(
+        ("10",), "gradient_norms_over_training", "gradients", ACCOUNTING,
+        plot_gradient_norms_over_training,
+        "How the two contributions compare from the first epochs to the last; mind the scales.",
+    ),
+    Kind(
+        ("11", "12", "13", "14"), "gradient_norms_compared", "gradients", ACCOUNTING,
+        plot_gradient_norms_compared,
+        "The memorized examples' contribution at every noise rate, and for every model.",
+        compares=OF_ANY_MODEL,
+    ),
+    Kind(
+        ("3", "9", "15", "16", "17"), "rewinding", "rewinding", REWINDING, plot_rewinding,
+        "Lines near the top: layers that can go back without losing the memorized examples; "
+        "layers that matter for these matter for the clean ones too.",
+    ),
+    Kind(
+        ("rewinding-map",), "rewinding_map", "rewinding", REWINDING, plot_rewinding_map,
+        "The same as a map: how late a layer's weights are still needed.",
+    ),
+    Kind(
+        ("3", "15", "16", "17"), "rewinding_compared", "rewinding", REWINDING,
+        plot_rewinding_compared,
+        "Which layers are critical differs between models and noise rates.",
+        compares=OF_ANY_MODEL,
+    ),
+    Kind(
+        ("4", "18", "19"), "retraining", "retraining", RETRAINING, plot_retraining,
+        "A high dashed line at any epoch after 0: the layer was not needed for memorizing, as what "
+        "it learns from clean examples alone is enough.",
+    ),
+    Kind(
+        ("5",), "neurons", "flipping", FLIPPING, plot_flipping,
+        "Memorized examples flip with fewer neurons, their removal costs the others less, and the "
+        "neurons lie in several layers.",
+    ),
+    Kind(
+        ("6",), "masks", "dropout", FORGOTTEN, plot_masks,
+        "The masks that this model was trained with: blue for everybody, red for one example.",
+    ),
+    Kind(
+        ("7",), "forgotten", "dropout", FORGOTTEN, plot_forgotten,
+        "Clean examples that only the memorization neurons held: mostly odd or ambiguous ones.",
+    ),
+)  # fmt: skip
+SCRIPTS = {
+    "gradients": "gradient_accounting.py",
+    "rewinding": "layer_rewinding.py",
+    "retraining": "layer_retraining.py",
+    "flipping": "neuron_flipping.py",
+    "dropout": "example_tied_dropout.py",
+}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure of some runs: its files, or the command that would make what it needs."""
+
+    kind: Kind
+    about: str
+    paths: tuple[Path, ...] = ()
+    command: str = ""
+
+    def __str__(self) -> str:
+        if not self.paths:
+            name = f"figure {self.kind.numbers[0]}: {self.kind.source}"
+            return f"{name} is missing; {self.command} makes it"
+        return f"figure {self.kind.numbers[0]}: {' '.join(map(str, self.paths))}"
+
+
+def draw_all(
+    families: Sequence[Family],
+    folder: Path,
+    kinds: Sequence[Kind] = KINDS,
+    formats: Sequence[str] = ("pdf", "png"),
+    concerning: bool = True,
+    gather: bool = False,
+) -> Iterator[Drawing]:
+    """Every figure, each beside its runs; those that compare several families in `folder`.
+
+    With `gather` all lie in `folder`, those of a family in a folder with its name.
+    """
+    for kind in kinds:
+        wanted = [family for family in families if not concerning or kind.concerns(family)]
+        measured = [part for family in wanted if (part := family.having(kind.source))]
+        if kind.compares:
+            for number, group in enumerate(alike(measured, kind.compares, fewest=2), start=1):
+                name = f"{kind.name}_{number}"
+                about = f"{len(group)} settings of {group[0].title}"
+                yield Drawing(kind, about, _draw(kind, group, folder / "figures" / name, formats))
+            continue
+        for family in wanted:
+            if part := family.having(kind.source):
+                beside = folder / "figures" / family.name if gather else family.folder / "figures"
+                paths = _draw(kind, part, beside / kind.name, formats)
+                yield Drawing(kind, f"{family.title}, {part.seeds}", paths)
+            else:
+                command = f"python {SCRIPTS[kind.experiment]} {family.runs[0].config_path}"
+                yield Drawing(kind, family.title, command=command)
+
+
+def _draw(
+    kind: Kind, subject: Family | list[Family], path: Path, formats: Sequence[str]
+) -> tuple[Path, ...]:
+    with paper_style():
+        figure = kind.plot(subject)
+        figure.draw_without_rendering()  # places everything, once for all formats
+        figure.set_layout_engine("none")
+        paths = tuple(path.with_name(f"{path.name}.{suffix}") for suffix in formats)
+        for path in paths:
+            _save(figure, path)
+        plt.close(figure)
+    return paths
+
+
+def _save(figure: Figure, path: Path) -> None:
+    # Without a date in it, the same figure is the same file.
+    metadata = {"CreationDate": None} if path.suffix == ".pdf" else {}
+    kind = path.suffix.removeprefix(".")
+    files.write_atomically(path, lambda f: figure.savefig(f, format=kind, metadata=metadata))
