@@ -6,6 +6,7 @@ seconds of training on random images. No data are read or downloaded.
 """
 
 import heapq
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -131,19 +132,21 @@ class Speeds:
         return PASSES[script](run) * self.of(run.config)
 
     def of(self, config: Config) -> float:
-        with cpu_threads(self.threads):
-            device = resolve_device(config)
-            key = Shape.of(config), config.device
-            if key not in self.known:
-                past = self._past_runs(config.output_dir, device).get(key[0])
-                self.known[key] = statistics.median(past) if past else calibrate(config, device)
-            return self.known[key]
+        key = Shape.of(config), config.device
+        if key not in self.known:
+            with cpu_threads(self.threads):
+                try:
+                    self.known[key] = self._find_out(config, resolve_device(config))
+                except UserError:  # a GPU is asked for, and this machine has none
+                    self.known[key] = math.nan
+        return self.known[key]
 
-    def _past_runs(self, output_dir: str, device: torch.device) -> dict[Shape, list[float]]:
-        place = output_dir, describe_device(device)
+    def _find_out(self, config: Config, device: torch.device) -> float:
+        place = config.output_dir, describe_device(device)
         if place not in self.past:
-            self.past[place] = past_runs(Path(output_dir), describe_device(device))
-        return self.past[place]
+            self.past[place] = past_runs(Path(config.output_dir), describe_device(device))
+        past = self.past[place].get(Shape.of(config))
+        return statistics.median(past) if past else calibrate(config, device)
 
 
 def past_runs(output_dir: Path, device: str) -> dict[Shape, list[float]]:
@@ -212,6 +215,8 @@ def makespan(seconds: Sequence[float], slots: int) -> float:
 
 
 def duration(seconds: float) -> str:
+    if math.isnan(seconds):
+        return "an unknown time"
     for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
         if seconds >= 1.5 * size:
             return f"{seconds / size:.1f} {unit}"

@@ -136,6 +136,7 @@ def why(directory: Path, status: int) -> str:
     """Why a run failed, in one line that ends with its log."""
     log = log_path(directory)
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    said = next((line for line in reversed(lines) if line.strip()), "it said nothing")
+    lines = [line.strip() for line in lines if line.strip()] or ["it said nothing"]
+    said = next((line for line in reversed(lines) if line.startswith(f"{directory}: ")), lines[-1])
     how = signal.Signals(-status).name if status < 0 else f"status {status}"
     return f"{directory}: failed ({how}): {said.removeprefix(f'{directory}: ')}; its log: {log}"

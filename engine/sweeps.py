@@ -4,6 +4,7 @@ What is handed out is a run with all of its jobs in order. Whoever works on a ru
 the same command, started anywhere on a common file system, goes on with what nobody works on.
 """
 
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from engine.errors import RunFailed, UserError
 from engine.estimates import Speeds, disk_of, duration, makespan
 from engine.processes import Slot, side_by_side, why
 from engine.runs import Run
-from engine.stopping import safe_point
+from engine.stopping import OutOfTime, time_left
 
 
 class LeftToOthers(Exception):
@@ -120,14 +121,15 @@ def at_once(
 
     Yields what is done, with its line of results. What failed is reported at the end.
     """
-    shares, failures, left = by_run(jobs), [], []
+    shares, failures = by_run(jobs), []
+    left = set(shares)
     with progress(jobs) as bar:
         for directory, status in _processes(shares, slots, command, bar):
             if status:
                 failures.append(why(directory, status))
             elif not are_done(shares[directory]):
-                left.append(directory)
                 continue
+            left.remove(directory)
             for job in shares[directory]:
                 if job.done:
                     with ending.one_of_several(directory):
@@ -137,8 +139,7 @@ def at_once(
         print(failure, file=sys.stderr)
         ending.status = 1
     if left:
-        safe_point()
-        raise LeftToOthers
+        raise LeftToOthers if time_left() == math.inf else OutOfTime
 
 
 def _processes(
