@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from tqdm import tqdm
+
 from data import DataError
 from engine.config import describe_keys, load_configs
 from engine.errors import RunFailed, UserError
@@ -93,7 +95,7 @@ class Ending:
         try:
             yield
         except RunFailed as error:
-            print(f"{directory}: {error}", file=sys.stderr)
+            tqdm.write(f"{directory}: {error}", file=sys.stderr)  # on a line without a bar
             self.status = 1
 
 
