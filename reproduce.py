@@ -148,7 +148,7 @@ def conclude(jobs: Sequence[Job], folder: Path, title: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     with reporting_ends() as ending, ending_on_signals():
-        given = _parse(arguments)
+        given = parse(arguments)
         configs = load_configs(given.config, given.overrides)
         jobs = make_jobs(configs)
         if given.only:
@@ -183,7 +183,7 @@ def report_folder(configs: Sequence[Config], config_file: str) -> Path:
     return Path(configs[0].output_dir) / f"report-{Path(config_file).stem}"
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__, default_config=str(QUICKSTART))
     parser.add_argument(
         "--time-budget", type=float, metavar="SECONDS", help="stop cleanly after so long"
