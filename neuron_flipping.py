@@ -358,8 +358,8 @@ def detection_measurement(run: Run) -> Measurement:
 
 def main(run: Run) -> str:
     """Measure one run, unless that is done; its results in one line."""
+    run.require_finished()
     if not is_done(run):
-        run.require_finished()
         device = resolve_device(run.config)
         split = load_split(run.config).to(device)
         if not search_measurement(run).finished:

@@ -188,7 +188,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--time-budget", type=float, metavar="SECONDS", help="stop cleanly after so long"
     )
-    parser.add_argument("--wait", action="store_true", help="wait for runs of other processes")
     parser.add_argument("--gpus", type=_numbers, metavar="0,1,...", help="where --jobs compute")
     spread = parser.add_mutually_exclusive_group()
     spread.add_argument("--jobs", type=_count, metavar="N", help="so many runs side by side")

@@ -111,9 +111,9 @@ class Holder:
             try:
                 json.dump(content, file, indent=2)
                 file.flush()
-            except OSError:
+            except OSError as error:  # a full disk
                 path.unlink()
-                raise
+                raise OSError(error.errno, error.strerror, str(path)) from None
 
     def alive(self, folder: Path) -> bool:
         if self.machine == _machine():
@@ -177,20 +177,21 @@ def _acquire(path: Path, own: Holder, wait: bool) -> Holder | None:
 
 
 def _try(path: Path, own: Holder) -> Holder | None:
-    held = None
+    """None if it is ours now, else who has it."""
+    held = Holder()
     for _ in range(50):  # whatever changes between two steps, the next round sees it
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             own.write(path)
             return None
         except FileNotFoundError:  # another's end removed the folder, which was empty
             continue
         except FileExistsError:
-            held = Holder.of(path) or held
-        if held and held.alive(path.parent):
-            return held
-        if held:
-            _bury(path, held)
+            if found := Holder.of(path):
+                held = found
+                if held.alive(path.parent):
+                    return held
+                _bury(path, held)
     return held
 
 
@@ -249,5 +250,6 @@ def _showing_life(path: Path, own: Holder) -> Iterator[None]:
     finally:
         end.set()
         thread.join()
-        if _is(path, own):
-            path.unlink(missing_ok=True)
+        with suppress(OSError):  # what stays behind is a dead process's claim
+            if _is(path, own):
+                path.unlink()

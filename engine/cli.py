@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from data import DataError
@@ -16,7 +17,9 @@ from engine.settings import Config
 from engine.stopping import Terminated, ending_on_signals
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """One that complains in one line."""
+
     def error(self, message: str) -> None:
         raise UserError(f"command line: {message}; see --help")
 
@@ -24,7 +27,7 @@ class _Parser(argparse.ArgumentParser):
 def make_parser(description: str, default_config: str | None = None) -> argparse.ArgumentParser:
     """The arguments of every script; without a default, the configuration must be named."""
     keys = [f"  {key}: {meaning} [{default}]" for key, default, _, meaning in describe_keys()]
-    parser = _Parser(
+    parser = Parser(
         description=description,
         epilog="\n".join(["keys, with their defaults:", *keys]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -38,6 +41,9 @@ def make_parser(description: str, default_config: str | None = None) -> argparse
     )
     parser.add_argument("--dry-run", action="store_true", help="only say what would be done")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"))
+    parser.add_argument(
+        "--wait", action="store_true", help="wait for runs that another process works on"
+    )
     return parser
 
 
@@ -76,7 +82,11 @@ def run_script(
         done = []
         for run in find_runs(given.config, [*given.overrides, *device], training):
             with ending.one_of_several(run.directory):
-                result = plan(run) if given.dry_run else work(run)
+                if given.dry_run:
+                    result = plan(run)
+                else:
+                    with run.claimed(given.wait):
+                        result = work(run)
                 print(f"{result}  {run.directory}", flush=True)
                 done.append(run)
         for result, folder in () if given.dry_run else conclude(done):
@@ -108,9 +118,14 @@ def reporting_ends() -> Iterator[Ending]:
     except (UserError, DataError) as error:
         print(error, file=sys.stderr)
         ending.status = 2
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        reason = f"out of memory: {str(error).partition('. ')[0]}".removesuffix(": ")
+        print(f"{reason}; a smaller train.batch_size may help", file=sys.stderr)
+        ending.status = 1
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        print(f"{place}{error.strerror or error}", file=sys.stderr)
+        reason = f"{place}{error.strerror or error}"
+        print(f"{reason}; the same command goes on once this is mended", file=sys.stderr)
         ending.status = 1
     except (KeyboardInterrupt, Terminated) as error:
         ending.status = getattr(error, "status", 130)

@@ -59,27 +59,6 @@ def test_a_dry_run_needs_no_data(tmp_path, capsys, name):
     assert not (tmp_path / "empty").exists()
 
 
-MISTAKES = [
-    ([], "command line: the following arguments are required: CONFIG"),
-    (["{file}", "--devise", "cpu"], "command line: unrecognized arguments: --devise"),
-    (["{file}", "--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
-    (["{file}", "train.epochs=0"], "train.epochs: 0 is not allowed"),
-    (["{file}x"], "no such file; did you mean tiny.yaml?"),
-    (["{file}", "data.name=npz", "data.path=no.npz"], "no.npz: cannot be read: No such file"),
-    (["{folder}"], "is not the directory of a run: it has no config.yaml"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "expected"), MISTAKES)
-def test_a_users_mistake_is_one_line_and_status_2(tiny_file, capsys, arguments, expected):
-    filled = [a.format(file=tiny_file, folder=tiny_file.parent) for a in arguments]
-    assert run_script("", gradient_accounting.main, gradient_accounting.plan, filled) == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert expected in printed.err
-    assert printed.err.count("\n") == 1
-
-
 def test_a_gpu_that_is_not_there(tiny_file):
     done = call(tiny_file, "--device", "cuda", env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 2
