@@ -28,7 +28,6 @@ from engine.training import PlainBackward, train_epoch
 from models.layer_groups import layer_groups
 
 CALIBRATION = 2.0  # seconds
-CALIBRATION_BATCH = 32  # on a CPU, where a large network's whole batch takes far longer than that
 NEURONS = 5  # that an example flips with: known only afterwards
 
 
@@ -174,33 +173,39 @@ def cpu_threads(count: int) -> Iterator[None]:
 
 def calibrate(config: Config, device: torch.device) -> float:
     """Seconds of a pass, from training on one batch of random images again and again."""
-    size = config.train.batch_size
-    if device.type == "cpu":
-        size = min(size, CALIBRATION_BATCH)
-    known = outline(config.data.name, config.data.path)
-    random = torch.Generator().manual_seed(derive_seed("calibration"))
-    images = torch.randint(256, (size, *known.shape), dtype=torch.uint8, generator=random)
-    label = torch.arange(size) % known.classes
-    split = Split(
-        images, label, label, torch.zeros(size, dtype=torch.bool), torch.arange(size), None,
-        images, label, tuple(map(str, range(known.classes))),
-    ).to(device)  # fmt: skip
-    # A step so small that it goes nowhere.
+    split = random_images(config, config.train.batch_size).to(device)
+    # Steps so small that they lead nowhere.
     config = replace(config, train=replace(config.train, peak_lr=1e-12))
     model = make_model(config, split).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=config.train.momentum)
 
-    def step() -> float:
+    def step(split: Split) -> float:
         began = time.perf_counter()
         train_epoch(model, optimizer, split, config, 1, PlainBackward().backward)
         return time.perf_counter() - began
 
+    def first(size: float) -> Split:
+        return split.subset(torch.arange(split.n, device=device) < max(2, size))
+
     with compute_precision(config.precision, device):
-        step()
-        times = [step()]
+        step(first(2))
+        if device.type == "cpu":  # which may take a minute for a whole batch of a large network
+            split = first(2 * CALIBRATION / 4 / step(first(2)))
+        times = [step(split)]
         while sum(times) < CALIBRATION:
-            times.append(step())
-    return statistics.median(times) / (3 * size)
+            times.append(step(split))
+    return statistics.median(times) / (3 * split.n)
+
+
+def random_images(config: Config, size: int) -> Split:
+    """As many images of the data set's shape, none of them memorized, and no others to test on."""
+    known = outline(config.data.name, config.data.path)
+    random = torch.Generator().manual_seed(derive_seed("calibration"))
+    images = torch.randint(256, (size, *known.shape), dtype=torch.uint8, generator=random)
+    label, index = torch.arange(size) % known.classes, torch.arange(size)
+    names = tuple(map(str, range(known.classes)))
+    nobody = torch.zeros(size, dtype=torch.bool)
+    return Split(images, label, label, nobody, index, None, images[:0], label[:0], names)
 
 
 # ---------------------------------------------------------------- for people

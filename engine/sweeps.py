@@ -84,16 +84,17 @@ def one_after_another(jobs: Sequence[Job], ending: Ending, wait: bool = False) -
         for last in (False, True):
             held = []
             for directory, share in waiting:
-                if are_done(share):
+                if are_done(share):  # looking at it must not keep others from looking
                     yield from _do(share, bar, ending)
                     continue
-                try:
-                    with share[0].run.claimed(wait=wait and last):
-                        yield from _do(share, bar, ending)
-                except Held as error:
-                    held.append((directory, share))
-                    if last:
-                        print(f"{directory}: left to {error.by}", file=sys.stderr)
+                with ending.one_of_several(directory):  # a claim can also be lost
+                    try:
+                        with share[0].run.claimed(wait=wait and last):
+                            yield from _do(share, bar, ending)
+                    except Held as error:
+                        held.append((directory, share))
+                        if last:
+                            bar.write(f"{directory}: left to {error.by}", file=sys.stderr)
             waiting = held
     if waiting:
         raise LeftToOthers
