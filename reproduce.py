@@ -180,7 +180,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def report_folder(configs: Sequence[Config], config_file: str) -> Path:
     """A report is about all runs of a configuration: it lies in a folder with its name."""
-    return Path(configs[0].output_dir) / f"report-{Path(config_file).stem}"
+    name = f"report-{Path(config_file).stem}".encode()[:200].decode(errors="ignore")
+    return Path(configs[0].output_dir) / name
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

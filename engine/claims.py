@@ -132,8 +132,9 @@ def holder_of(directory: Path) -> Holder | None:
 def claim(directory: Path, wait: bool = False) -> Iterator[None]:
     """Nobody else who claims this folder works in it meanwhile; Held if somebody does already.
 
-    Folders that are missing are made, and removed again if nothing came into them. Where nothing
-    can be written no claim is needed. Only the main thread may claim.
+    What killed processes did not finish to write is removed. Folders that are missing are made, and
+    removed again if nothing came into them. Where nothing can be written no claim is needed. Only
+    the main thread may claim.
     """
     own, path = Holder.me(), directory / FILE_NAME
     with _folder(directory) as was_there:
@@ -147,7 +148,15 @@ def claim(directory: Path, wait: bool = False) -> Iterator[None]:
         if held:
             raise Held(held)
         with showing_life:
+            _remove_leftovers(directory)
             yield
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """What killed processes began to write (see engine/files.py) and gave no name yet."""
+    for temporary in folder.rglob(".*.tmp"):
+        with suppress(OSError):
+            temporary.unlink()
 
 
 @contextmanager

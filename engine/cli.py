@@ -1,15 +1,17 @@
 """The command line that all scripts share: CONFIG, overrides, --dry-run, --device."""
 
 import argparse
+import io
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from data import DataError
+from engine.claims import claim
 from engine.config import describe_keys, load_configs
 from engine.errors import RunFailed, UserError
 from engine.runs import Run, without_dropout
@@ -85,7 +87,7 @@ def run_script(
                 if given.dry_run:
                     result = plan(run)
                 else:
-                    with run.claimed(given.wait):
+                    with claim(run.directory, given.wait):
                         result = work(run)
                 print(f"{result}  {run.directory}", flush=True)
                 done.append(run)
@@ -113,14 +115,25 @@ class Ending:
 def reporting_ends() -> Iterator[Ending]:
     """Whatever ends a command early becomes one line on stderr and an exit status."""
     ending = Ending()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # may not be able to write every name
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield ending
     except (UserError, DataError) as error:
         print(error, file=sys.stderr)
         ending.status = 2
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        reason = f"out of memory: {str(error).partition('. ')[0]}".removesuffix(": ")
-        print(f"{reason}; a smaller train.batch_size may help", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search(
+            "(out of|allocate) memory", str(error)
+        ):
+            raise
+        reason = str(error).strip().partition("\n")[0].partition(". ")[0]
+        print(
+            f"out of memory: {reason}; a smaller model, train.batch_size or data.train_size may "
+            "help",
+            file=sys.stderr,
+        )
         ending.status = 1
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
@@ -140,4 +153,5 @@ def title(config: Config) -> str:
         "atypical": "atypical",
     }[config.data.split]
     data = Path(config.data.path).stem if config.data.path else config.data.name
+    data = data.replace("$", "")  # which would begin a formula in a figure
     return f"{data} {config.model.name} {split} seed {config.seed}"

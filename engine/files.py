@@ -8,7 +8,7 @@ import uuid
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -52,15 +52,10 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def remove_leftovers(folder: Path) -> None:
-    """What killed processes did not finish to write; nobody may be writing there now."""
-    for temporary in folder.rglob(".*.tmp"):
-        with suppress(OSError):
-            temporary.unlink()
-
-
 def write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda file: file.write(text.encode("utf-8")))
+    """Names of files may hold what is no text; it stays readable, in JSON as an escape."""
+    content = text.encode("utf-8", "backslashreplace")
+    write_atomically(path, lambda file: file.write(content))
 
 
 def read_text(path: Path) -> str:

@@ -11,8 +11,6 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +21,6 @@ from torch import nn
 
 from data import Split, file_digest
 from engine import files
-from engine.claims import claim
 from engine.config import SCHEMA, flatten, load_configs, to_yaml
 from engine.errors import RunFailed, UserError
 from engine.settings import Config, DropoutConfig
@@ -177,13 +174,6 @@ class Run:
                 f"another run's{_remedy(directory)}"
             )
         return made
-
-    @contextmanager
-    def claimed(self, wait: bool = False) -> Iterator[None]:
-        """Nobody else works on this run meanwhile; `Held` if somebody does already."""
-        with claim(self.directory, wait):
-            files.remove_leftovers(self.directory)
-            yield
 
     # ------------------------------------------------------------ identity and state
 
@@ -349,6 +339,11 @@ class Run:
                     f"{self.split_path}: its {name} is not what the data set gives now; "
                     "the data changed since this run began, or the file is another run's"
                 )
+        trained = self._provenance().get("settings") if self.provenance_path.exists() else None
+        for key in _PLACES[1:]:
+            path, digest = flatten(self.config)[key], (trained or {}).get(f"{key}.sha256")
+            if path and digest not in (None, file_digest(path)):
+                raise UserError(f"{path}: is not the file that the run was trained on ({key})")
 
     def require_present(self) -> None:
         """A folder that was removed while its run is worked on is not made anew, half empty."""

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from engine import files
-from engine.claims import Held, holder_of
+from engine.claims import Held, claim, holder_of
 from engine.cli import Ending
 from engine.errors import RunFailed, UserError
 from engine.estimates import Speeds, disk_of, duration, makespan
@@ -89,7 +89,7 @@ def one_after_another(jobs: Sequence[Job], ending: Ending, wait: bool = False) -
                     continue
                 with ending.one_of_several(directory):  # a claim can also be lost
                     try:
-                        with share[0].run.claimed(wait=wait and last):
+                        with claim(directory, wait=wait and last):
                             yield from _do(share, bar, ending)
                     except Held as error:
                         held.append((directory, share))

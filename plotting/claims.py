@@ -17,7 +17,15 @@ from plotting.layers import RETRAINING, REWINDING
 from plotting.measures import Values
 from plotting.neurons import FLIPPING
 from plotting.runs import Family, families_over, setting_of
-from plotting.tables import DETECTION, DROPOUT, PAPER_AUC, PAPER_TABLE_1, PAPER_TABLE_3, spread
+from plotting.tables import (
+    DETECTION,
+    DROPOUT,
+    PAPER_AUC,
+    PAPER_TABLE_1,
+    PAPER_TABLE_3,
+    rank_correlation,
+    spread,
+)
 from plotting.training import ACCOUNTING
 
 
@@ -111,7 +119,7 @@ def _trends(claim: Claim, families: Sequence[Family]) -> Iterator[Finding]:
     measured = [part for family in families if (part := family.having(claim.source))]
     for group in families_over(claim.over, measured):
         settings = [setting_of(family, claim.over) for family in group]
-        correlation = measures.rank_correlation(
+        correlation = rank_correlation(
             settings, [np.nanmean(claim.measure(family)) for family in group]
         )
         about = f"{claim.over} from {settings[0]:g} to {settings[-1]:g}"

@@ -16,9 +16,15 @@ from plotting.layers import (
     REWINDING_COLUMNS,
     by_group,
 )
-from plotting.neurons import FLIPPING, FLIPPING_COLUMNS
+from plotting.neurons import FLIPPING, FLIPPING_COLUMNS, FLIPPING_TEXT
 from plotting.runs import Family
-from plotting.tables import DETECTION, DETECTION_COLUMNS, DROPOUT, DROPOUT_COLUMNS
+from plotting.tables import (
+    DETECTION,
+    DETECTION_COLUMNS,
+    DROPOUT,
+    DROPOUT_COLUMNS,
+    rank_correlation,
+)
 from plotting.training import read_accounts, read_curves
 
 Values = Sequence[float] | np.ndarray
@@ -30,19 +36,6 @@ TYPICALITY = "forgotten_typicality.csv"
 TYPICALITY_COLUMNS = (
     "forgotten", "kept", "mean_forgotten", "mean_kept", "difference", "low", "high",
 )  # fmt: skip
-
-
-def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's, with mean ranks for ties; nan where one of them is constant."""
-
-    def ranks(values: np.ndarray) -> np.ndarray:
-        _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-        return (counts.cumsum() - (counts - 1) / 2)[place.reshape(-1)]
-
-    x, y = ranks(np.asarray(x)), ranks(np.asarray(y))
-    if x.std() == 0 or y.std() == 0:
-        return np.nan
-    return float(np.corrcoef(x, y)[0, 1])
 
 
 # ---------------------------------------------------------------- gradient accounting
@@ -168,7 +161,7 @@ def last_layer_comes_back(family: Family) -> Values:
 def _of_each_seed(family: Family, memorized: int) -> list[list[dict]]:
     """The searched examples of one kind, seed by seed."""
     tables = [
-        files.read_csv(run.directory / FLIPPING, FLIPPING_COLUMNS, ("groups", "neurons_ids"))
+        files.read_csv(run.directory / FLIPPING, FLIPPING_COLUMNS, FLIPPING_TEXT)
         for run in family.runs
     ]
     return [[row for row in table if row["memorized"] == memorized] for table in tables]

@@ -16,6 +16,7 @@ FLIPPING_COLUMNS = (
     "example", "memorized", "neurons", "flipped",
     "acc_remaining_before", "acc_remaining_after", "groups", "neurons_ids",
 )  # fmt: skip
+FLIPPING_TEXT = ("groups", "neurons_ids")
 
 
 def _of_both_kinds(rows: list[dict]) -> Iterator[tuple[str, list[dict]]]:
@@ -30,7 +31,7 @@ def _histogram(axes: Axes, values: list[float], bins: np.ndarray, kind: str, nam
 
 def plot_flipping(family: Family) -> Figure:
     """Neurons to flip, accuracy on the rest afterwards, and the layers that the neurons are in."""
-    rows = family.rows(FLIPPING, FLIPPING_COLUMNS, text=("groups", "neurons_ids"))
+    rows = family.rows(FLIPPING, FLIPPING_COLUMNS, FLIPPING_TEXT)
     names = names_of(family.config.data.split)
     figure, (counts, after, layers) = plt.subplots(1, 3, figsize=(PAGE, 2.3))
     most = max(row["neurons"] for row in rows)

@@ -1,13 +1,17 @@
-"""Tables 1 to 3 and the AUCs of mislabel detection, as Markdown, CSV and LaTeX."""
+"""Tables 1 to 3, the AUCs, and the stability of searches, as Markdown, CSV and LaTeX."""
 
 import csv
 import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 
+from engine import files
+from engine.detection import compute_area
+from plotting.neurons import FLIPPING, FLIPPING_COLUMNS, FLIPPING_TEXT
 from plotting.runs import Family
 
 DROPOUT = "example_tied_dropout.csv"
@@ -155,4 +159,64 @@ def table_auc(families: Sequence[Family]) -> Table:
     return Table("table_auc", caption, header, tuple(rows))
 
 
-TABLES: tuple[Callable[[Sequence[Family]], Table], ...] = (table_1, table_2, table_3, table_auc)
+def table_stability(families: Sequence[Family]) -> Table:
+    """Whether an example's number of neurons is its own, or the training's; what averaging buys.
+
+    Over all choices of k of a family's trainings: the AUC of numbers that are averaged over them.
+    """
+    rows = []
+    for family in filter(None, (family.having(FLIPPING) for family in families)):
+        counts, memorized = counts_of_all_seeds(family)
+        n = len(counts)
+        if n < 2:
+            continue
+        pairs = [rank_correlation(a, b) for a, b in combinations(counts, 2)]
+        for k in range(1, n + 1):
+            means = [np.mean(chosen, axis=0) for chosen in combinations(counts, k)]
+            areas = [compute_area(-m[memorized], -m[~memorized], seed=0).auc for m in means]
+            agreement = f"{np.nanmean(pairs):.2f}" if k == 1 else ""
+            cells = (str(len(memorized)), agreement, f"{k} of {n}", f"{np.mean(areas):.3f}")
+            rows.append((family.title, *cells))
+    header = ("data", "examples", "rank correlation of two trainings", "trainings", "AUC, mean")
+    caption = "Stability of the number of neurons over trainings, and what averaging buys"
+    return Table("table_stability", caption, header, tuple(rows))
+
+
+def counts_of_all_seeds(family: Family) -> tuple[np.ndarray, np.ndarray]:
+    """Neurons [seeds, examples] of the examples that every seed searched, and who is memorized.
+
+    A search that gave up counts as one neuron more than were allowed.
+    """
+    most = family.config.flipping.max_neurons + 1
+    tables = [
+        {
+            row["example"]: (row["neurons"] if row["flipped"] else most, row["memorized"] == 1)
+            for row in files.read_csv(run.directory / FLIPPING, FLIPPING_COLUMNS, FLIPPING_TEXT)
+        }
+        for run in family.runs
+    ]
+    common = sorted(set.intersection(*map(set, tables)))
+    counts = np.array([[table[example][0] for example in common] for table in tables])
+    return counts, np.array([tables[0][example][1] for example in common], bool)
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
+    """Spearman's, with mean ranks for ties; nan where one of them is constant."""
+
+    def ranks(values: Sequence[float]) -> np.ndarray:
+        _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+        return (counts.cumsum() - (counts - 1) / 2)[place.reshape(-1)]
+
+    x, y = ranks(x), ranks(y)
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return np.nan
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+TABLES: tuple[Callable[[Sequence[Family]], Table], ...] = (
+    table_1,
+    table_2,
+    table_3,
+    table_auc,
+    table_stability,
+)

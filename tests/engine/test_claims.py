@@ -147,6 +147,14 @@ def test_many_at_once_lose_no_count(other, tmp_path):
     assert counter.read_text() == "160"
 
 
+def test_what_a_killed_process_was_writing_is_removed(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    half = tmp_path / "checkpoints" / ".epoch_003.pt.1a2b3c4d.tmp"
+    half.touch()
+    with claim(tmp_path):
+        assert not half.exists()
+
+
 def test_nothing_is_left_behind(tmp_path):
     with pytest.raises(ZeroDivisionError), claim(tmp_path / "runs" / "a" / "seed0"):
         raise ZeroDivisionError

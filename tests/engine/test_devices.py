@@ -1,4 +1,4 @@
-"""Precisions: what each may cost, as a distance from fp32, in whole runs and operations."""
+"""Precisions: what each may cost, as a distance from fp32, in runs and in single operations."""
 
 import pytest
 import torch

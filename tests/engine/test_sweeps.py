@@ -14,7 +14,6 @@ from engine import sweeps
 from engine.claims import FILE_NAME as CLAIM
 from engine.claims import claim
 from engine.config import load_configs
-from engine.runs import Run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TRAINING_ONLY = ["train.epochs=2", "experiments=[]"]
@@ -72,11 +71,11 @@ def test_a_run_that_is_held_is_left_and_whoever_ends_last_concludes(tiny_file, c
 def test_only_the_second_look_waits(tiny_file, monkeypatch):
     looks = []
 
-    def held(run, wait):
-        looks.append((run.directory.name, wait))
+    def held(directory, wait):
+        looks.append((directory.name, wait))
         raise sweeps.Held("somebody")
 
-    monkeypatch.setattr(Run, "claimed", held)
+    monkeypatch.setattr(sweeps, "claim", held)
     arguments = [str(tiny_file), *TRAINING_ONLY, "seed=[0,1]"]
     assert reproduce.main([*arguments, "--wait"]) == 0
     assert looks == [("seed0", False), ("seed1", False), ("seed0", True), ("seed1", True)]

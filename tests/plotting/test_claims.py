@@ -11,7 +11,12 @@ from engine.runs import Run
 from plotting import measures
 from plotting.claims import CLAIMS, find
 from plotting.runs import Family, alike, families_over
-from plotting.tables import DROPOUT, DROPOUT_COLUMNS
+from plotting.tables import (
+    DROPOUT,
+    DROPOUT_COLUMNS,
+    rank_correlation,
+    table_stability,
+)
 
 HISTORY = (
     "epoch", "lr", "loss_clean", "loss_noisy", "loss_total", "loss_test",
@@ -189,8 +194,8 @@ def test_scattered_layers_are_counted_by_their_entropy(family):
     [([1, 2, 3], [5, 6, 9], 1), ([1, 2, 3], [3, 2, 1], -1), ([1, 1, 2, 2], [1, 2, 1, 2], 0)],
 )
 def test_rank_correlation(x, y, expected):
-    assert measures.rank_correlation(np.array(x), np.array(y)) == pytest.approx(expected)
-    assert np.isnan(measures.rank_correlation(np.ones(3), np.arange(3)))
+    assert rank_correlation(np.array(x), np.array(y)) == pytest.approx(expected)
+    assert np.isnan(rank_correlation(np.ones(3), np.arange(3)))
 
 
 def test_verdicts_go_by_each_seed(family):
@@ -237,3 +242,26 @@ def test_a_trend_is_over_runs_that_differ_in_nothing_else(tiny_file):
     assert found["dropout.clean_over_p_gen"].values == (pytest.approx(1),)
     assert found["dropout.noisy_over_p_gen"].values == (pytest.approx(-1),)
     assert found["dropout.noisy_over_p_gen"].verdict == "differs"
+
+
+def test_stability_is_over_all_choices_of_trainings(family):
+    rows = table_stability([family]).rows
+    tables = [
+        {r["example"]: (float(r["neurons"]) if r["flipped"] == "1" else 101, r["memorized"])
+         for r in rows_of(run, "neuron_flipping.csv")}
+        for run in family.runs
+    ]  # fmt: skip
+
+    def slow_area(counts: dict) -> float:
+        pairs = [
+            1 if a < b else 0.5 if a == b else 0
+            for a, kind_a in counts.values() if kind_a == "1"
+            for b, kind_b in counts.values() if kind_b == "0"
+        ]  # fmt: skip
+        return statistics.mean(pairs)
+
+    both = {i: ((tables[0][i][0] + tables[1][i][0]) / 2, tables[0][i][1]) for i in tables[0]}
+    single = statistics.mean(map(slow_area, tables))
+    assert [row[3:] for row in rows] == [
+        ("1 of 2", f"{single:.3f}"), ("2 of 2", f"{slow_area(both):.3f}"),
+    ]  # fmt: skip

@@ -132,6 +132,7 @@ COMMAND_LINES = [
     ("gradient_accounting", ["FILEx"], "no such file; did you mean good.yaml?"),
     ("gradient_accounting", ["FOLDER"], "is not the directory of a run: it has no config.yaml"),
     ("gradient_accounting", ["FILE", "model.name=vit_small", "model.patch=7"], "model: "),
+    ("gradient_accounting", ["FILE", "data.train_size=2000000000"], "allowed: 1 to 1000000"),
     ("layer_rewinding", ["FILE"], "seed0: no such run; `python gradient_accounting.py "),
     ("layer_retraining", ["FILE"], "seed0: no such run; `python gradient_accounting.py "),
     ("neuron_flipping", ["FILE"], "seed0: no such run; `python gradient_accounting.py "),

@@ -114,7 +114,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 few = settings(max_examples=300, deadline=None, derandomize=True, database=None)
-many = settings(max_examples=20_000, deadline=None, database=None)
+many = settings(max_examples=5000, deadline=None, database=None)
 
 
 def fuzz_configurations(folder: Path, changes) -> None:
@@ -138,7 +138,7 @@ def test_edited_configurations(folder, changes):
     fuzz_configurations(folder, changes)
 
 
-@pytest.mark.slow(reason="20,000 of them: minutes")
+@pytest.mark.slow(reason="5,000 of them: minutes")
 @many
 @given(edits)
 def test_many_edited_configurations(folder, changes):
@@ -151,7 +151,7 @@ def test_overrides(folder, key, value, swept):
     fuzz_overrides(folder, key, value, swept)
 
 
-@pytest.mark.slow(reason="20,000 of them: minutes")
+@pytest.mark.slow(reason="5,000 of them: minutes")
 @many
 @given(*overrides, st.booleans())
 def test_many_overrides(folder, key, value, swept):
@@ -250,8 +250,8 @@ def test_runs_on_random_data(folder, arrays, split, model):
     fuzz_runs(folder, arrays, split, model)
 
 
-@pytest.mark.slow(reason="a thousand runs: minutes")
-@settings(many, max_examples=1000, suppress_health_check=[HealthCheck.too_slow])
+@pytest.mark.slow(reason="300 runs: a minute")
+@settings(many, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 @given(*runs)
 def test_many_runs_on_random_data(folder, arrays, split, model):
     fuzz_runs(folder, arrays, split, model)
