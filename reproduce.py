@@ -126,7 +126,7 @@ def submit(jobs: Sequence[Job], configs: Sequence[Config], given: argparse.Names
     fetch_data(configs)
     given.wait = True  # a job that went on elsewhere may meet the claim that it left behind
     settings = configs[0].slurm
-    folder = Path(configs[0].output_dir) / f"slurm-{Path(given.config).stem}"
+    folder = folder_of("slurm", configs, given.config)
     commands = [command(given, "--only", str(run)) for run in runs]
     handles = slurm.submit(commands, folder, settings)
     for handle, run in zip(handles, runs):
@@ -173,14 +173,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("other processes work on what is left; whoever ends last draws the figures")
             return ending.status
         if not given.only:
-            folder = report_folder(configs, given.config)
+            folder = folder_of("report", configs, given.config)
             conclude(sorted(done, key=jobs.index), folder, configs[0].name)
     return ending.status
 
 
-def report_folder(configs: Sequence[Config], config_file: str) -> Path:
-    """A report is about all runs of a configuration: it lies in a folder with its name."""
-    name = f"report-{Path(config_file).stem}".encode()[:200].decode(errors="ignore")
+def folder_of(what: str, configs: Sequence[Config], config_file: str) -> Path:
+    """What is about all runs of a configuration lies in a folder with its name."""
+    name = f"{what}-{Path(config_file).stem}".encode()[:200].decode(errors="ignore")
     return Path(configs[0].output_dir) / name
 
 
