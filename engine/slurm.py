@@ -1,10 +1,12 @@
 """The runs of a sweep as a Slurm job array, through submitit; a last job collects the results."""
 
+import io
 import os
 import shlex
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -62,7 +64,8 @@ def submit(
     `cluster` 'local' starts them all on this machine.
     """
     executor = _make_executor(folder, settings, cluster, settings.gpus)
-    return executor.submit_array([Work(tuple(command)) for command in commands])
+    with _complaints_of_slurm():
+        return executor.submit_array([Work(tuple(command)) for command in commands])
 
 
 def submit_after(jobs: Sequence, command: Sequence[str], folder: Path, settings: SlurmConfig):
@@ -70,7 +73,19 @@ def submit_after(jobs: Sequence, command: Sequence[str], folder: Path, settings:
     executor = _make_executor(folder, settings, "slurm", gpus=0)
     array = jobs[0].job_id.partition("_")[0]
     executor.update_parameters(slurm_dependency=f"afterany:{array}")
-    return executor.submit(Work(tuple(command)))
+    with _complaints_of_slurm():
+        return executor.submit(Work(tuple(command)))
+
+
+@contextmanager
+def _complaints_of_slurm() -> Iterator[None]:
+    """What it does not accept, such as a partition that it does not have, is the user's to mend."""
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    except _submitit().core.utils.FailedJobError as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise UserError(f"command line: --slurm: {lines[0] if lines else error}") from None
 
 
 def _make_executor(folder: Path, settings: SlurmConfig, cluster: str, gpus: int):

@@ -135,6 +135,10 @@ def test_a_sweep_goes_through_the_array(cluster, sweep, tmp_path, capsys):
     assert (logs / f"{last}_0_log.out").read_text().count("layer rewinding: ") == 4
     assert list(runs.glob("*/figures/rewinding.pdf"))
     assert submit(capsys, path, *arguments) == []
+    assert reproduce.main([str(path), "--slurm", "slurm.gpus=0", "slurm.partition=none"]) == 2
+    said = capsys.readouterr().err
+    assert said.endswith("--slurm: sbatch: error: invalid partition specified: none\n")
+    assert said.count("\n") == 1
 
 
 @pytest.mark.slow(reason="eight trainings of quickstart's size: ten minutes")
