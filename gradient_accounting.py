@@ -87,13 +87,18 @@ class GradientAccountant:
         for parameter, gradient in zip(self.parameters, torch._foreach_add(clean, noisy)):
             parameter.grad = gradient
 
+    @property
+    def sums(self) -> list[Tensor]:
+        """This epoch's gradients so far."""
+        return [*self.clean, *self.noisy]
+
     def epoch_rows(self, epoch: int) -> list[dict[str, float]]:
         """A row for each layer group; the sums begin anew."""
         rows = []
         for group, positions in enumerate(self.groups):
             clean, noisy = ([sums[i] for i in positions] for sums in (self.clean, self.noisy))
             rows.append({"epoch": epoch, "group": group} | compute_row(clean, noisy))
-        torch._foreach_zero_([*self.clean, *self.noisy])
+        torch._foreach_zero_(self.sums)
         return rows
 
 
@@ -104,8 +109,8 @@ def main(run: Run) -> str:
     """Train and account one run, unless it is finished; its results in one line."""
     accounting = run.config.train.account_gradients
     if run.finished:
-        run.discard(run.resumable_epochs())
         restore_results(run, GradientAccountant if accounting else PlainBackward)
+        run.discard(run.resumable_epochs())
     else:
         device = resolve_device(run.config)
         split = load_split(run.config).to(device)
@@ -116,6 +121,11 @@ def main(run: Run) -> str:
         f"{title(run.config)}: clean {last['acc_clean']:.2%}, noisy {last['acc_noisy']:.2%}, "
         f"test {last['acc_test']:.2%}"
     )
+
+
+def is_done(run: Run) -> bool:
+    accounts = FILE_NAME if run.config.train.account_gradients else ""
+    return run.finished and not run.missing_results(accounts)
 
 
 def plan(run: Run) -> str:

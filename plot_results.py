@@ -24,10 +24,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data import DataError
 from engine import files
+from engine.cli import Parser, reporting_ends
 from engine.errors import UserError
 from engine.options import nearest
+from engine.stopping import ending_on_signals
 from plotting.claims import find
 from plotting.figures import KINDS, Kind, draw_all
 from plotting.report import write_report
@@ -78,16 +79,14 @@ def present(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", default=[Path("runs")])
     parser.add_argument("--figure", metavar="NUMBER", help="only this one")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="all there, to be kept")
     parser.add_argument("--format", choices=("pdf", "png"), help="only this one; else both")
-    given = parser.parse_args(arguments)
-    formats = [given.format] if given.format else ["pdf", "png"]
-    try:
+    with reporting_ends() as ending, ending_on_signals():
+        given = parser.parse_args(arguments)
+        formats = [given.format] if given.format else ["pdf", "png"]
         kinds, families = choose_kinds(given.figure), find_families(given.runs)
         folder, gather = given.output or given.runs[0], given.output is not None
         if given.figure:
@@ -96,10 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             lines = present(families, folder, formats, gather=gather)
         for line in lines:
             print(line, flush=True)
-    except (UserError, DataError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return ending.status
 
 
 if __name__ == "__main__":

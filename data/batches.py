@@ -51,15 +51,16 @@ def batches(
     batch_size: int,
     order: torch.Tensor | None = None,
     augment_generator: torch.Generator | None = None,
+    first: int = 0,
 ) -> Iterator[Batch]:
-    """The split in batches, in the given order or from first to last.
+    """The split in batches, in the given order or from first to last, from batch `first` on.
 
     With a generator (on the CPU), images are augmented.
     """
     device = split.images.device
     order = torch.arange(split.n) if order is None else order
     order = order.to(device)
-    for start, stop in batch_rows(len(order), batch_size):
+    for start, stop in batch_rows(len(order), batch_size)[first:]:
         row = order[start:stop]
         images = split.images.index_select(0, row)
         if augment_generator is not None:

@@ -25,6 +25,7 @@ __all__ = [
     "DataError",
     "Dataset",
     "Outline",
+    "at_hand",
     "file_digest",
     "load_dataset",
     "outline",
@@ -33,6 +34,7 @@ __all__ = [
 DATASETS = ("mnist", "cifar10", "svhn", "glyphs", "npz")
 DIGITS = tuple("0123456789")
 GLYPHS_BY_DEFAULT = 4000, 1000  # for training and for testing
+GLYPHS_AT_MOST = 1_000_000
 NETWORK_TIMEOUT = 30  # seconds; without one, a silent network holds the program for ever
 
 
@@ -71,6 +73,11 @@ class Outline:
     train_count: int
 
 
+def at_hand(name: str, root: str | Path = "datasets") -> bool:
+    """Whether the data set called `name` needs no download."""
+    return name not in PUBLISHED or not PUBLISHED[name].missing(Path(root).expanduser())
+
+
 def outline(name: str, path: str | Path | None = None) -> Outline:
     """The measures of the data set called `name`; nothing is downloaded, only an npz is read."""
     if name == "glyphs":
@@ -88,8 +95,8 @@ def _load_glyphs(train_size: int | None, test_size: int | None) -> Dataset:
         "test_size": GLYPHS_BY_DEFAULT[1] if test_size is None else test_size,
     }
     for key, size in sizes.items():
-        if size < 1:
-            raise DataError(f"glyphs: {key} is {size}; allowed: 1 or more")
+        if not 1 <= size <= GLYPHS_AT_MOST:
+            raise DataError(f"glyphs: {key} is {size}; allowed: 1 to {GLYPHS_AT_MOST}")
     images, label, typicality = make_glyphs(sizes["train_size"], "train")
     test_images, test_label, _ = make_glyphs(sizes["test_size"], "test")
     return Dataset("glyphs", images, label, test_images, test_label, GLYPH_NAMES, typicality)

@@ -1,12 +1,17 @@
 """The command line that all scripts share: CONFIG, overrides, --dry-run, --device."""
 
 import argparse
+import io
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from tqdm import tqdm
+
 from data import DataError
+from engine.claims import claim
 from engine.config import describe_keys, load_configs
 from engine.errors import RunFailed, UserError
 from engine.runs import Run, without_dropout
@@ -14,7 +19,9 @@ from engine.settings import Config
 from engine.stopping import Terminated, ending_on_signals
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """One that complains in one line."""
+
     def error(self, message: str) -> None:
         raise UserError(f"command line: {message}; see --help")
 
@@ -22,7 +29,7 @@ class _Parser(argparse.ArgumentParser):
 def make_parser(description: str, default_config: str | None = None) -> argparse.ArgumentParser:
     """The arguments of every script; without a default, the configuration must be named."""
     keys = [f"  {key}: {meaning} [{default}]" for key, default, _, meaning in describe_keys()]
-    parser = _Parser(
+    parser = Parser(
         description=description,
         epilog="\n".join(["keys, with their defaults:", *keys]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -36,6 +43,9 @@ def make_parser(description: str, default_config: str | None = None) -> argparse
     )
     parser.add_argument("--dry-run", action="store_true", help="only say what would be done")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"))
+    parser.add_argument(
+        "--wait", action="store_true", help="wait for runs that another process works on"
+    )
     return parser
 
 
@@ -74,7 +84,11 @@ def run_script(
         done = []
         for run in find_runs(given.config, [*given.overrides, *device], training):
             with ending.one_of_several(run.directory):
-                result = plan(run) if given.dry_run else work(run)
+                if given.dry_run:
+                    result = plan(run)
+                else:
+                    with claim(run.directory, given.wait):
+                        result = work(run)
                 print(f"{result}  {run.directory}", flush=True)
                 done.append(run)
         for result, folder in () if given.dry_run else conclude(done):
@@ -93,7 +107,7 @@ class Ending:
         try:
             yield
         except RunFailed as error:
-            print(f"{directory}: {error}", file=sys.stderr)
+            tqdm.write(f"{directory}: {error}", file=sys.stderr)  # on a line without a bar
             self.status = 1
 
 
@@ -101,14 +115,30 @@ class Ending:
 def reporting_ends() -> Iterator[Ending]:
     """Whatever ends a command early becomes one line on stderr and an exit status."""
     ending = Ending()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # may not be able to write every name
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield ending
     except (UserError, DataError) as error:
         print(error, file=sys.stderr)
         ending.status = 2
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search(
+            "(out of|allocate) memory", str(error)
+        ):
+            raise
+        reason = str(error).strip().partition("\n")[0].partition(". ")[0]
+        print(
+            f"out of memory: {reason}; a smaller model, train.batch_size or data.train_size may "
+            "help",
+            file=sys.stderr,
+        )
+        ending.status = 1
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        print(f"{place}{error.strerror or error}", file=sys.stderr)
+        reason = f"{place}{error.strerror or error}"
+        print(f"{reason}; the same command goes on once this is mended", file=sys.stderr)
         ending.status = 1
     except (KeyboardInterrupt, Terminated) as error:
         ending.status = getattr(error, "status", 130)
@@ -123,4 +153,5 @@ def title(config: Config) -> str:
         "atypical": "atypical",
     }[config.data.split]
     data = Path(config.data.path).stem if config.data.path else config.data.name
+    data = data.replace("$", "")  # which would begin a formula in a figure
     return f"{data} {config.model.name} {split} seed {config.seed}"

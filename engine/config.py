@@ -8,6 +8,7 @@ runs. Everything is checked once, here; whoever holds a `Config` holds a possibl
 
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from engine.options import Kind, nearest
 from engine.settings import Config, impossible
 
 COMMAND_LINE = "command line"
+MOST_RUNS = 10_000
 
 
 # ---------------------------------------------------------------- keys
@@ -97,7 +99,16 @@ def to_yaml(config: Config) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which a key stands once and 1e-3 is a number, as everybody expects."""
+    """Safe YAML in which a key stands once and 1e-3 is a number, as everybody expects.
+
+    Aliases are refused: a few lines of them can stand for more than a memory holds.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "aliases (*) are not allowed", mark)
+        return super().compose_node(parent, index)
 
 
 def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
@@ -216,12 +227,20 @@ def _checked(source: str, key: str, value: object) -> object:
     kind: Kind = SCHEMA[key].metadata["kind"]
     try:
         return kind.parse(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         hint = nearest(value, kind.choices) if isinstance(value, str) else ""
         if isinstance(value, list) and key != "seed" and not hint:
             hint = f"; to try several, write sweep: {{{key}: [...]}}"
-        message = f"{source}: {key}: {value!r:.80} is not allowed: {kind.allowed}{hint}"
+        message = f"{source}: {key}: {_shown(value)} is not allowed: {kind.allowed}{hint}"
         raise UserError(message) from None
+
+
+def _shown(value: object) -> str:
+    """A value as a message shows it; a number of thousands of digits cannot be written."""
+    try:
+        return f"{value!r:.80}"
+    except ValueError:
+        return "a number that long"
 
 
 def _file_layers(path: Path, chain: tuple[Path, ...] = ()) -> list[_Layer]:
@@ -273,6 +292,10 @@ def load_configs(path: str | Path, overrides: Sequence[str] = ()) -> list[Config
         for key, value in layer.sweeps.items():
             values.pop(key, None)
             sweeps[key], sources[key] = value, layer.source
+    if (count := math.prod(map(len, sweeps.values()))) > MOST_RUNS:
+        raise UserError(
+            f"{path}: sweep: asks for {count:,} runs; at most {MOST_RUNS:,} are allowed"
+        )
     configs = []
     for combination in itertools.product(*sweeps.values()):
         config = _build(defaults() | values | dict(zip(sweeps, combination)))

@@ -1,7 +1,7 @@
 """Where a run computes, in which precision, and with which random numbers."""
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -55,11 +55,14 @@ def _processor() -> str:
 def compute_precision(precision: str, device: torch.device) -> Iterator[None]:
     """fp32, tf32 or bf16 for what runs inside; the settings before are restored.
 
-    fp32 means fp32: the GPU's default of rounding convolutions to TF32 is switched off.
+    fp32 means fp32: the GPU's default of rounding convolutions to TF32 is switched off. bf16 does
+    without autocast's cache, which would keep the weights of the first step for as long as this
+    lasts.
     """
     backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
     before = [backend.fp32_precision for backend in backends]
-    autocast = torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+    half = torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+    autocast = half if precision == "bf16" else nullcontext()
     try:
         for backend in backends:
             backend.fp32_precision = "tf32" if precision == "tf32" else "ieee"
@@ -89,3 +92,17 @@ def isolated_rng(seed: int, device: torch.device) -> Iterator[None]:
         if on_gpu:
             torch.cuda.manual_seed(seed)
         yield
+
+
+def random_states(device: torch.device) -> dict[str, torch.Tensor]:
+    """Where torch's global streams are now, such that `set_random_states` goes on from there."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_random_states(states: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)

@@ -4,24 +4,33 @@ import csv
 import io
 import json
 import os
+import uuid
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
 
+from data import file_digest
 from engine.errors import UserError
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a temporary file, then give it its name in one step, durably."""
+    """Write a temporary file, then give it its name in one step, durably.
+
+    `write` fills a buffer, since not every library says what went wrong when a disk is full.
+    """
+    buffer = io.BytesIO()
+    write(buffer)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            write(file)
+        with naming(path), open(temporary, "wb") as file:
+            file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -34,8 +43,19 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.close(folder)
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An error of the operating system names this file; that of a write names none."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
 def write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda file: file.write(text.encode("utf-8")))
+    """Names of files may hold what is no text; it stays readable, in JSON as an escape."""
+    content = text.encode("utf-8", "backslashreplace")
+    write_atomically(path, lambda file: file.write(content))
 
 
 def read_text(path: Path) -> str:
@@ -64,8 +84,17 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, ob
 
 
 def read_csv(path: Path, columns: Sequence[str], text: Sequence[str] = ()) -> list[dict]:
-    """The rows of a file of numbers, but for its `text` columns; its header must be `columns`."""
+    """The rows of a file of numbers, but for its `text` columns; its header must be `columns`.
+
+    Where a JSON file beside it has a digest of it, it must be that very table.
+    """
     lines = list(csv.reader(io.StringIO(read_text(path))))
+    source = path.with_suffix(".json")
+    if source.exists() and read_json(source).get("sha256") not in (None, file_digest(path)):
+        raise UserError(
+            f"{path}: is not what {source.name} describes: damaged, or another run's; "
+            "delete it, and the script that made it makes it again"
+        )
     if not lines or lines[0] != list(columns):
         raise UserError(f"{path}: damaged: its first line is not {','.join(columns)}")
     rows = []
@@ -106,8 +135,8 @@ def read_arrays(path: Path, *names: str) -> dict[str, np.ndarray]:
             return {name: file[name] for name in names}
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except Exception as error:  # zip, header, and checksum errors are of many kinds
-        raise UserError(f"{path}: damaged: {_first_line(error)}") from None
+    except Exception:  # of many kinds, and some advise to trust the file
+        raise UserError(f"{path}: damaged, or not an .npz file of {', '.join(names)}") from None
 
 
 def write_tensors(path: Path, content: Mapping) -> None:
@@ -117,21 +146,18 @@ def write_tensors(path: Path, content: Mapping) -> None:
 def read_tensors(path: Path) -> dict:
     """A dictionary of tensors and plain values; nothing in the file is executed."""
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), zipfile.ZipFile(path) as archive:
             warnings.simplefilter("ignore")  # the error below says all there is to say
+            if archive.testzip():  # torch does not look at the checksums
+                raise ValueError
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except Exception as error:  # what a damaged pickle or zip raises has no common type
-        raise UserError(f"{path}: damaged or not a checkpoint: {_first_line(error)}") from None
+    except Exception:  # what a damaged pickle or zip raises has no common type
+        raise UserError(f"{path}: damaged, or not a checkpoint") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a checkpoint: it holds no dictionary")
     return content
-
-
-def _first_line(error: Exception) -> str:
-    message = str(error).strip().partition("\n")[0]
-    return (message or type(error).__name__)[:120]
 
 
 def megabytes(size: float) -> str:

@@ -50,16 +50,22 @@ class Measurement:
     @property
     def finished(self) -> bool:
         """Whether the table is there, whole, and from this run and these settings."""
+        return self._state() == "finished"
+
+    def _state(self) -> str:
+        """finished, to do, or what is wrong with the files that are there."""
+        if not (self.source_path.exists() and self.path.exists()):
+            return "to do"
         try:
             source = files.read_json(self.source_path)
-        except UserError:
-            return False
-        return (
-            source.get("identity") == self.run.identity
-            and source.get("settings") == self.settings
-            and self.path.exists()
-            and source.get("sha256") == file_digest(self.path)
-        )
+        except UserError as error:
+            return str(error)
+        if source.get("identity") != self.run.identity:
+            return f"{self.source_path}: belongs to another run"
+        if source.get("settings") != self.settings:
+            return "to do"
+        whole = source.get("sha256") == file_digest(self.path)
+        return "finished" if whole else f"{self.path}: damaged, or another run's"
 
     def _part_path(self, key: str) -> Path:
         assert re.fullmatch(r"[\w.-]+", key), f"{key!r} is no name for a file"
@@ -81,12 +87,16 @@ class Measurement:
 
     def save(self, key: str, content: object) -> None:
         """Keep a part: numbers, text, tensors, and lists and dictionaries of them."""
+        self.run.require_present()
         part = {"digest": self.digest, "key": key, "content": content}
         files.write_tensors(self._part_path(key), part)
         safe_point()
 
     def finish(self, rows: Iterable[Mapping[str, object]], device: torch.device) -> None:
         """Write the table and where it came from."""
+        if (state := self._state()) not in ("finished", "to do"):
+            print(f"{state}; it is made again from its parts", file=sys.stderr)
+        self.run.require_present()
         files.write_csv(self.path, self.columns, rows)
         source = provenance.describe(device) | {
             "identity": self.run.identity,

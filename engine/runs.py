@@ -22,7 +22,7 @@ from torch import nn
 from data import Split, file_digest
 from engine import files
 from engine.config import SCHEMA, flatten, load_configs, to_yaml
-from engine.errors import UserError
+from engine.errors import RunFailed, UserError
 from engine.settings import Config, DropoutConfig
 from models import MODELS, model_options
 
@@ -51,8 +51,13 @@ _DROPOUT_KEYS = {
 }
 
 
-def deciding_settings(config: Config) -> dict[str, object]:
+_AGAIN = "the script that trained this run makes it again"
+
+
+def deciding_settings(config: Config, contents: bool = True) -> dict[str, object]:
     """The settings that decide a training's weights, those that have no effect left out.
+
+    The contents of data files are settings too, unless they are not asked for.
 
     A value at its default is left out too (but for the three that name the run), so that a key
     which a later version adds does not rename the runs of an earlier one.
@@ -73,7 +78,7 @@ def deciding_settings(config: Config) -> dict[str, object]:
         and key not in without_effect
         and (key in always or value != SCHEMA[key].default)
     }
-    for key in _PLACES[1:]:
+    for key in _PLACES[1:] if contents else ():
         if (path := flatten(config)[key]) is not None:
             settings[f"{key}.sha256"] = file_digest(path)
     return settings
@@ -130,16 +135,17 @@ class Run:
     def at(cls, directory: Path, overrides: tuple[str, ...] = ()) -> "Run":
         """The run that lies in a directory, wherever it was made.
 
-        Overrides can change what a measurement does, never what was trained.
+        Overrides can change what a measurement does and where data lie, never what was trained.
         """
         path = directory / "config.yaml"
         if not path.exists():
             raise UserError(f"{directory}: is not the directory of a run: it has no config.yaml")
-        (made,) = load_configs(path)
+        made = cls._settings_in(directory)
         configs = load_configs(path, overrides)
+        decisive = [key for key in SCHEMA if _DECIDING.fullmatch(key) and key not in _PLACES]
         for config in configs:
-            for key, value in flatten(made).items():
-                if _DECIDING.fullmatch(key) and flatten(config)[key] != value:
+            for key in decisive:
+                if flatten(config)[key] != (value := flatten(made)[key]):
                     raise UserError(
                         f"command line: {key}: cannot be changed, {directory} was trained "
                         f"with {value!r}"
@@ -147,6 +153,27 @@ class Run:
         if len(configs) != 1:
             raise UserError("command line: a sweep needs a configuration file, not one run")
         return cls(directory, configs[0])
+
+    @classmethod
+    def _settings_in(cls, directory: Path) -> Config:
+        """What config.yaml says, if it is this run's own; only the places of data may change."""
+        path = directory / "config.yaml"
+        try:
+            made, *more = load_configs(path)
+        except UserError as error:
+            raise UserError(f"{error}{_remedy(directory)}") from None
+        run = cls(directory, made)
+        trained = run._provenance().get("settings") if run.provenance_path.exists() else None
+        own = deciding_settings(made, contents=False)
+        if not isinstance(trained, dict):  # an earlier version's, or nothing is trained yet
+            trained = own
+        trained = {key: value for key, value in trained.items() if not key.endswith(".sha256")}
+        if more or trained != own:
+            raise UserError(
+                f"{path} and {run.provenance_path} are not of the same run; one is damaged, or "
+                f"another run's{_remedy(directory)}"
+            )
+        return made
 
     # ------------------------------------------------------------ identity and state
 
@@ -156,9 +183,9 @@ class Run:
         path = self.provenance_path
         if not path.exists():
             return self.expected or identity_of(self.config)
-        identity = files.read_json(path).get("identity")
+        identity = self._provenance().get("identity")
         if not isinstance(identity, str):
-            raise UserError(f"{path}: damaged: it has no identity")
+            raise UserError(f"{path}: damaged: it has no identity{_remedy(self.directory)}")
         if self.expected not in (None, identity):
             raise UserError(f"{path}: belongs to another run; move {self.directory} away")
         return identity
@@ -166,7 +193,7 @@ class Run:
     @property
     def finished(self) -> bool:
         path = self.provenance_path
-        return bool(path.exists() and self.identity and files.read_json(path).get("finished"))
+        return bool(path.exists() and self.identity and self._provenance().get("finished"))
 
     def missing_results(self, accounts: str = "") -> list[Path]:
         """What a finished training must have left behind, and is not there."""
@@ -175,12 +202,34 @@ class Run:
         paths += [self.directory / accounts] if accounts else []
         return [path for path in paths if not path.exists()]
 
-    def require_results(self, accounts: str = "") -> None:
+    def require_intact(self, accounts: str = "") -> None:
+        """A finished run has all that its training wrote, as it was written.
+
+        From the run's record, the script that trained it makes everything again but weights.
+        """
         for path in self.missing_results(accounts):
-            raise UserError(
-                f"{path}: is missing from a finished run; put it back, or delete "
-                f"{self.directory} and train again"
-            )
+            restorable = self.record_path.exists() and path.suffix != ".pt"
+            remedy = f"; {_AGAIN}" if restorable else _remedy(self.directory)
+            raise UserError(f"{path}: is missing from a finished run{remedy}")
+        self.require_undamaged()
+
+    def require_undamaged(self) -> None:
+        """The results that are there are those that the training of a finished run wrote."""
+        remedy = _remedy(self.directory)
+        if self.record_path.exists():
+            remedy = f"; delete it, and {_AGAIN}"
+        for name, digest in (self._provenance().get("files") or {}).items():
+            path = self.directory / name
+            if path.exists() and file_digest(path) != digest:
+                raise UserError(
+                    f"{path}: is not what the training wrote: damaged, or another run's{remedy}"
+                )
+
+    def _provenance(self) -> dict:
+        try:
+            return files.read_json(self.provenance_path)
+        except UserError as error:
+            raise UserError(f"{error}{_remedy(self.directory)}") from None
 
     @property
     def state(self) -> str:
@@ -191,9 +240,9 @@ class Run:
         return f"interrupted after epoch {epochs[0]}" if epochs else "to do"
 
     def require_finished(self) -> None:
-        """A measurement needs a training that came to its end."""
+        """A measurement needs a training that came to its end, and all that it wrote."""
         if self.finished:
-            return
+            return self.require_intact()
         if not self.provenance_path.exists():
             command = shlex.join(["gradient_accounting.py", *sys.argv[1:]])
             raise UserError(f"{self.directory}: no such run; `python {command}` trains it")
@@ -234,6 +283,11 @@ class Run:
     def resume_path(self, epoch: int) -> Path:
         return self.directory / "resume" / f"epoch_{epoch:03d}.pt"
 
+    @property
+    def within_path(self) -> Path:
+        """Where an epoch that a signal ended goes on with its next step."""
+        return self.directory / "resume" / "within_epoch.pt"
+
     def resumable_epochs(self) -> list[int]:
         """Epochs after which training could go on, the latest first."""
         names = [path.stem for path in (self.directory / "resume").glob("epoch_*.pt")]
@@ -245,11 +299,16 @@ class Run:
         return keep == "all" or epoch in keep or epoch == self.config.train.epochs
 
     def discard(self, epochs: list[int]) -> None:
-        """Drop what it took to go on from these epochs, and weights that are not to be kept."""
-        for epoch in epochs:
-            if not self.kept(epoch):
-                self.checkpoint_path(epoch).unlink(missing_ok=True)
-            self.resume_path(epoch).unlink(missing_ok=True)
+        """Drop what it took to go on from these epochs, and weights that are not to be kept.
+
+        A newer epoch is saved, or all are: what was saved within one goes too.
+        """
+        paths = [self.resume_path(epoch) for epoch in epochs] + [self.within_path]
+        paths += [self.checkpoint_path(epoch) for epoch in epochs if not self.kept(epoch)]
+        for path in filter(
+            Path.exists, paths
+        ):  # a finished run may lie where nothing can be removed
+            path.unlink()
 
     # ------------------------------------------------------------ writing and reading
 
@@ -270,14 +329,29 @@ class Run:
     def check_split(self, split: Split) -> None:
         """The data set must still be the one that this run was trained on."""
         names = ("label", "true_label", "memorized", "index")
-        for name, saved in files.read_arrays(self.split_path, *names).items():
+        try:
+            arrays = files.read_arrays(self.split_path, *names)
+        except UserError as error:
+            raise UserError(f"{error}{_remedy(self.directory)}") from None
+        for name, saved in arrays.items():
             if not np.array_equal(saved, getattr(split, name).cpu().numpy()):
                 raise UserError(
                     f"{self.split_path}: its {name} is not what the data set gives now; "
                     "the data changed since this run began, or the file is another run's"
                 )
+        trained = self._provenance().get("settings") if self.provenance_path.exists() else None
+        for key in _PLACES[1:]:
+            path, digest = flatten(self.config)[key], (trained or {}).get(f"{key}.sha256")
+            if path and digest not in (None, file_digest(path)):
+                raise UserError(f"{path}: is not the file that the run was trained on ({key})")
+
+    def require_present(self) -> None:
+        """A folder that was removed while its run is worked on is not made anew, half empty."""
+        if not self.provenance_path.exists():
+            raise RunFailed(f"{self.directory} vanished; the same command begins anew")
 
     def write_checkpoint(self, epoch: int, model: nn.Module) -> None:
+        self.require_present()
         state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
         content = {"identity": self.identity, "epoch": epoch, "model": state}
         files.write_tensors(self.checkpoint_path(epoch), content)
@@ -289,10 +363,13 @@ class Run:
             names = (path.stem for path in path.parent.glob("epoch_*.pt"))
             kept = ", ".join(str(int(name.removeprefix("epoch_"))) for name in sorted(names))
             raise UserError(f"{path}: no such file; the epochs kept are {kept or 'none'}")
-        content = self.read_own(path, epoch)
-        state = content.get("model")
-        if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
-            raise UserError(f"{path}: damaged: it holds no weights")
+        try:
+            state = self.read_own(path, epoch).get("model")
+            if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
+                raise UserError(f"{path}: damaged: it holds no weights")
+        except UserError as error:
+            # An interrupted training goes back an epoch instead.
+            raise UserError(f"{error}{_remedy(self.directory) if self.finished else ''}") from None
         return state
 
     def read_own(self, path: Path, epoch: int) -> dict:
@@ -303,6 +380,10 @@ class Run:
         if content.get("epoch") != epoch:
             raise UserError(f"{path}: is of epoch {content.get('epoch')}, not {epoch}")
         return content
+
+
+def _remedy(directory: Path) -> str:
+    return f"; put it back, or delete {directory} and train again"
 
 
 def load_weights(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:

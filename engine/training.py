@@ -6,9 +6,10 @@ for people, which are made from the same record. The next start goes on from the
 has both.
 """
 
+import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,16 +21,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import Batch, Split, batch_rows, batches, epoch_order
+from data import Batch, Split, batch_rows, batches, epoch_order, file_digest
 from engine import files, provenance
-from engine.devices import compute_precision, derive_seed, isolated_rng
+from engine.devices import (
+    compute_precision,
+    derive_seed,
+    isolated_rng,
+    random_states,
+    set_random_states,
+)
 from engine.errors import RunFailed, UserError
 from engine.evaluation import evaluate_split, mean_by_subset
-from engine.runs import HISTORY_COLUMNS, Run, load_weights
+from engine.runs import HISTORY_COLUMNS, Run, deciding_settings, load_weights
 from engine.settings import Config, TrainConfig
 from engine.setup import load_split
-from engine.stopping import safe_point
+from engine.stopping import finishing_steps, safe_point
 from models.dropout import examples, tied_layers
+
+STEPS_UNSEEN = 50  # on a GPU, where looking at a loss means waiting for it
 
 
 class Accountant(Protocol):
@@ -44,12 +53,17 @@ class Accountant(Protocol):
     def epoch_rows(self, epoch: int) -> list[dict[str, float]]:
         """What was accounted since the last call, as rows of the file."""
 
+    @property
+    def sums(self) -> list[Tensor]:
+        """What was summed up since then, to be saved and filled in again within an epoch."""
+
 
 class PlainBackward:
     """The backward pass of everybody who accounts nothing."""
 
     file_name = ""
     columns = ()
+    sums = ()
 
     def backward(self, losses: Tensor, batch: Batch) -> None:
         losses.mean().backward()
@@ -126,6 +140,14 @@ class Record:
 # ---------------------------------------------------------------- one epoch
 
 
+class Cut(Exception):
+    """A place between two steps of an epoch: how many are done, and the random streams there."""
+
+    def __init__(self, done: int, random: dict[str, Tensor]) -> None:
+        super().__init__(f"after step {done}")
+        self.done, self.random = done, random
+
+
 def train_epoch(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -134,19 +156,30 @@ def train_epoch(
     epoch: int,
     backward: Callable[[Tensor, Batch], None],
     after_step: Callable[[], object] = lambda: None,
+    asked_to_end: Callable[[], bool] = lambda: False,
+    cut: Cut | None = None,
 ) -> float:
-    """One pass over the training set in this epoch's order; the last step's learning rate."""
-    train = config.train
+    """One pass over the training set in this epoch's order; the last step's learning rate.
+
+    It ends with a `Cut` after the step in which it was asked to, and goes on from one.
+    """
+    train, device = config.train, split.label.device
     steps = len(batch_rows(split.n, train.batch_size))
     order = epoch_order(split.n, config.seed, epoch)
     augmenting = None
     if config.data.augment:
         augmenting = torch.Generator().manual_seed(derive_seed("augmentation", config.seed, epoch))
-    mean_loss = torch.empty(steps, device=split.label.device)
+    done = cut.done if cut else 0
+    mean_loss = torch.zeros(steps, device=device)
     tied = nn.ModuleList(tied_layers(model))  # found here, once, and not at every step
     model.train()
-    with isolated_rng(derive_seed("layer noise", config.seed, epoch), split.label.device):
-        for step, batch in enumerate(batches(split, train.batch_size, order, augmenting)):
+    with isolated_rng(derive_seed("layer noise", config.seed, epoch), device):
+        if cut:
+            set_random_states(cut.random, device)
+            if augmenting:
+                augmenting.set_state(cut.random["augmentation"])
+        rest = batches(split, train.batch_size, order, augmenting, first=done)
+        for step, batch in enumerate(rest, start=done):
             rate = learning_rate((epoch - 1) * steps + step, steps, train)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -157,21 +190,32 @@ def train_epoch(
             backward(losses, batch)
             optimizer.step()
             mean_loss[step] = losses.detach().mean()
+            if device.type == "cpu" or step % STEPS_UNSEEN == 0:
+                _require_finite(mean_loss, epoch, train)
             after_step()
+            if asked_to_end():
+                random = random_states(device)
+                if augmenting:
+                    random["augmentation"] = augmenting.get_state()
+                raise Cut(step + 1, random)
     _require_finite(mean_loss, epoch, train)
-    return rate
+    return learning_rate(epoch * steps - 1, steps, train)
 
 
 def _require_finite(mean_loss: Tensor, epoch: int, train: TrainConfig) -> None:
-    """Looked at once an epoch, so that no step waits for the device."""
+    """The mean loss of every step of an epoch; those to come are 0."""
     bad = (~mean_loss.isfinite()).nonzero()
     if len(bad):
-        step, steps = int(bad[0]), len(mean_loss)
-        rate = learning_rate((epoch - 1) * steps + step, steps, train)
-        raise RunFailed(
-            f"the loss became {mean_loss[step].item()} at epoch {epoch}, step {step + 1} of "
-            f"{steps}, learning rate {rate:.4g}"
-        )
+        step = int(bad[0])
+        raise _diverged(mean_loss[step].item(), epoch, step, len(mean_loss), train)
+
+
+def _diverged(loss: float, epoch: int, step: int, steps: int, train: TrainConfig) -> RunFailed:
+    rate = learning_rate((epoch - 1) * steps + step, steps, train)
+    return RunFailed(
+        f"the loss became {loss} at epoch {epoch}, step {step + 1} of {steps}, "
+        f"learning rate {rate:.4g}"
+    )
 
 
 # ---------------------------------------------------------------- one run
@@ -191,41 +235,53 @@ def train_run(
         model.parameters(), lr=0.0, momentum=train.momentum, weight_decay=train.weight_decay
     )
     run.write_settings(split)
-    source = provenance.describe(device) | {"identity": run.identity, "finished": False}
+    source = provenance.describe(device) | {
+        "identity": run.identity,
+        "settings": deciding_settings(config),
+        "finished": False,
+    }
     files.write_json(run.provenance_path, source)
 
     record = Record()
     last = _resume(run, model, optimizer, record)
+    cut = _resume_within(run, last + 1, model, optimizer, accountant)
     began = time.perf_counter() - record.seconds
     steps = len(batch_rows(split.n, train.batch_size))
     bar = tqdm(
         desc=f"{run.directory.parent.name[:40]}/{run.directory.name}",
         total=train.epochs * steps,
-        initial=max(last, 0) * steps,
+        initial=max(last, 0) * steps + (cut.done if cut else 0),
         unit="step",
         leave=None,
         mininterval=0.5 if sys.stderr.isatty() else 30,
     )
-    with bar, compute_precision(config.precision, device):
+    with bar, compute_precision(config.precision, device), finishing_steps() as asked_to_end:
         for epoch in range(last + 1, train.epochs + 1):
             rate, started = 0.0, time.perf_counter()
-            if epoch > 0:
-                try:
-                    rate = train_epoch(
-                        model, optimizer, split, config, epoch, accountant.backward, bar.update
-                    )
-                except RunFailed as error:
-                    raise RunFailed(
-                        f"{error}; epoch {epoch - 1} is kept. "
-                        f"A lower train.peak_lr than {train.peak_lr:g} may help"
-                    ) from None
-                record.accounts += accountant.epoch_rows(epoch)
-            row = record.measure(model, split, epoch, rate)
+            try:
+                if epoch > 0:
+                    control = (bar.update, asked_to_end, cut)
+                    backward, cut = accountant.backward, None
+                    rate = train_epoch(model, optimizer, split, config, epoch, backward, *control)
+                    record.accounts += accountant.epoch_rows(epoch)
+                row = record.measure(model, split, epoch, rate)
+                if epoch > 0 and not math.isfinite(row["loss_total"]):
+                    raise _diverged(row["loss_total"], epoch, steps - 1, steps, train)
+            except Cut as here:
+                _save_within(run, epoch, model, optimizer, accountant, here)
+                return
+            except RunFailed as error:
+                raise RunFailed(
+                    f"{error}; epoch {epoch - 1} is kept. "
+                    f"A lower train.peak_lr than {train.peak_lr:g} may help"
+                ) from None
             record.seconds = time.perf_counter() - began
             _save(run, epoch, model, optimizer, record)
             for write in record.tables(run, accountant).values():
                 write()
             bar.set_postfix({k: f"{row[f'acc_{k}']:.1%}" for k in ("clean", "noisy", "test")})
+            if asked_to_end():
+                return
             if epoch < train.epochs:
                 safe_point(next_piece=time.perf_counter() - started)
 
@@ -234,21 +290,34 @@ def train_run(
     content = {"identity": run.identity, "epoch": train.epochs, **vars(record)}
     files.write_tensors(run.record_path, content)
     finished = {"seconds": round(record.seconds, 1), "finished": True}
+    finished["files"] = _digests([run.split_path, *record.results(run, accountant)])
     files.write_json(run.provenance_path, source | finished)
     run.discard(run.resumable_epochs())
 
 
 def restore_results(run: Run, accountant: Accountant) -> None:
     """What of a finished training's results was deleted, made again from its record."""
-    if run.missing_results(accountant.file_name) and run.record_path.exists():
+    missing = run.missing_results(accountant.file_name)
+    if missing and run.record_path.exists():
         content = run.read_own(run.record_path, run.config.train.epochs)
         record = Record(**{name: content[name] for name in vars(Record())})
-        for path, write in record.results(run, accountant).items():
-            if not path.exists():
-                write()
-        if not run.split_path.exists():
-            run.write_settings(load_split(run.config))
-    run.require_results(accountant.file_name)
+        results = record.results(run, accountant)
+        results[run.split_path] = lambda: run.write_settings(load_split(run.config))
+        again = [path for path in missing if path in results]
+        for path in again:
+            results[path]()
+        source = files.read_json(run.provenance_path)
+        # Another version of NumPy may write the same arrays in other bytes.
+        if (digests := source.get("files", {}) | _digests(again)) != source.get("files"):
+            files.write_json(run.provenance_path, source | {"files": digests})
+    run.require_intact(accountant.file_name)
+
+
+def _digests(paths: Iterable[Path]) -> dict[str, str]:
+    return {path.name: file_digest(path) for path in paths}
+
+
+# ---------------------------------------------------------------- saving, and going on
 
 
 def _save(
@@ -256,13 +325,8 @@ def _save(
 ) -> None:
     """This epoch's weights and what it takes to go on; the epoch before it stays as a reserve."""
     run.write_checkpoint(epoch, model)
-    momentum = [optimizer.state[p].get("momentum_buffer") for p in model.parameters()]
-    content = {
-        "identity": run.identity,
-        "epoch": epoch,
-        "momentum": [None if m is None else m.cpu() for m in momentum],
-        **vars(record),
-    }
+    momentum = _momentum(model, optimizer)
+    content = {"identity": run.identity, "epoch": epoch, "momentum": momentum, **vars(record)}
     files.write_tensors(run.resume_path(epoch), content)
     run.discard(run.resumable_epochs()[2:])
 
@@ -277,10 +341,59 @@ def _resume(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, record
             print(f"{error}; going back an epoch", file=sys.stderr)
             continue
         load_weights(model, state, run.checkpoint_path(epoch))
-        for parameter, momentum in zip(model.parameters(), content["momentum"]):
-            if momentum is not None:
-                optimizer.state[parameter]["momentum_buffer"] = momentum.to(parameter.device)
+        _set_momentum(model, optimizer, content["momentum"])
         for name in vars(record):
             setattr(record, name, content[name])
         return epoch
     return -1
+
+
+def _save_within(
+    run: Run,
+    epoch: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    accountant: Accountant,
+    cut: Cut,
+) -> None:
+    """What it takes to go on in the middle of an epoch; the epochs before it stay as they are."""
+    content = {
+        "identity": run.identity,
+        "epoch": epoch,
+        "model": {name: value.cpu() for name, value in model.state_dict().items()},
+        "momentum": _momentum(model, optimizer),
+        "sums": [value.cpu() for value in accountant.sums],
+        **vars(cut),
+    }
+    files.write_tensors(run.within_path, content)
+
+
+def _resume_within(
+    run: Run, epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer, accountant: Accountant
+) -> Cut | None:
+    """Where this epoch goes on, if a signal ended it in its middle."""
+    if not run.within_path.exists():
+        return None
+    try:
+        content = run.read_own(run.within_path, epoch)
+    except UserError as error:
+        print(f"{error}; epoch {epoch} begins anew", file=sys.stderr)
+        return None
+    load_weights(model, content["model"], run.within_path)
+    _set_momentum(model, optimizer, content["momentum"])
+    for own, saved in zip(accountant.sums, content["sums"]):
+        own.copy_(saved)
+    return Cut(content["done"], content["random"])
+
+
+def _momentum(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor | None]:
+    found = [optimizer.state[p].get("momentum_buffer") for p in model.parameters()]
+    return [None if momentum is None else momentum.cpu() for momentum in found]
+
+
+def _set_momentum(
+    model: nn.Module, optimizer: torch.optim.Optimizer, saved: Sequence[Tensor | None]
+) -> None:
+    for parameter, momentum in zip(model.parameters(), saved):
+        if momentum is not None:
+            optimizer.state[parameter]["momentum_buffer"] = momentum.to(parameter.device)

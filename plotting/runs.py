@@ -68,6 +68,8 @@ def find_families(places: Sequence[Path]) -> list[Family]:
             raise UserError(f"{place}: no such folder; name a run, or a folder of runs")
         directories |= {path.parent for path in place.rglob("provenance.json")}
     runs = [run for run in map(Run.at, sorted(directories)) if run.finished]
+    for run in runs:
+        run.require_undamaged()
     if not runs:
         raise UserError(f"{', '.join(map(str, places))}: no finished run there")
     folders = dict.fromkeys(run.directory.parent for run in runs)

@@ -120,7 +120,9 @@ def test_the_first_argument_may_be_an_override(capsys):
     assert "did you mean seed?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)]
+)
 def test_signals_end_a_real_process_with_one_line(tiny_file, number, status):
     command = [sys.executable, "reproduce.py", str(tiny_file), "train.epochs=2000"]
     process = subprocess.Popen(

@@ -17,6 +17,7 @@ CPU = torch.device("cpu")
 def make(tiny):
     """A measurement of a run whose directory is still empty; its parts need no more."""
     run = Run.of(tiny())
+    files.write_json(run.provenance_path, {"identity": run.identity})
     return lambda settings, **more: Measurement(run, "made_up.csv", COLUMNS, settings, **more)
 
 

@@ -1,0 +1,175 @@
+"""Claims: one process at a time in a folder, whatever becomes of the others."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from engine import claims
+from engine.claims import Held, Holder, claim, holder_of
+from engine.errors import RunFailed
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+HOLD = """
+import sys, time
+from pathlib import Path
+from engine.claims import claim
+with claim(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+COUNT = """
+import sys
+from pathlib import Path
+from engine import claims
+claims.POLL = 0.001
+counter = Path(sys.argv[1])
+for _ in range(int(sys.argv[2])):
+    with claims.claim(counter.parent / "folder", wait=True):
+        value = int(counter.read_text())
+        counter.write_text(str(value + 1))
+"""
+
+
+def start(code: str, *arguments) -> subprocess.Popen:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.fixture
+def other(tmp_path):
+    """A living process that holds tmp_path/run."""
+    process = start(HOLD, tmp_path / "run")
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def rewrite(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_second_process_learns_who_holds_it(other, tmp_path):
+    with pytest.raises(Held) as caught, claim(tmp_path / "run"):
+        raise AssertionError("both got in")
+    holder = caught.value.by
+    assert holder.pid == other.pid
+    assert str(caught.value).startswith(f"held by process {other.pid} on {holder.host} since 20")
+    assert holder_of(tmp_path / "run") == holder
+    with claim(tmp_path / "another run"):
+        pass
+
+
+@pytest.mark.parametrize("reaped", [True, False], ids=["dead", "dead, its parent does not know"])
+def test_a_dead_process_is_taken_over(other, tmp_path, reaped):
+    other.send_signal(signal.SIGKILL)
+    if reaped:
+        other.wait()
+    else:
+        os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
+    assert (tmp_path / "run" / "claim.json").exists()
+    assert holder_of(tmp_path / "run") is None
+    with claim(tmp_path / "run"):
+        assert holder_of(tmp_path / "run").pid == os.getpid()
+
+
+def test_a_pid_that_became_another_processs_is_a_dead_one(other, tmp_path):
+    path = tmp_path / "run" / "claim.json"
+    rewrite(path, birth="1")
+    with claim(tmp_path / "run"):
+        assert holder_of(tmp_path / "run").pid == os.getpid()
+
+
+def test_another_hosts_process_lives_as_long_as_it_shows_life(other, tmp_path):
+    path = tmp_path / "run" / "claim.json"
+    rewrite(path, machine="another", host="node7", pid=1)
+    with pytest.raises(Held, match=r"process 1 on node7"), claim(tmp_path / "run"):
+        pass
+    long_ago = time.time() - claims.DEAD_AFTER - 1
+    os.utime(path, (long_ago, long_ago))
+    with claim(tmp_path / "run"):
+        assert holder_of(tmp_path / "run").pid == os.getpid()
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[1]", '{"pid": -1}', '{"pid": 1, "host": "two\\nlines"}', '{"pid": "../x"}'],
+)
+def test_a_damaged_claim_is_anybodys_until_it_is_old(tmp_path, content):
+    path = tmp_path / "claim.json"
+    path.write_text(content)
+    with pytest.raises(Held, match="an unknown host"), claim(tmp_path):
+        pass
+    os.utime(path, (0, 0))
+    with claim(tmp_path):
+        assert holder_of(tmp_path).pid == os.getpid()
+
+
+def test_a_holder_shows_life(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "BEAT", 0.01)
+    with claim(tmp_path):
+        os.utime(tmp_path / "claim.json", (0, 0))
+        deadline = time.monotonic() + 10
+        while Holder.of(tmp_path / "claim.json").seen < 1:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_who_lost_the_claim_stops_and_leaves_the_others_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "BEAT", 0.05)
+
+    def sleep_too_long():
+        with claim(tmp_path):
+            rewrite(tmp_path / "claim.json", token="of another", pid=1)
+            time.sleep(10)
+
+    with pytest.raises(RunFailed, match="is gone; now held by process 1 on"):
+        sleep_too_long()
+    assert Holder.of(tmp_path / "claim.json").token == "of another"
+
+
+def test_many_at_once_lose_no_count(other, tmp_path):
+    """Also when the first of them finds a dead process's claim."""
+    counter = tmp_path / "counter"
+    counter.write_text("0")
+    (tmp_path / "run").rename(tmp_path / "folder")
+    other.send_signal(signal.SIGKILL)
+    other.wait()
+    processes = [start(COUNT, counter, 40) for _ in range(4)]
+    assert [process.wait(timeout=60) for process in processes] == [0] * 4
+    assert counter.read_text() == "160"
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    half = tmp_path / "checkpoints" / ".epoch_003.pt.1a2b3c4d.tmp"
+    half.touch()
+    with claim(tmp_path):
+        assert not half.exists()
+
+
+def test_nothing_is_left_behind(tmp_path):
+    with pytest.raises(ZeroDivisionError), claim(tmp_path / "runs" / "a" / "seed0"):
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
+    with claim(tmp_path / "runs" / "a" / "seed0"):
+        (tmp_path / "runs" / "a" / "kept").touch()
+    assert [path.name for path in (tmp_path / "runs" / "a").iterdir()] == ["kept"]
+
+
+def test_where_nothing_can_be_written_no_claim_is_needed(tmp_path, monkeypatch):
+    def refuse(self, path):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Holder, "write", refuse)
+    with claim(tmp_path):
+        assert not list(tmp_path.iterdir())
+    with pytest.raises(OSError, match="Read-only"), claim(tmp_path / "new"):
+        pass
