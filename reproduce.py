@@ -30,21 +30,13 @@ from engine import slurm
 from engine.cli import Ending, make_parser, reporting_ends
 from engine.config import load_configs
 from engine.errors import UserError
+from engine.jobs import Job, are_done, by_run
 from engine.processes import Slot, make_slots
 from engine.runs import Run, without_dropout
 from engine.settings import EXPERIMENTS, Config
 from engine.setup import load_split
 from engine.stopping import OutOfTime, ending_on_signals, time_budget
-from engine.sweeps import (
-    Job,
-    LeftToOthers,
-    are_done,
-    at_once,
-    by_run,
-    collect,
-    foresee,
-    one_after_another,
-)
+from engine.sweeps import LeftToOthers, at_once, collect, foresee, one_after_another
 from plotting.runs import find_families
 
 QUICKSTART = Path(__file__).resolve().parent / "configs" / "quickstart.yaml"

@@ -8,67 +8,23 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import torch
-from tqdm import tqdm
 
 from engine import files
 from engine.claims import Held, claim, holder_of
 from engine.cli import Ending
-from engine.errors import RunFailed, UserError
+from engine.errors import RunFailed
 from engine.estimates import Speeds, disk_of, duration, makespan
+from engine.jobs import Job, are_done, by_run
 from engine.processes import Slot, side_by_side, why
-from engine.runs import Run
+from engine.progress import Progress
 from engine.stopping import OutOfTime, time_left
 
 
 class LeftToOthers(Exception):
     """All is done, but for runs that other processes work on."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One script's work on one run."""
-
-    script: ModuleType
-    run: Run
-    trains: bool  # or measures what another job of this run trained
-
-    @property
-    def name(self) -> str:
-        return self.script.__name__.replace("_", " ")
-
-    @property
-    def done(self) -> bool:
-        try:
-            return self.script.is_done(self.run)
-        except UserError:  # a damaged file; whoever needs it says which
-            return False
-
-    def do(self) -> str:
-        """Whatever is not done yet; the results in one line that ends with the run's directory."""
-        if not self.trains and not self.run.finished:
-            raise RunFailed(f"no {self.name}, as the training did not come to its end")
-        return f"{self.name}: {self.script.main(self.run)}  {self.run.directory}"
-
-
-def by_run(jobs: Sequence[Job]) -> dict[Path, list[Job]]:
-    """The jobs of each run's directory, all in their order."""
-    shares: dict[Path, list[Job]] = {}
-    for job in jobs:
-        shares.setdefault(job.run.directory, []).append(job)
-    return shares
-
-
-def are_done(jobs: Sequence[Job]) -> bool:
-    return all(job.done for job in jobs)
-
-
-def progress(jobs: Sequence[Job]) -> tqdm:
-    return tqdm(total=len(jobs), unit="job", dynamic_ncols=True)
 
 
 # ---------------------------------------------------------------- one after another
@@ -79,7 +35,7 @@ def one_after_another(jobs: Sequence[Job], ending: Ending, wait: bool = False) -
 
     A run that is held by another process comes again at the end, and is then waited for or left.
     """
-    with progress(jobs) as bar:
+    with Progress(jobs) as bar:
         waiting = list(by_run(jobs).items())
         for last in (False, True):
             held = []
@@ -100,13 +56,13 @@ def one_after_another(jobs: Sequence[Job], ending: Ending, wait: bool = False) -
         raise LeftToOthers
 
 
-def _do(share: Sequence[Job], bar: tqdm, ending: Ending) -> Iterator[Job]:
+def _do(share: Sequence[Job], bar: Progress, ending: Ending) -> Iterator[Job]:
     for job in share:
-        bar.set_description(f"all, now {job.name}")
+        bar.show(job.name)
         with ending.one_of_several(job.run.directory):
             bar.write(job.do(), file=sys.stdout)
             yield job
-        bar.update()
+        bar.passed(job)
 
 
 # ---------------------------------------------------------------- side by side
@@ -124,7 +80,7 @@ def at_once(
     """
     shares, failures = by_run(jobs), []
     left = set(shares)
-    with progress(jobs) as bar:
+    with Progress(jobs) as bar:
         for directory, status in _processes(shares, slots, command, bar):
             if status:
                 failures.append(why(directory, status))
@@ -147,30 +103,27 @@ def _processes(
     shares: Mapping[Path, Sequence[Job]],
     slots: Sequence[Slot],
     command: Callable[[Path], Sequence[str]],
-    bar: tqdm,
+    bar: Progress,
 ) -> Iterator[tuple[Path, int]]:
     """Each run's directory as soon as its process has ended, with that one's exit status.
 
     A run that is done needs no process.
     """
     to_do = [directory for directory, share in shares.items() if not are_done(share)]
-    behind = 0  # jobs of the runs that ended
 
     def watch(running: Sequence[Path]) -> None:
-        open_jobs = [[job for job in shares[run] if not job.done] for run in running]
-        all_jobs = sum(len(shares[run]) for run in running)
-        bar.n = behind + all_jobs - sum(map(len, open_jobs))
-        names = Counter(jobs[0].name for jobs in open_jobs if jobs)
-        now = ", ".join(f"{count} x {name}" for name, count in names.items())
-        bar.set_description(f"all, now {now}" if now else "all")
+        names = Counter()
+        for share in (shares[directory] for directory in running):
+            bar.passed(*(job for job in share if job.done))
+            names.update([job.name for job in share if not job.done][:1])
+        bar.show(", ".join(f"{count} x {name}" for name, count in names.items()))
 
-    for directory, share in shares.items():
+    for directory in shares:
         if directory not in to_do:
-            behind += len(share)
             yield directory, 0
     commands = {directory: command(directory) for directory in to_do}
     for directory, status in side_by_side(commands, slots, watch, put_off=holder_of):
-        behind += len(shares[directory])
+        bar.passed(*shares[directory])
         yield directory, status
     watch(())
 

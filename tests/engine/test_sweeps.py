@@ -14,13 +14,14 @@ from engine import sweeps
 from engine.claims import FILE_NAME as CLAIM
 from engine.claims import claim
 from engine.config import load_configs
+from engine.jobs import by_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TRAINING_ONLY = ["train.epochs=2", "experiments=[]"]
 
 
 def directories(path: Path, *overrides: str) -> list[Path]:
-    return list(sweeps.by_run(reproduce.make_jobs(load_configs(path, overrides))))
+    return list(by_run(reproduce.make_jobs(load_configs(path, overrides))))
 
 
 def csv_files(directory: Path) -> dict[str, bytes]:
