@@ -48,7 +48,8 @@ def test_every_command_names_a_script_and_a_configuration_that_are_there(command
         given = reproduce.parse(arguments)
         config, overrides = given.config, given.overrides
     else:
-        config, *overrides = [argument for argument in arguments if not argument.startswith("--")]
+        named = [argument for argument in arguments if not argument.startswith("--")]
+        config, *overrides = named or [str(reproduce.QUICKSTART)]
     assert load_configs(REPOSITORY / config, overrides)
 
 
