@@ -6,10 +6,10 @@ and its holder touches it every few seconds. A claim whose holder is dead is tak
 machine the holder's pid tells, from elsewhere a claim that was long not touched does.
 """
 
-import _thread
 import errno
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -243,7 +243,7 @@ def _showing_life(path: Path, own: Holder) -> Iterator[None]:
             with suppress(OSError):  # a network file system that is away for a while
                 if not _is(path, own):
                     lost.set()
-                    _thread.interrupt_main()
+                    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
                     return
                 os.utime(path)
 

@@ -162,12 +162,8 @@ class Run:
             made, *more = load_configs(path)
         except UserError as error:
             raise UserError(f"{error}{_remedy(directory)}") from None
-        run = cls(directory, made)
-        trained = run._provenance().get("settings") if run.provenance_path.exists() else None
-        own = deciding_settings(made, contents=False)
-        if not isinstance(trained, dict):  # an earlier version's, or nothing is trained yet
-            trained = own
-        trained = {key: value for key, value in trained.items() if not key.endswith(".sha256")}
+        run, own = cls(directory, made), deciding_settings(made, contents=False)
+        trained = {k: v for k, v in (run._trained or own).items() if not k.endswith(".sha256")}
         if more or trained != own:
             raise UserError(
                 f"{path} and {run.provenance_path} are not of the same run; one is damaged, or "
@@ -215,15 +211,17 @@ class Run:
 
     def require_undamaged(self) -> None:
         """The results that are there are those that the training of a finished run wrote."""
-        remedy = _remedy(self.directory)
-        if self.record_path.exists():
-            remedy = f"; delete it, and {_AGAIN}"
+        again = self.record_path.exists()
+        remedy = f"; delete it, and {_AGAIN}" if again else _remedy(self.directory)
         for name, digest in (self._provenance().get("files") or {}).items():
-            path = self.directory / name
-            if path.exists() and file_digest(path) != digest:
-                raise UserError(
-                    f"{path}: is not what the training wrote: damaged, or another run's{remedy}"
-                )
+            if (path := self.directory / name).exists() and file_digest(path) != digest:
+                raise UserError(f"{path}: damaged, or another run's{remedy}")
+
+    @property
+    def _trained(self) -> dict[str, object]:
+        """What decided the weights; empty before a training, and of an earlier version's."""
+        found = self._provenance().get("settings") if self.provenance_path.exists() else None
+        return found if isinstance(found, dict) else {}
 
     def _provenance(self) -> dict:
         try:
@@ -299,10 +297,7 @@ class Run:
         return keep == "all" or epoch in keep or epoch == self.config.train.epochs
 
     def discard(self, epochs: list[int]) -> None:
-        """Drop what it took to go on from these epochs, and weights that are not to be kept.
-
-        A newer epoch is saved, or all are: what was saved within one goes too.
-        """
+        """Drop what it took to go on from these epochs or within one, and weights not to keep."""
         paths = [self.resume_path(epoch) for epoch in epochs] + [self.within_path]
         paths += [self.checkpoint_path(epoch) for epoch in epochs if not self.kept(epoch)]
         for path in filter(
@@ -328,9 +323,8 @@ class Run:
 
     def check_split(self, split: Split) -> None:
         """The data set must still be the one that this run was trained on."""
-        names = ("label", "true_label", "memorized", "index")
         try:
-            arrays = files.read_arrays(self.split_path, *names)
+            arrays = files.read_arrays(self.split_path, "label", "true_label", "memorized", "index")
         except UserError as error:
             raise UserError(f"{error}{_remedy(self.directory)}") from None
         for name, saved in arrays.items():
@@ -339,9 +333,8 @@ class Run:
                     f"{self.split_path}: its {name} is not what the data set gives now; "
                     "the data changed since this run began, or the file is another run's"
                 )
-        trained = self._provenance().get("settings") if self.provenance_path.exists() else None
         for key in _PLACES[1:]:
-            path, digest = flatten(self.config)[key], (trained or {}).get(f"{key}.sha256")
+            path, digest = flatten(self.config)[key], self._trained.get(f"{key}.sha256")
             if path and digest not in (None, file_digest(path)):
                 raise UserError(f"{path}: is not the file that the run was trained on ({key})")
 
@@ -363,22 +356,22 @@ class Run:
             names = (path.stem for path in path.parent.glob("epoch_*.pt"))
             kept = ", ".join(str(int(name.removeprefix("epoch_"))) for name in sorted(names))
             raise UserError(f"{path}: no such file; the epochs kept are {kept or 'none'}")
-        try:
-            state = self.read_own(path, epoch).get("model")
-            if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
-                raise UserError(f"{path}: damaged: it holds no weights")
-        except UserError as error:
-            # An interrupted training goes back an epoch instead.
-            raise UserError(f"{error}{_remedy(self.directory) if self.finished else ''}") from None
+        state = self.read_own(path, epoch).get("model")
+        if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
+            raise UserError(f"{path}: damaged: it holds no weights")
         return state
 
     def read_own(self, path: Path, epoch: int) -> dict:
         """A file of tensors that this very run wrote at this epoch."""
-        content = files.read_tensors(path)
-        if content.get("identity") != self.identity:
-            raise UserError(f"{path}: belongs to another run, not to {self.directory}")
-        if content.get("epoch") != epoch:
-            raise UserError(f"{path}: is of epoch {content.get('epoch')}, not {epoch}")
+        try:
+            content = files.read_tensors(path)
+            if content.get("identity") != self.identity:
+                raise UserError(f"{path}: belongs to another run, not to {self.directory}")
+            if content.get("epoch") != epoch:
+                raise UserError(f"{path}: is of epoch {content.get('epoch')}, not {epoch}")
+        except UserError as error:
+            # An interrupted training goes back an epoch instead.
+            raise UserError(f"{error}{_remedy(self.directory) if self.finished else ''}") from None
         return content
 
 

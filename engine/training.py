@@ -9,7 +9,7 @@ has both.
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import Batch, Split, batch_rows, batches, epoch_order, file_digest
-from engine import files, provenance
+from engine import files, provenance, resuming
 from engine.devices import (
     compute_precision,
     derive_seed,
@@ -30,9 +30,10 @@ from engine.devices import (
     random_states,
     set_random_states,
 )
-from engine.errors import RunFailed, UserError
+from engine.errors import RunFailed
 from engine.evaluation import evaluate_split, mean_by_subset
-from engine.runs import HISTORY_COLUMNS, Run, deciding_settings, load_weights
+from engine.resuming import Cut
+from engine.runs import HISTORY_COLUMNS, Run, deciding_settings
 from engine.settings import Config, TrainConfig
 from engine.setup import load_split
 from engine.stopping import finishing_steps, safe_point
@@ -140,14 +141,6 @@ class Record:
 # ---------------------------------------------------------------- one epoch
 
 
-class Cut(Exception):
-    """A place between two steps of an epoch: how many are done, and the random streams there."""
-
-    def __init__(self, done: int, random: dict[str, Tensor]) -> None:
-        super().__init__(f"after step {done}")
-        self.done, self.random = done, random
-
-
 def train_epoch(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -243,8 +236,8 @@ def train_run(
     files.write_json(run.provenance_path, source)
 
     record = Record()
-    last = _resume(run, model, optimizer, record)
-    cut = _resume_within(run, last + 1, model, optimizer, accountant)
+    last = resuming.resume_epoch(run, model, optimizer, record)
+    cut = resuming.resume_within(run, last + 1, model, optimizer, accountant.sums)
     began = time.perf_counter() - record.seconds
     steps = len(batch_rows(split.n, train.batch_size))
     bar = tqdm(
@@ -268,7 +261,7 @@ def train_run(
                 if epoch > 0 and not math.isfinite(row["loss_total"]):
                     raise _diverged(row["loss_total"], epoch, steps - 1, steps, train)
             except Cut as here:
-                _save_within(run, epoch, model, optimizer, accountant, here)
+                resuming.save_within(run, epoch, model, optimizer, accountant.sums, here)
                 return
             except RunFailed as error:
                 raise RunFailed(
@@ -276,7 +269,7 @@ def train_run(
                     f"A lower train.peak_lr than {train.peak_lr:g} may help"
                 ) from None
             record.seconds = time.perf_counter() - began
-            _save(run, epoch, model, optimizer, record)
+            resuming.save_epoch(run, epoch, model, optimizer, record)
             for write in record.tables(run, accountant).values():
                 write()
             bar.set_postfix({k: f"{row[f'acc_{k}']:.1%}" for k in ("clean", "noisy", "test")})
@@ -315,85 +308,3 @@ def restore_results(run: Run, accountant: Accountant) -> None:
 
 def _digests(paths: Iterable[Path]) -> dict[str, str]:
     return {path.name: file_digest(path) for path in paths}
-
-
-# ---------------------------------------------------------------- saving, and going on
-
-
-def _save(
-    run: Run, epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer, record: Record
-) -> None:
-    """This epoch's weights and what it takes to go on; the epoch before it stays as a reserve."""
-    run.write_checkpoint(epoch, model)
-    momentum = _momentum(model, optimizer)
-    content = {"identity": run.identity, "epoch": epoch, "momentum": momentum, **vars(record)}
-    files.write_tensors(run.resume_path(epoch), content)
-    run.discard(run.resumable_epochs()[2:])
-
-
-def _resume(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, record: Record) -> int:
-    """Restore the newest epoch whose files are whole; -1 where there is nothing to go on from."""
-    for epoch in run.resumable_epochs():
-        try:
-            content = run.read_own(run.resume_path(epoch), epoch)
-            state = run.read_checkpoint(epoch)
-        except UserError as error:
-            print(f"{error}; going back an epoch", file=sys.stderr)
-            continue
-        load_weights(model, state, run.checkpoint_path(epoch))
-        _set_momentum(model, optimizer, content["momentum"])
-        for name in vars(record):
-            setattr(record, name, content[name])
-        return epoch
-    return -1
-
-
-def _save_within(
-    run: Run,
-    epoch: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    accountant: Accountant,
-    cut: Cut,
-) -> None:
-    """What it takes to go on in the middle of an epoch; the epochs before it stay as they are."""
-    content = {
-        "identity": run.identity,
-        "epoch": epoch,
-        "model": {name: value.cpu() for name, value in model.state_dict().items()},
-        "momentum": _momentum(model, optimizer),
-        "sums": [value.cpu() for value in accountant.sums],
-        **vars(cut),
-    }
-    files.write_tensors(run.within_path, content)
-
-
-def _resume_within(
-    run: Run, epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer, accountant: Accountant
-) -> Cut | None:
-    """Where this epoch goes on, if a signal ended it in its middle."""
-    if not run.within_path.exists():
-        return None
-    try:
-        content = run.read_own(run.within_path, epoch)
-    except UserError as error:
-        print(f"{error}; epoch {epoch} begins anew", file=sys.stderr)
-        return None
-    load_weights(model, content["model"], run.within_path)
-    _set_momentum(model, optimizer, content["momentum"])
-    for own, saved in zip(accountant.sums, content["sums"]):
-        own.copy_(saved)
-    return Cut(content["done"], content["random"])
-
-
-def _momentum(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor | None]:
-    found = [optimizer.state[p].get("momentum_buffer") for p in model.parameters()]
-    return [None if momentum is None else momentum.cpu() for momentum in found]
-
-
-def _set_momentum(
-    model: nn.Module, optimizer: torch.optim.Optimizer, saved: Sequence[Tensor | None]
-) -> None:
-    for parameter, momentum in zip(model.parameters(), saved):
-        if momentum is not None:
-            optimizer.state[parameter]["momentum_buffer"] = momentum.to(parameter.device)

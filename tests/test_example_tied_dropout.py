@@ -11,7 +11,7 @@ import torch
 import example_tied_dropout
 import gradient_accounting
 from data import normalize
-from engine import files, training
+from engine import files, resuming
 from engine.cli import find_runs
 from engine.config import load_configs
 from engine.errors import UserError
@@ -127,7 +127,7 @@ def test_a_resumed_run_has_the_same_masks_and_results(run_of, tmp_path, monkeypa
     """Standard dropout draws anew at every step, from the epoch's own stream."""
     whole, killed = (run_of(f"dropout.kind={kind}", f"output_dir={tmp_path}/{x}") for x in "ab")
     example_tied_dropout.main(whole)
-    save = training._save
+    save = resuming.save_epoch
 
     def save_and_die(run, epoch, *rest):
         save(run, epoch, *rest)
@@ -135,7 +135,7 @@ def test_a_resumed_run_has_the_same_masks_and_results(run_of, tmp_path, monkeypa
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_save", save_and_die)
+        patch.setattr(resuming, "save_epoch", save_and_die)
         with pytest.raises(Killed):
             example_tied_dropout.main(killed)
     example_tied_dropout.main(killed)

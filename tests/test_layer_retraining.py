@@ -78,8 +78,8 @@ def check_one_group(run: Run, index: int, monkeypatch) -> None:
         optimizers.append(sgd(given, **options))
         return optimizers[-1]
 
-    def spy_on_batches(split, *rest):
-        for batch in batches(split, *rest):
+    def spy_on_batches(split, *rest, **options):
+        for batch in batches(split, *rest, **options):
             seen.append(batch.index)
             yield batch
 
@@ -283,13 +283,16 @@ def test_patience_ends_a_group_early(finished, monkeypatch):
 # ---------------------------------------------------------------- mistakes
 
 
-@pytest.mark.parametrize("epoch", [0, 3])
-def test_an_epoch_that_is_needed_and_not_there(finished, capsys, epoch):
+@pytest.mark.parametrize(
+    ("epoch", "expected"),
+    [(0, "no such file; the epochs kept are 1, 2, 3"), (3, "is missing from a finished run")],
+)
+def test_an_epoch_that_is_needed_and_not_there(finished, capsys, epoch, expected):
     finished.checkpoint_path(epoch).unlink()
     arguments = [str(finished.directory)]
     assert run_script("", layer_retraining.main, layer_retraining.plan, arguments) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert f"epoch_{epoch:03d}.pt: no such file; the epochs kept are" in error
+    assert f"epoch_{epoch:03d}.pt: {expected}" in error
 
 
 def test_a_loss_that_is_no_number_names_the_group(finished, capsys):

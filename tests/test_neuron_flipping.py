@@ -444,7 +444,7 @@ def test_without_memorized_examples(run_of):
 def test_without_checkpoints_or_without_a_run(run_of, tiny, tiny_file, capsys):
     run = run_of(*SMALL)
     run.checkpoint_path(20).unlink()
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="is missing from a finished run"):
         neuron_flipping.main(run)
     status = run_script("", neuron_flipping.main, neuron_flipping.plan, [str(tiny_file), "seed=9"])
     assert status == 2

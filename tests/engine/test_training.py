@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import gradient_accounting
 from data import batches, epoch_order, normalize
-from engine import files, training
+from engine import files, resuming, training
 from engine.errors import RunFailed, UserError
 from engine.evaluation import evaluate
 from engine.runs import HISTORY_COLUMNS, Run, load_weights
@@ -260,7 +260,7 @@ def test_killed_at_every_write_and_started_again(tiny, tmp_path, monkeypatch):
 
 def interrupt(run: Run, monkeypatch, epoch: int) -> None:
     """Train a run until just after this epoch has been saved."""
-    save = training._save
+    save = resuming.save_epoch
 
     def save_and_die(run, number, *rest):
         save(run, number, *rest)
@@ -268,7 +268,7 @@ def interrupt(run: Run, monkeypatch, epoch: int) -> None:
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_save", save_and_die)
+        patch.setattr(resuming, "save_epoch", save_and_die)
         with pytest.raises(Killed):
             gradient_accounting.main(run)
 

@@ -115,7 +115,7 @@ def test_files_may_not_grow(call, tmp_path, whole):
     assert tables(tmp_path / "runs") == whole
 
 
-@pytest.mark.parametrize("number", range(0, 20, 3))
+@pytest.mark.parametrize("number", range(0, 20, 6))
 def test_full_at_any_write(call, tmp_path, monkeypatch, number):
     """The disk is full from the k-th write on, then there is space again."""
     fsync, count = os.fsync, iter(range(1000))

@@ -113,7 +113,7 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("fuzz")
 
 
-few = settings(max_examples=300, deadline=None, derandomize=True, database=None)
+few = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 many = settings(max_examples=5000, deadline=None, database=None)
 
 

@@ -12,6 +12,7 @@ import pytest
 
 import gradient_accounting
 import layer_rewinding
+import plot_results
 import reproduce
 from engine.cli import run_script
 from engine.config import load_configs
@@ -19,7 +20,7 @@ from engine.runs import run_directory
 
 NAMES = [
     "with space", "ünïcödé 名前 🙂", "quote's \"double\" $HOME `x` ;&|", "-dash", "a=b",
-    "#hash %s {x}",    "x" * 200, "名" * 60, "trailing.", "..npz", "*?[a]",
+    "#hash %s {x}",    "x" * 200, "名" * 60, "*?[a].",
 ]  # fmt: skip
 TINY = """
 device: cpu
@@ -64,10 +65,18 @@ def test_any_name_will_do(own_data, name, capsys):
     assert call(layer_rewinding, str(run), "rewinding.epochs=[0, 1]") == 0
 
 
-def test_figures_and_reports_of_any_name(own_data):
+def test_figures_of_any_name(own_data):
     name = "ünï 'q' \"$\\x$\" #%s <b>&"
-    assert reproduce.main(place(own_data, name)) == 0
-    assert list((own_data.parent / name).rglob("*.png"))
+    arguments = place(own_data, name)
+    assert call(gradient_accounting, *arguments) == 0
+    runs = own_data.parent / name / "runs"
+    assert plot_results.main([str(runs), "--figure", "1", "--format", "png"]) == 0
+    assert list(runs.rglob("*.png"))
+
+
+@pytest.mark.slow(reason="the whole report")
+def test_a_report_of_any_name(own_data):
+    assert reproduce.main(place(own_data, "ünï 'q' \"$\\x$\" #%s <b>&")) == 0
 
 
 def test_a_name_that_is_too_long_is_one_line(own_data, capsys):
