@@ -293,10 +293,14 @@ def main(run: Run) -> str:
     return f"{dropout_title(run.config)}: {', '.join(changes)}"
 
 
+def is_done(run: Run) -> bool:
+    trained = run.finished and not run.missing_results()
+    return trained and all(table.finished for table in tables(run).values())
+
+
 def plan(run: Run) -> str:
     """What `main` would do, and the disk that it takes."""
-    measured = all(table.finished for table in tables(run).values())
-    state = f"{run.state}, {'measured' if measured else 'to measure'}"
+    state = f"{run.state}, {'measured' if is_done(run) else 'to measure'}"
     return f"{dropout_title(run.config)}: {state}, {files.megabytes(estimate_disk(run))}"
 
 

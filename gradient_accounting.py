@@ -123,6 +123,11 @@ def main(run: Run) -> str:
     )
 
 
+def is_done(run: Run) -> bool:
+    accounts = FILE_NAME if run.config.train.account_gradients else ""
+    return run.finished and not run.missing_results(accounts)
+
+
 def plan(run: Run) -> str:
     """What `main` would do, and the disk that it takes."""
     return f"{title(run.config)}: {run.state}, {files.megabytes(estimate_disk(run))}"

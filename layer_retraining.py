@@ -166,6 +166,10 @@ def main(run: Run) -> str:
     return summarize(run, measurement)
 
 
+def is_done(run: Run) -> bool:
+    return run.finished and make_measurement(run).finished
+
+
 def plan(run: Run) -> str:
     """What `main` would do, and the disk that it takes."""
     state = "finished" if make_measurement(run).finished else "to do"

@@ -188,6 +188,10 @@ def main(run: Run) -> str:
     return summarize(run, measurement)
 
 
+def is_done(run: Run) -> bool:
+    return run.finished and make_measurement(run).finished
+
+
 def plan(run: Run) -> str:
     """What `main` would do, and the disk that it takes: some KB for each batch."""
     state = "finished" if make_measurement(run).finished else "to do"

@@ -231,9 +231,7 @@ def compute_flipping(
 def search_measurement(run: Run) -> Measurement:
     settings = asdict(run.config.flipping)
     del settings["second_split"]
-    return Measurement(
-        run, FILE_NAME, COLUMNS, settings, selection={"examples": settings.pop("examples")}
-    )
+    return Measurement(run, FILE_NAME, COLUMNS, settings, {"examples": settings.pop("examples")})
 
 
 def measure(run: Run, split: Split, device: torch.device) -> None:
@@ -361,15 +359,14 @@ def detection_measurement(run: Run) -> Measurement:
 def main(run: Run) -> str:
     """Measure one run, unless that is done; its results in one line."""
     run.require_finished()
-    search_done, detection = search_measurement(run).finished, detection_measurement(run)
-    if not (search_done and detection.finished):
+    if not is_done(run):
         device = resolve_device(run.config)
         split = load_split(run.config).to(device)
-        if not search_done:
+        if not search_measurement(run).finished:
             measure(run, split, device)
         if run.config.flipping.second_split:
             measure_forgetting(run, split)
-        detection.finish(detect([run]), device)
+        detection_measurement(run).finish(detect([run]), device)
     return f"{title(run.config)}: {describe(compute_means([run]), detect([run]))}"
 
 
@@ -388,11 +385,14 @@ def conclude(runs: Sequence[Run]) -> Iterator[tuple[str, Path]]:
         yield f"mean of {len(together)} runs: {describe(means, areas)}", folder
 
 
+def is_done(run: Run) -> bool:
+    return run.finished and search_measurement(run).finished and detection_measurement(run).finished
+
+
 def plan(run: Run) -> str:
     """What `main` would do, and the disk that it takes."""
-    searches = search_measurement(run)
     asked = 2 * run.config.flipping.examples
-    state = "done" if searches.finished else f"up to {asked} examples to search"
+    state = "done" if is_done(run) else f"up to {asked} examples to search"
     if not run.finished:
         state += f" once trained ({run.state})"
     return f"{title(run.config)}: {state}, {files.megabytes(asked * 4096)}"

@@ -3,21 +3,22 @@
     python reproduce.py                              # configs/quickstart.yaml, on embedded images
     python reproduce.py configs/small/mnist.yaml
     python reproduce.py CONFIG --time-budget 540     # stop cleanly after nine minutes; call again
+    python reproduce.py CONFIG --jobs 8 --gpus 0,1,2,3   # runs side by side, two on a GPU
+    python reproduce.py CONFIG --slurm slurm.time=60     # each run a job of the cluster
 
 Trains and accounts gradients, rewinds, retrains, flips neurons, trains with dropout (where
 `dropout.kind` names one), and draws the figures. `experiments: [rewinding, flipping]` does less.
 What is done is skipped, what was interrupted goes on: the same command, called again and again,
-ends with the same results.
+ends with the same results. Called on several machines with a common file system, it shares the runs
+among them, and whoever ends last draws the figures.
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-
-from tqdm import tqdm
 
 import example_tied_dropout
 import gradient_accounting
@@ -25,13 +26,17 @@ import layer_retraining
 import layer_rewinding
 import neuron_flipping
 import plot_results
-from engine.claims import claim
+from engine import slurm
 from engine.cli import Ending, make_parser, reporting_ends
 from engine.config import load_configs
-from engine.errors import RunFailed
+from engine.errors import UserError
+from engine.jobs import Job, are_done, by_run
+from engine.processes import Slot, make_slots
 from engine.runs import Run, without_dropout
 from engine.settings import EXPERIMENTS, Config
+from engine.setup import load_split
 from engine.stopping import OutOfTime, ending_on_signals, time_budget
+from engine.sweeps import LeftToOthers, at_once, collect, foresee, one_after_another
 from plotting.runs import find_families
 
 QUICKSTART = Path(__file__).resolve().parent / "configs" / "quickstart.yaml"
@@ -40,18 +45,6 @@ ON_PLAIN_RUNS = {
     "retraining": layer_retraining,
     "flipping": neuron_flipping,
 }
-
-
-@dataclass(frozen=True)
-class Job:
-    """One script's work on one run."""
-
-    script: ModuleType
-    run: Run
-
-    @property
-    def name(self) -> str:
-        return self.script.__name__.replace("_", " ")
 
 
 def make_jobs(configs: Sequence[Config]) -> list[Job]:
@@ -71,24 +64,67 @@ def make_jobs(configs: Sequence[Config]) -> list[Job]:
     for config in configs:
         for script, own in wanted(config):
             run = Run.of(own)
-            jobs.setdefault((script.__name__, run.directory), Job(script, run))
+            trains = script not in ON_PLAIN_RUNS.values()
+            jobs.setdefault((script.__name__, run.directory), Job(script, run, trains))
     return list(jobs.values())
 
 
-def work(jobs: Sequence[Job], ending: Ending, wait: bool) -> Iterator[Job]:
-    """Do every job, a line of results each, under one line of progress; yield what is done."""
-    with tqdm(total=len(jobs), unit="job", dynamic_ncols=True) as bar:
-        for job in jobs:
-            bar.set_description(f"all, now {job.name}")
-            trained = job.run.finished or job.script not in ON_PLAIN_RUNS.values()
-            with ending.one_of_several(job.run.directory):
-                if not trained:
-                    raise RunFailed(f"no {job.name}, as the training did not come to its end")
-                with claim(job.run.directory, wait):
-                    result = job.script.main(job.run)
-                bar.write(f"{job.name}: {result}  {job.run.directory}", file=sys.stdout)
-                yield job
-            bar.update()
+def only(jobs: Sequence[Job], directory: Path) -> list[Job]:
+    chosen = [job for job in jobs if job.run.directory.resolve() == directory.resolve()]
+    if not chosen:
+        raise UserError(f"command line: --only: {directory} is not a run of this configuration")
+    return chosen
+
+
+def command(given: argparse.Namespace, *more: str) -> list[str]:
+    """This very command, but for how it spreads its work."""
+    wait = ["--wait"] if given.wait else []
+    return [sys.executable, str(Path(__file__)), given.config, *given.overrides, *wait, *more]
+
+
+def work(
+    jobs: Sequence[Job], configs: Sequence[Config], given: argparse.Namespace, ending: Ending
+) -> Iterator[Job]:
+    """Do every job, one after another or side by side; yield what is done."""
+    if given.collect:
+        return collect(jobs, ending)
+    if not given.jobs and not given.gpus:
+        return one_after_another(jobs, ending, given.wait)
+    fetch_data(configs)
+    slots = places(jobs, configs, given)
+    return at_once(jobs, slots, lambda run: command(given, "--only", str(run)), ending)
+
+
+def places(jobs: Sequence[Job], configs: Sequence[Config], given: argparse.Namespace) -> list[Slot]:
+    """Where runs would be worked on at the same time."""
+    if given.slurm:
+        settings = configs[0].slurm
+        return [Slot(None, settings.cpus)] * min(settings.parallel, len(by_run(jobs)))
+    return make_slots(given.jobs, given.gpus)
+
+
+def fetch_data(configs: Sequence[Config]) -> None:
+    """Before many processes need them: no two download the same, and what is missing shows now."""
+    for config in {config.data: config for config in configs}.values():
+        load_split(config)
+
+
+def submit(jobs: Sequence[Job], configs: Sequence[Config], given: argparse.Namespace) -> None:
+    """Give each run that is not done to the cluster, and the collecting of all of them."""
+    runs = [run for run, share in by_run(jobs).items() if not are_done(share)]
+    if not runs:
+        print("nothing to submit: all is done; --collect shows it")
+        return
+    fetch_data(configs)
+    given.wait = True  # a job that went on elsewhere may meet the claim that it left behind
+    settings = configs[0].slurm
+    folder = folder_of("slurm", configs, given.config)
+    commands = [command(given, "--only", str(run)) for run in runs]
+    handles = slurm.submit(commands, folder, settings)
+    for handle, run in zip(handles, runs):
+        print(f"job {handle.job_id}  {run}")
+    last = slurm.submit_after(handles, command(given, "--collect"), folder, settings)
+    print(f"job {last.job_id}, when these have ended, collects the results; logs  {folder}")
 
 
 def conclude(jobs: Sequence[Job], folder: Path, title: str) -> None:
@@ -104,42 +140,71 @@ def conclude(jobs: Sequence[Job], folder: Path, title: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     with reporting_ends() as ending, ending_on_signals():
-        given = _parse(arguments)
-        device = [f"device={given.device}"] if given.device else []
-        configs = load_configs(given.config, [*given.overrides, *device])
+        given = parse(arguments)
+        configs = load_configs(given.config, given.overrides)
         jobs = make_jobs(configs)
+        if given.only:
+            jobs = only(jobs, given.only)
         if given.dry_run:
-            for job in jobs:
-                print(f"{job.name}: {job.script.plan(job.run)}  {job.run.directory}")
+            for line in foresee(jobs, places(jobs, configs, given)):
+                print(line, flush=True)
+            return 0
+        if given.slurm:
+            submit(jobs, configs, given)
             return 0
         done = []
         try:
             with time_budget(given.time_budget):
-                for job in work(jobs, ending, given.wait):
+                for job in work(jobs, configs, given, ending):
                     done.append(job)
         except OutOfTime:
             print(f"out of time: {len(jobs) - len(done)} of {len(jobs)} jobs left; ", end="")
             print("the same command goes on")
             return ending.status
-        conclude(done, report_folder(configs, given.config), configs[0].name)
+        except LeftToOthers:
+            print("other processes work on what is left; whoever ends last draws the figures")
+            return ending.status
+        if not given.only:
+            folder = folder_of("report", configs, given.config)
+            conclude(sorted(done, key=jobs.index), folder, configs[0].name)
     return ending.status
 
 
-def report_folder(configs: Sequence[Config], config_file: str) -> Path:
-    """A report is about all runs of a configuration: it lies in a folder with its name."""
-    name = f"report-{Path(config_file).stem}".encode()[:200].decode(errors="ignore")
+def folder_of(what: str, configs: Sequence[Config], config_file: str) -> Path:
+    """What is about all runs of a configuration lies in a folder with its name."""
+    name = f"{what}-{Path(config_file).stem}".encode()[:200].decode(errors="ignore")
     return Path(configs[0].output_dir) / name
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__, default_config=str(QUICKSTART))
     parser.add_argument(
         "--time-budget", type=float, metavar="SECONDS", help="stop cleanly after so long"
     )
+    parser.add_argument("--gpus", type=_numbers, metavar="0,1,...", help="where --jobs compute")
+    spread = parser.add_mutually_exclusive_group()
+    spread.add_argument("--jobs", type=_count, metavar="N", help="so many runs side by side")
+    spread.add_argument("--slurm", action="store_true", help="each run as a job of the cluster")
+    spread.add_argument("--collect", action="store_true", help="only gather what is done")
+    spread.add_argument("--only", type=Path, metavar="RUN", help="only the run of this directory")
     given = parser.parse_intermixed_args(arguments)
     if "=" in given.config and not Path(given.config).exists():  # the first override came first
         given.config, given.overrides = str(QUICKSTART), [given.config, *given.overrides]
+    if given.device:
+        given.overrides = [*given.overrides, f"device={given.device}"]
     return given
+
+
+def _count(written: str) -> int:
+    if not written.isdecimal() or int(written) < 1:
+        raise argparse.ArgumentTypeError(f"{written!r} is not a whole number, 1 or more")
+    return int(written)
+
+
+def _numbers(written: str) -> list[int]:
+    if not re.fullmatch(r"\d+(,\d+)*", written):
+        raise argparse.ArgumentTypeError(f"{written!r} is not a list of numbers, such as 0,1")
+    return [int(number) for number in written.split(",")]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ Nothing here knows of models or of training, and no draw touches a global random
 from data.batches import Batch, augment, batch_rows, batches, epoch_order, normalize
 from data.c_scores import c_scores_at_hand, load_c_scores, tfds_order
 from data.human_labels import load_human_labels
-from data.images import DataError, Dataset, file_digest, load_dataset, outline
+from data.images import DataError, Dataset, at_hand, file_digest, load_dataset, outline
 from data.label_noise import add_label_noise
 from data.split import Split, make_split
 
@@ -22,6 +22,7 @@ __all__ = [
     "Dataset",
     "Split",
     "add_label_noise",
+    "at_hand",
     "augment",
     "batch_rows",
     "batches",

@@ -25,6 +25,7 @@ __all__ = [
     "DataError",
     "Dataset",
     "Outline",
+    "at_hand",
     "file_digest",
     "load_dataset",
     "outline",
@@ -70,6 +71,11 @@ class Outline:
     shape: tuple[int, int, int]  # of an image: channels, height, width
     classes: int
     train_count: int
+
+
+def at_hand(name: str, root: str | Path = "datasets") -> bool:
+    """Whether the data set called `name` needs no download."""
+    return name not in PUBLISHED or not PUBLISHED[name].missing(Path(root).expanduser())
 
 
 def outline(name: str, path: str | Path | None = None) -> Outline:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from tqdm import tqdm
+
 from data import DataError
 from engine.claims import claim
 from engine.config import describe_keys, load_configs
@@ -105,7 +107,7 @@ class Ending:
         try:
             yield
         except RunFailed as error:
-            print(f"{directory}: {error}", file=sys.stderr)
+            tqdm.write(f"{directory}: {error}", file=sys.stderr)  # on a line without a bar
             self.status = 1
 
 

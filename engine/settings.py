@@ -182,6 +182,18 @@ class DropoutConfig:
 
 
 @dataclass(frozen=True)
+class SlurmConfig:
+    partition: str | None = option(None, optional(text()), "null: the cluster's own choice")
+    account: str | None = option(None, optional(text()), "who pays; null: the user's own")
+    gpus: int = option(1, integer(0), "of a job, which is a run")
+    cpus: int = option(4, integer(1), "cores of a job")
+    memory: int | None = option(None, optional(integer(1)), "GB of a job; null: the cluster's own")
+    time: int = option(240, integer(1), "minutes until a job has to go on as a new one")
+    restarts: int = option(100, integer(0), "how many times a job may run out of its time")
+    parallel: int = option(64, integer(1), "jobs at the same time, at the most")
+
+
+@dataclass(frozen=True)
 class Config:
     name: str = option("experiment", text(), "a title for reports")
     output_dir: str = option("runs", text(), "where run directories are made")
@@ -205,6 +217,7 @@ class Config:
     retraining: RetrainingConfig = dataclasses.field(default_factory=RetrainingConfig)
     flipping: FlippingConfig = dataclasses.field(default_factory=FlippingConfig)
     dropout: DropoutConfig = dataclasses.field(default_factory=DropoutConfig)
+    slurm: SlurmConfig = dataclasses.field(default_factory=SlurmConfig)
 
 
 def impossible(config: Config) -> tuple[str, str] | None:

@@ -1,6 +1,9 @@
 """From a configuration to the things that it names: the split and the model."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -8,6 +11,7 @@ from torch import Tensor
 from data import (
     Dataset,
     Split,
+    at_hand,
     c_scores_at_hand,
     load_c_scores,
     load_dataset,
@@ -15,6 +19,7 @@ from data import (
     make_split,
     outline,
 )
+from engine.claims import claim, holder_of
 from engine.errors import UserError
 from engine.runs import Run, load_weights
 from engine.settings import Config, DataConfig, DropoutConfig
@@ -27,13 +32,25 @@ _load_dataset_once = lru_cache(maxsize=1)(load_dataset)
 
 
 def _load_dataset(data: DataConfig) -> Dataset:
-    return _load_dataset_once(
-        data.name,
-        root=data.root,
-        path=data.path,
-        train_size=data.train_size,
-        test_size=data.test_size,
-    )
+    with _while_nobody_downloads(data):
+        return _load_dataset_once(
+            data.name,
+            root=data.root,
+            path=data.path,
+            train_size=data.train_size,
+            test_size=data.test_size,
+        )
+
+
+@contextmanager
+def _while_nobody_downloads(data: DataConfig) -> Iterator[None]:
+    """One process downloads; others, wherever they are, wait until all files are whole."""
+    root = Path(data.root).expanduser()
+    if at_hand(data.name, root) and not holder_of(root):
+        yield
+    else:
+        with claim(root, wait=True):
+            yield
 
 
 def load_split(config: Config) -> Split:
@@ -135,10 +152,16 @@ def estimate_disk(run: Run) -> float:
     """Bytes that a run takes while it trains; no data are downloaded, no weights allocated."""
     config = run.config
     known = outline(config.data.name, config.data.path)
-    with torch.device("meta"):
-        model = _build(config, known.shape, known.classes)
-    weights = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    state = outline_model(config).state_dict()
+    weights = sum(value.numel() * value.element_size() for value in state.values())
     kept = sum(run.kept(epoch) for epoch in range(config.train.epochs + 1))
     # Resuming takes two epochs' momentum, and their weights where those are not kept.
     examples = 2.2 * (config.data.train_size or known.train_count) * config.train.epochs
     return (kept + 4) * weights + examples
+
+
+def outline_model(config: Config) -> StagedModel:
+    """The network without dropout and without memory for its weights: names and shapes only."""
+    known = outline(config.data.name, config.data.path)
+    with torch.device("meta"):
+        return _build(config, known.shape, known.classes)

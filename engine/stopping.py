@@ -40,9 +40,14 @@ def time_budget(seconds: float | None) -> Iterator[None]:
         _deadline.reset(token)
 
 
+def time_left() -> float:
+    """Seconds of the time budget; infinity where there is none."""
+    return _deadline.get() - time.monotonic()
+
+
 def safe_point(next_piece: float = 0.0) -> None:
     """All is saved; end here if the next piece of work, of so many seconds, would be too much."""
-    if time.monotonic() + next_piece > _deadline.get():
+    if next_piece > time_left():
         raise OutOfTime
 
 

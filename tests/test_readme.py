@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import gradient_accounting
+import reproduce
 from engine.cli import run_script
 from engine.config import describe_keys, load_configs
-from reproduce import QUICKSTART
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -44,8 +44,12 @@ def test_every_command_names_a_script_and_a_configuration_that_are_there(command
     python, script, *arguments = shlex.split(command)
     assert python == "python"
     assert (REPOSITORY / script).exists()
-    named = [argument for argument in arguments if not argument.startswith("--")]
-    config, *overrides = named or [str(QUICKSTART)]
+    if script == "reproduce.py":
+        given = reproduce.parse(arguments)
+        config, overrides = given.config, given.overrides
+    else:
+        named = [argument for argument in arguments if not argument.startswith("--")]
+        config, *overrides = named or [str(reproduce.QUICKSTART)]
     assert load_configs(REPOSITORY / config, overrides)
 
 

@@ -1,18 +1,48 @@
 """What measurements begin with: the final model of a finished run, or one clear line."""
 
+import os
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import gradient_accounting
-from engine import training
+from data import DataError
+from engine import claims, setup, training
+from engine.claims import FILE_NAME as CLAIM
+from engine.claims import holder_of
 from engine.errors import UserError
 from engine.runs import Run
 from engine.setup import load_final_model, load_split
 
 CPU = torch.device("cpu")
+
+
+def test_one_process_downloads_and_others_wait(tiny, tmp_path, monkeypatch):
+    config = tiny("data.name=mnist", f"data.root={tmp_path}/data")
+    root = Path(config.data.root)
+    seen = []
+
+    def load(*_, **__):
+        seen.append(holder_of(root))
+        raise DataError("no network")
+
+    monkeypatch.setattr(setup, "_load_dataset_once", load)
+    with pytest.raises(DataError):
+        load_split(config)
+    assert seen[0].pid == os.getpid(), "files are missing: nobody else may download them"
+    monkeypatch.setattr(setup, "at_hand", lambda name, root: True)
+    with pytest.raises(DataError):
+        load_split(config)
+    assert seen[1:] == [None]
+    root.mkdir(parents=True)
+    (root / CLAIM).write_text("{}")  # somebody else's, who may be at work
+    monkeypatch.setattr(claims.time, "sleep", lambda _: (root / CLAIM).unlink())
+    with pytest.raises(DataError):
+        load_split(config)
+    assert seen[2].pid == os.getpid(), "it waited"
 
 
 def complaint(run: Run) -> str:

@@ -1,0 +1,151 @@
+"""Several small trainings on one device: one after another, in processes of their own, or stacked.
+
+    python benchmarks/many_seeds.py [key.path=value ...] [--seeds 4] [--epochs 2]
+
+The same trainings, without evaluation and writing, in three ways: one after another; each in a
+process of its own and all at once, as reproduce.py --jobs does it; and as one training whose
+parameters are stacked (torch.func): an operation works on all seeds at once. Starting up and the
+first epoch are left out. README.md beside this file says how to read it.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import multiprocessing
+from torch.func import functional_call, grad, stack_module_state, vmap
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+from data import Split, batch_rows, epoch_order, normalize  # noqa: E402
+from engine.config import load_configs  # noqa: E402
+from engine.devices import compute_precision, describe_device, resolve_device  # noqa: E402
+from engine.runs import without_dropout  # noqa: E402
+from engine.settings import Config  # noqa: E402
+from engine.setup import load_split, make_model  # noqa: E402
+from engine.training import PlainBackward, learning_rate, train_epoch  # noqa: E402
+
+
+def training(config: Config, split: Split) -> Callable[[int], object]:
+    """One seed: a function that trains an epoch."""
+    train = config.train
+    model = make_model(config, split).to(split.label.device)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=0.0, momentum=train.momentum, weight_decay=train.weight_decay
+    )
+    backward = PlainBackward().backward
+    return lambda epoch: train_epoch(model, optimizer, split, config, epoch, backward)
+
+
+def stacked_training(configs: Sequence[Config], split: Split) -> Callable[[int], object]:
+    """All seeds: a function that trains an epoch of each, with the same batches as apart."""
+    train, device = configs[0].train, split.label.device
+    models = [make_model(config, split).to(device).train() for config in configs]
+    parameters, buffers = stack_module_state(models)
+    parameters = {name: value.detach() for name, value in parameters.items()}
+    momenta = {name: torch.zeros_like(value) for name, value in parameters.items()}
+
+    def loss(own, own_buffers, images, label):
+        logits = functional_call(models[0], (own, own_buffers), (images,))
+        return F.cross_entropy(logits.float(), label)
+
+    gradient = vmap(grad(loss), randomness="different")
+
+    def epoch_of_all(epoch: int) -> None:
+        rows = batch_rows(split.n, train.batch_size)
+        orders = torch.stack([epoch_order(split.n, c.seed, epoch) for c in configs]).to(device)
+        for step, (start, stop) in enumerate(rows):
+            row = orders[:, start:stop]
+            images = normalize(split.images[row].flatten(0, 1)).unflatten(0, row.shape)
+            found = gradient(parameters, buffers, images, split.label[row])
+            rate = learning_rate((epoch - 1) * len(rows) + step, len(rows), train)
+            for name, value in parameters.items():
+                own = found[name] + train.weight_decay * value
+                value -= rate * momenta[name].mul_(train.momentum).add_(own)
+
+    return epoch_of_all
+
+
+def finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(config: Config, device: torch.device, work: Callable[[int], object]) -> float:
+    """Seconds of all epochs but the first."""
+    with compute_precision(config.precision, device):
+        work(1)
+        finish(device)
+        began = time.perf_counter()
+        for epoch in range(2, config.train.epochs + 1):
+            work(epoch)
+        finish(device)
+    return time.perf_counter() - began
+
+
+def in_a_process(config: Config, threads: int, ready, ends) -> None:
+    torch.set_num_threads(threads)
+    device = resolve_device(config)
+    work = training(config, load_split(config).to(device))
+    with compute_precision(config.precision, device):
+        work(1)
+        finish(device)
+        ready.wait()
+        for epoch in range(2, config.train.epochs + 1):
+            work(epoch)
+        finish(device)
+    ends.put(time.time())
+
+
+def in_processes(configs: Sequence[Config], threads: int) -> float:
+    """Seconds from when all are ready until the last one's end."""
+    context = multiprocessing.get_context("spawn")
+    ready, ends = context.Barrier(len(configs) + 1), context.SimpleQueue()
+    processes = [
+        context.Process(target=in_a_process, args=(config, threads, ready, ends))
+        for config in configs
+    ]
+    for process in processes:
+        process.start()
+    ready.wait()
+    began = time.time()
+    last = max(ends.get() for _ in processes)
+    for process in processes:
+        process.join()
+    return last - began
+
+
+def measure(configs: Sequence[Config]) -> None:
+    device = resolve_device(configs[0])
+    split = load_split(configs[0]).to(device)
+    print(f"{describe_device(device)}, torch {torch.__version__}, {len(configs)} seeds")
+    print(f"{configs[0].model.name} {configs[0].model.options}, {split.n} images of {split.shape}")
+    serial = sum(timed(config, device, training(config, split)) for config in configs)
+    print(f"one after another        {serial:8.2f} s")
+    threads = max(1, torch.get_num_threads() // len(configs))
+    processes = in_processes(configs, threads)
+    print(f"in processes             {processes:8.2f} s   {serial / processes:5.2f} times as fast")
+    stacked = timed(configs[0], device, stacked_training(configs, split))
+    print(f"stacked                  {stacked:8.2f} s   {serial / stacked:5.2f} times as fast")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=2, help="one more than are timed")
+    given = parser.parse_args()
+    (config, *_) = load_configs(REPOSITORY / "configs" / "quickstart.yaml", given.overrides)
+    train = replace(config.train, epochs=given.epochs, peak_epoch=min(1, config.train.peak_epoch))
+    config = without_dropout(config)
+    measure([replace(config, seed=seed, train=train) for seed in range(given.seeds)])
+
+
+if __name__ == "__main__":
+    main()
