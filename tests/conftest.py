@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import plot_results
 from engine.config import load_configs
 
 TINY = """
@@ -58,3 +59,9 @@ def tiny(tiny_file):
         return config
 
     return make
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Reports without figures: drawing takes longer than all the rest of a tiny run."""
+    monkeypatch.setattr(plot_results, "draw_all", lambda *arguments, **named: iter(()))

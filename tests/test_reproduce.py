@@ -57,6 +57,7 @@ def test_everything_in_order_and_then_nothing(tiny_file, tmp_path, capsys):
     assert {p: p.stat().st_mtime_ns for p in tmp_path.glob("runs/*/seed*/*.csv")} == before
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_deleted_measurement_is_measured_again_and_nothing_else(tiny_file, capsys):
     arguments = [str(tiny_file), *SMALL, "experiments=[rewinding]"]
     assert reproduce.main(arguments) == 0
@@ -83,6 +84,7 @@ def test_experiments_are_a_choice(tiny_file):
         assert len(jobs) == expected
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_out_of_time_stops_cleanly_and_the_same_command_goes_on(tiny_file, capsys):
     overrides = [*SMALL[1:], "train.epochs=5", "experiments=[rewinding]"]
     arguments = [str(tiny_file), *overrides]
@@ -105,6 +107,7 @@ def test_out_of_time_stops_cleanly_and_the_same_command_goes_on(tiny_file, capsy
         assert (stopped.directory / name).read_bytes() == (whole.directory / name).read_bytes()
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_run_that_fails_does_not_stop_the_others(tiny_file, capsys):
     arguments = [str(tiny_file), *SMALL, "sweep.train.peak_lr=[1e30, 0.1]", "experiments=[]"]
     assert reproduce.main(arguments) == 1

@@ -16,6 +16,7 @@ from engine.claims import claim
 from engine.config import load_configs
 from engine.jobs import by_run
 
+pytestmark = pytest.mark.usefixtures("no_figures")
 REPOSITORY = Path(__file__).resolve().parents[2]
 TRAINING_ONLY = ["train.epochs=2", "experiments=[]"]
 

@@ -5,6 +5,7 @@ script, and data files.
 """
 
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -225,6 +226,7 @@ def complaint(tmp_path, monkeypatch, capsys):
 
     def complaint(name: str, arguments: list[str]) -> str:
         script, before = SCRIPTS[name], sorted(tmp_path.rglob("*"))
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
         if script in (plot_results, reproduce):
             status = script.main(arguments)
         else:
