@@ -97,8 +97,7 @@ def table_1(families: Sequence[Family]) -> Table:
     """Accuracies before and after dropping the memorization neurons."""
     rows = []
     for family in _with_dropout(families, "example_tied"):
-        p = family.config.dropout
-        cells = [f"{family.title}, {p.p_gen:g} and {p.p_mem:g}", str(len(family.runs))]
+        cells = [family.title, str(len(family.runs))]
         for state in ("before", "after"):
             found = _dropout_rows(family, state)
             cells += [
