@@ -253,7 +253,7 @@ def _figure(drawing: Drawing) -> str:
     picture = base64.b64encode(path.read_bytes()).decode("ascii")
     numbers = [number for number in drawing.kind.numbers if number[0].isdigit()]
     like = f" (compare Figure {', '.join(numbers)} of the paper)" if numbers else ""
-    caption = f"<b>{escape(drawing.about)}{like}.</b> {escape(drawing.kind.see)}"
+    caption = f"<b>{escape(drawing.about)}{like}.</b> What to look for: {escape(drawing.kind.see)}"
     return (
         f'<figure><img alt="{escape(drawing.kind.see)}" src="data:image/png;base64,{picture}">'
         f"<figcaption>{caption}</figcaption></figure>"
