@@ -121,6 +121,7 @@ def wait_for_the_cluster() -> None:
     wait_for(lambda: not shell("squeue --noheader"), seconds=3000)
 
 
+@pytest.mark.slow(reason="starts a cluster for a minute and a half, mostly waiting")
 def test_a_sweep_goes_through_the_array(cluster, sweep, tmp_path, capsys):
     path, serial = sweep
     runs, arguments = tmp_path / "runs", [*SMALL, f"output_dir={tmp_path}/runs"]
