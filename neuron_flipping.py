@@ -29,7 +29,12 @@ from data import Split, normalize
 from data.random_streams import random_stream
 from engine import files
 from engine.cli import run_script, title
-from engine.detection import DETECTION_COLUMNS, compute_detection, first_epoch_for_good
+from engine.detection import (
+    DETECTION_COLUMNS,
+    compute_detection,
+    count_neurons,
+    first_epoch_for_good,
+)
 from engine.devices import compute_precision, free_memory, resolve_device
 from engine.evaluation import evaluate
 from engine.measurements import Measurement
@@ -284,15 +289,12 @@ def training_scores(run: Run) -> dict[str, np.ndarray]:
 
 
 def compute_means(runs: Sequence[Run]) -> list[dict[str, object]]:
-    """Each example's results averaged over the runs, of the examples that every run searched.
-
-    A search that gave up counts as one neuron more than the most that were allowed.
-    """
+    """Each example's results averaged over the runs, of the examples that every run searched."""
     found = [read_results(run) for run in runs]
     rows = []
     for example in sorted(set.intersection(*map(set, found))):
         results = [
-            row | ({} if row["flipped"] else {"neurons": run.config.flipping.max_neurons + 1})
+            row | {"neurons": count_neurons(row, run.config.flipping.max_neurons)}
             for run, row in ((run, results[example]) for run, results in zip(runs, found))
         ]
         row = {"example": example, "memorized": int(results[0]["memorized"]), "runs": len(runs)}

@@ -29,8 +29,8 @@ from engine.cli import Parser, reporting_ends
 from engine.errors import UserError
 from engine.options import nearest
 from engine.stopping import ending_on_signals
-from plotting.claims import find
 from plotting.figures import KINDS, Kind, draw_all
+from plotting.findings import find
 from plotting.report import write_report
 from plotting.runs import Family, find_families
 from plotting.summary import keep_results, write_summary

@@ -58,6 +58,11 @@ def compute_detection(
     return rows
 
 
+def count_neurons(row: Mapping[str, float], max_neurons: int) -> float:
+    """Of a search's result; one that gave up counts as one more than the most that were allowed."""
+    return row["neurons"] if row["flipped"] else max_neurons + 1
+
+
 def first_epoch_for_good(states: np.ndarray) -> np.ndarray:
     """From which epoch on each example's state [epochs, n] stays true, counted from 1.
 

@@ -3,7 +3,6 @@
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TextIO
 
 import torch
@@ -22,9 +21,9 @@ class Progress:
             dynamic_ncols=True,
             bar_format="{desc} |{bar}| {n_fmt} of {total_fmt} jobs done, {elapsed} passed{postfix}",
         )
-        self.work = {self._key(job): PASSES[job.script.__name__](job.run) for job in jobs}
-        self.open = {self._key(job): job for job in jobs if not job.done}
-        self.to_do = sum(self.work[key] for key in self.open)
+        self.work = {job: PASSES[job.script.__name__](job.run) for job in jobs}
+        self.open = [job for job in jobs if not job.done]
+        self.to_do = self._open_work()
         self.began = time.monotonic()
 
     def __enter__(self) -> "Progress":
@@ -33,29 +32,27 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self.bar.close()
 
-    @staticmethod
-    def _key(job: Job) -> tuple[str, Path]:
-        return job.script.__name__, job.run.directory
-
     def write(self, line: str, file: TextIO) -> None:
         self.bar.write(line, file=file)
 
     def passed(self, *jobs: Job) -> None:
         """These need no more time, whatever came of them."""
-        for job in jobs:
-            self.open.pop(self._key(job), None)
+        self.open = [job for job in self.open if job not in jobs]
+
+    def _open_work(self) -> float:
+        return sum(self.work[job] for job in self.open)
 
     def show(self, now: str) -> None:
         self.bar.n = len(self.work) - len(self.open)
         self.bar.set_description_str(f"all, now {now}" if now else "all", refresh=False)
-        left = sum(self.work[key] for key in self.open) * self._seconds_of_a_pass()
+        left = self._open_work() * self._seconds_of_a_pass()
         self.bar.set_postfix_str(f"about {duration(left)} left" if left else "", refresh=True)
 
     def _seconds_of_a_pass(self) -> float:
         """From what was done since the beginning; before that a guess, for a person who waits."""
-        done = self.to_do - sum(self.work[key] for key in self.open)
+        done = self.to_do - self._open_work()
         if done > 0:
             return (time.monotonic() - self.began) / done
         if self.open and sys.stderr.isatty():
-            return Speeds(torch.get_num_threads()).of(next(iter(self.open.values())).run.config)
+            return Speeds(torch.get_num_threads()).of(self.open[0].run.config)
         return 0.0

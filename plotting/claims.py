@@ -5,27 +5,16 @@ here and printed beside every verdict, by which such a number counts as agreeing
 number in them ('similar', 'significantly more') had to be given one.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-
-import numpy as np
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from engine.settings import Config
 from plotting import measures
 from plotting.layers import RETRAINING, REWINDING
 from plotting.measures import Values
 from plotting.neurons import FLIPPING
-from plotting.runs import Family, families_over, setting_of
-from plotting.tables import (
-    DETECTION,
-    DROPOUT,
-    PAPER_AUC,
-    PAPER_TABLE_1,
-    PAPER_TABLE_3,
-    rank_correlation,
-    spread,
-)
+from plotting.runs import Family
+from plotting.tables import DETECTION, DROPOUT, PAPER_AUC, PAPER_TABLE_3
 from plotting.training import ACCOUNTING
 
 
@@ -71,71 +60,6 @@ class Claim:
 
     def concerns(self, config: Config) -> bool:
         return config.data.split in self.splits and config.dropout.kind == self.dropout
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What runs say about a claim."""
-
-    claim: Claim
-    about: str
-    n: int
-    values: tuple[float, ...]  # one a seed; none where it was not measured
-
-    @property
-    def ours(self) -> str:
-        percent = self.claim.percent and not self.claim.over
-        return spread(self.values, 1 if percent else 2, percent)
-
-    @property
-    def verdict(self) -> str:
-        """By the seeds, each on its own."""
-        if not self.values:
-            return "not measured"
-        agreeing = sum(map(self.claim.rule.holds, self.values))
-        if 0 < agreeing < len(self.values):
-            return f"{agreeing} of {len(self.values)} seeds agree"
-        return "agrees" if agreeing else "differs"
-
-
-def find(families: Sequence[Family]) -> list[Finding]:
-    """Every claim about the runs that it concerns, in the paper's order."""
-    found = []
-    for claim in CLAIMS:
-        concerned = [family for family in families if claim.concerns(family.config)]
-        found += _trends(claim, concerned) if claim.over else map(partial(_judge, claim), concerned)
-    return found
-
-
-def _judge(claim: Claim, family: Family) -> Finding:
-    measured = family.having(claim.source)
-    values = claim.measure(measured) if measured else ()
-    finite = tuple(float(value) for value in values if np.isfinite(value))
-    return Finding(_of_data_set(claim, family.config), family.title, len(finite), finite)
-
-
-def _trends(claim: Claim, families: Sequence[Family]) -> Iterator[Finding]:
-    """Rank correlation of the measure, a mean over seeds, with the setting that it is over."""
-    measured = [part for family in families if (part := family.having(claim.source))]
-    for group in families_over(claim.over, measured):
-        settings = [setting_of(family, claim.over) for family in group]
-        correlation = rank_correlation(
-            settings, [np.nanmean(claim.measure(family)) for family in group]
-        )
-        about = f"{claim.over} from {settings[0]:g} to {settings[-1]:g}"
-        values = (correlation,) if np.isfinite(correlation) else ()
-        yield Finding(claim, about, sum(len(family.runs) for family in group), values)
-
-
-def _of_data_set(claim: Claim, config: Config) -> Claim:
-    """With the number of Table 1 for this data set, where that is the paper's number."""
-    if claim.paper != "Table 1":
-        return claim
-    name = config.data.name if config.data.name in PAPER_TABLE_1 else "cifar10"
-    state, kind = claim.name.split(".")[1].split("_")
-    row = PAPER_TABLE_1[name][("before", "after").index(state)]
-    number = row[("clean", "noisy", "test").index(kind)]
-    return replace(claim, paper=f"{number:.1%} ({name})")
 
 
 CLAIMS = (

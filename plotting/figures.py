@@ -155,8 +155,8 @@ def draw_all(
     """
     for kind in kinds:
         wanted = [family for family in families if not concerning or kind.concerns(family)]
-        measured = [part for family in wanted if (part := family.having(kind.source))]
         if kind.compares:
+            measured = [part for family in wanted if (part := family.having(kind.source))]
             for number, group in enumerate(alike(measured, kind.compares, fewest=2), start=1):
                 name = f"{kind.name}_{number}"
                 about = f"{len(group)} settings of {group[0].title}"

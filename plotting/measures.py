@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from engine import files
+from engine.detection import DETECTION_COLUMNS, count_neurons
 from plotting.layers import (
     RETRAINING,
     RETRAINING_COLUMNS,
@@ -20,7 +21,6 @@ from plotting.neurons import FLIPPING, FLIPPING_COLUMNS, FLIPPING_TEXT
 from plotting.runs import Family
 from plotting.tables import (
     DETECTION,
-    DETECTION_COLUMNS,
     DROPOUT,
     DROPOUT_COLUMNS,
     rank_correlation,
@@ -172,13 +172,18 @@ def _mean(values: Iterable[float]) -> float:
     return float(np.mean(values)) if values else np.nan
 
 
+def _mean_neurons(family: Family, memorized: int) -> np.ndarray:
+    most = family.config.flipping.max_neurons
+    each = _of_each_seed(family, memorized)
+    return np.array([_mean(count_neurons(row, most) for row in rows) for rows in each])
+
+
 def neurons_noisy(family: Family) -> Values:
-    return [_mean(row["neurons"] for row in rows) for rows in _of_each_seed(family, 1)]
+    return _mean_neurons(family, 1)
 
 
 def neurons_ratio(family: Family) -> Values:
-    clean = [_mean(row["neurons"] for row in rows) for rows in _of_each_seed(family, 0)]
-    return np.array(clean) / np.array(neurons_noisy(family))
+    return _mean_neurons(family, 0) / _mean_neurons(family, 1)
 
 
 def flipped_below_ten(family: Family) -> Values:

@@ -13,8 +13,8 @@ from pathlib import Path
 from engine import files
 from engine.provenance import REPOSITORY
 from engine.runs import deciding_settings
-from plotting.claims import Finding
 from plotting.figures import SCRIPTS, Drawing
+from plotting.findings import Finding
 from plotting.runs import Family
 from plotting.tables import Table
 

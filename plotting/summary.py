@@ -8,7 +8,7 @@ import numpy as np
 
 from engine import files
 from engine.runs import deciding_settings
-from plotting.claims import Finding
+from plotting.findings import Finding
 from plotting.runs import Family
 
 NAME = "summary.json"

@@ -10,7 +10,7 @@ from itertools import combinations
 import numpy as np
 
 from engine import files
-from engine.detection import compute_area
+from engine.detection import DETECTION_COLUMNS, compute_area, count_neurons
 from plotting.neurons import FLIPPING, FLIPPING_COLUMNS, FLIPPING_TEXT
 from plotting.runs import Family
 
@@ -18,7 +18,6 @@ DROPOUT = "example_tied_dropout.csv"
 DROPOUT_COLUMNS = ("dropout", "p_gen", "p_mem", "state", "acc_clean", "acc_noisy", "acc_test")
 KINDS = ("clean", "noisy", "test")
 DETECTION = "mislabel_detection.csv"
-DETECTION_COLUMNS = ("method", "on", "memorized", "clean", "auc", "low", "high")
 
 # What the paper gives: Table 1 (before and after: clean, noisy, test), Table 3 (clean, noisy) and
 # Table 2 by (p_gen, p_mem), all on 10% noise; in Section 6.1 the AUCs on CIFAR-10.
@@ -182,14 +181,11 @@ def table_stability(families: Sequence[Family]) -> Table:
 
 
 def counts_of_all_seeds(family: Family) -> tuple[np.ndarray, np.ndarray]:
-    """Neurons [seeds, examples] of the examples that every seed searched, and who is memorized.
-
-    A search that gave up counts as one neuron more than were allowed.
-    """
-    most = family.config.flipping.max_neurons + 1
+    """Neurons [seeds, examples] of the examples that every seed searched, and who is memorized."""
+    most = family.config.flipping.max_neurons
     tables = [
         {
-            row["example"]: (row["neurons"] if row["flipped"] else most, row["memorized"] == 1)
+            row["example"]: (count_neurons(row, most), row["memorized"] == 1)
             for row in files.read_csv(run.directory / FLIPPING, FLIPPING_COLUMNS, FLIPPING_TEXT)
         }
         for run in family.runs

@@ -3,18 +3,7 @@ import pytest
 import torch
 
 from data import DataError, load_dataset
-
-
-def good() -> dict[str, np.ndarray]:
-    generator = np.random.default_rng(0)
-    return {
-        "x_train": generator.integers(0, 256, (12, 5, 4, 3), dtype=np.uint8),
-        "y_train": np.arange(12) % 3,
-        "x_test": generator.integers(0, 256, (6, 5, 4, 3), dtype=np.uint8),
-        "y_test": np.zeros(6, np.uint8),
-        "noisy_label": np.arange(12, dtype=np.int32) % 2,
-        "c_score": np.linspace(0, 1, 12, dtype=np.float32),
-    }
+from tests.own_data import good_arrays
 
 
 def load(path, arrays):
@@ -23,7 +12,7 @@ def load(path, arrays):
 
 
 def test_a_good_file(tmp_path):
-    arrays = good()
+    arrays = good_arrays()
     dataset = load(tmp_path, arrays)
     assert dataset.name == "npz"
     assert dataset.class_names == ("0", "1", "2")
@@ -40,7 +29,7 @@ def test_a_good_file(tmp_path):
 
 
 def test_grey_images_need_no_channel_axis_and_extras_are_optional(tmp_path):
-    arrays = {k: v for k, v in good().items() if k[0] in "xy"}
+    arrays = {k: v for k, v in good_arrays().items() if k[0] in "xy"}
     arrays["x_train"], arrays["x_test"] = arrays["x_train"][..., 0], arrays["x_test"][..., 0]
     arrays["my_notes"] = np.zeros(2)  # unlike any known name: not our business
     dataset = load(tmp_path, arrays)
@@ -59,7 +48,7 @@ def test_no_file(tmp_path):
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_a_file_that_is_cut_off_or_damaged_at_any_place_gives_one_line(tmp_path, save):
     """No damage ever shows a library's own error; some places do not matter to any array."""
-    save(tmp_path / "own.npz", **good())
+    save(tmp_path / "own.npz", **good_arrays())
     whole = (tmp_path / "own.npz").read_bytes()
     for size in range(0, len(whole), 97):
         (tmp_path / "own.npz").write_bytes(whole[:size])

@@ -50,4 +50,4 @@ def test_what_is_done_already_takes_no_time(jobs):
     with Progress(jobs) as line:
         line.show("rewinding")
         assert line.bar.n == 1
-        assert line.to_do == pytest.approx(sum(line.work.values()) - line.work[line._key(jobs[0])])
+        assert line.to_do == pytest.approx(sum(line.work.values()) - line.work[jobs[0]])

@@ -18,6 +18,7 @@ import neuron_flipping
 import plot_results
 import reproduce
 from engine.cli import run_script
+from tests.own_data import good_arrays
 
 MANY = "[" + ", ".join(map(str, range(150))) + "]"
 # Content of the file, overrides, and what the line must say.
@@ -257,18 +258,6 @@ def test_command_lines(complaint, tmp_path, script, arguments, expected):
     (tmp_path / "folder").mkdir()
     filled = [a.replace("FILE", "good.yaml").replace("FOLDER", "folder") for a in arguments]
     assert expected in complaint(script, filled)
-
-
-def good_arrays() -> dict[str, np.ndarray]:
-    generator = np.random.default_rng(0)
-    return {
-        "x_train": generator.integers(0, 256, (12, 5, 4, 3), dtype=np.uint8),
-        "y_train": np.arange(12) % 3,
-        "x_test": generator.integers(0, 256, (6, 5, 4, 3), dtype=np.uint8),
-        "y_test": np.zeros(6, np.uint8),
-        "noisy_label": np.arange(12, dtype=np.int32) % 2,
-        "c_score": np.linspace(0, 1, 12, dtype=np.float32),
-    }
 
 
 @pytest.fixture
