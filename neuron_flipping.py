@@ -14,14 +14,12 @@ averages over runs that differ in their seed alone into the folder above them.
 """
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import islice
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -38,11 +36,11 @@ from engine.detection import (
 from engine.devices import compute_precision, free_memory, resolve_device
 from engine.evaluation import evaluate
 from engine.measurements import Measurement
-from engine.reuse import SAVED_PER_TAP, Correctness, ReferenceGradient, mean_output
+from engine.reuse import Correctness, ReferenceGradient
 from engine.runs import Run
+from engine.search import Candidate, chunk_size, search
 from engine.second_split import measure_forgetting, read_forgetting
 from engine.setup import load_final_model, load_split
-from models.dropout import examples
 from models.inference import folded
 from models.layer_groups import StagedModel
 from models.neurons import Gates
@@ -55,11 +53,6 @@ COLUMNS = (
 MEAN_FILE_NAME = "neuron_flipping_mean.csv"
 MEAN_COLUMNS = ("example", "memorized", "runs", "neurons", "flipped", *COLUMNS[4:6])
 DETECTION_FILE_NAME = "mislabel_detection.csv"
-
-# Scores this close to the highest, relative to it, are equal, and the lowest gate is taken: gates
-# whose scores are equal on paper (a query's and its key's in attention) differ by rounding.
-TIED = 1e-4
-LARGEST_CHUNK = 256
 
 
 # ---------------------------------------------------------------- who is searched
@@ -95,76 +88,6 @@ def draw_rows(purpose: str, seed: int, n: int, size: int | None) -> Tensor:
     """Rows drawn without replacement, ascending; all where as many are asked for, or no number."""
     order = random_stream(purpose, seed).permutation(n)
     return torch.from_numpy(order[:size]).sort().values
-
-
-# ---------------------------------------------------------------- the greedy search
-
-
-@dataclass
-class Candidate:
-    """An example that is to flip, and the gates that were closed for it, in order."""
-
-    row: int
-    label: Tensor
-    images: Tensor  # normalized and noisy, [copies, channels, height, width]
-    index: Tensor | None = None  # [copies], where dropout gives every example a mask of its own
-    closed: list[int] = field(default_factory=list)
-
-
-def best_gate(score: Tensor, closed: Sequence[int]) -> int:
-    """The open gate of the highest score; the lowest number among equals."""
-    score = score.clone()
-    score[closed] = -torch.inf
-    highest = score.max()
-    return int((score >= highest - TIED * highest.abs()).nonzero()[0])
-
-
-def search(
-    model: StagedModel,
-    gates: Gates,
-    reference: ReferenceGradient,
-    candidates: Iterable[Candidate],
-    chunk: int,
-    max_neurons: int,
-    refresh: int = 1,
-) -> Iterator[tuple[Candidate, bool]]:
-    """Close gates for `chunk` examples at once; each comes out when it flips or may close no more.
-
-    One forward and one backward pass tell whether the examples flipped and score all of their
-    gates. The reference batch's gradient depends on the closed gates alone; with `refresh` k it is
-    that of the first 0, k, 2k, ... of them.
-    """
-    waiting, active = iter(candidates), []
-    most = min(max_neurons, gates.count)
-    while active := [*active, *islice(waiting, chunk - len(active))]:
-        gates.close([candidate.closed for candidate in active])
-        index = [candidate.index for candidate in active if candidate.index is not None]
-        with examples(model, torch.cat(index) if index else None):
-            logits = model(torch.cat([candidate.images for candidate in active]))
-        taps = gates.take_taps()
-        output = mean_output(logits, len(active[0].images))
-        label = torch.stack([candidate.label for candidate in active])
-        loss = F.cross_entropy(output, label, reduction="sum")
-        gradients = torch.autograd.grad(loss, [tap.output for tap in taps])
-        own = gates.gradients(taps, gradients, len(active))
-        still = []
-        for row, (candidate, flipped) in enumerate(zip(active, (output.argmax(1) != label).cpu())):
-            closed = candidate.closed
-            if flipped or len(closed) == most:
-                yield candidate, bool(flipped)
-                continue
-            common = reference.of(frozenset(closed[: len(closed) // refresh * refresh]))
-            closed.append(best_gate(common - own[row], closed))
-            still.append(candidate)
-        active = still
-
-
-def chunk_size(model: StagedModel, gates: Gates, images: Tensor) -> int:
-    """How many examples fit into a quarter of the free memory, with their copies."""
-    gates.close([()])
-    model(images)
-    each = SAVED_PER_TAP * sum(tap.value.nbytes for tap in gates.take_taps())
-    return max(1, min(LARGEST_CHUNK, int(free_memory(images.device) / 4 / each)))
 
 
 # ---------------------------------------------------------------- one run

@@ -14,8 +14,8 @@ figure), 2 (their cosines), learning-curves, 10 (gradient norms over training), 
 17: rewinding), rewinding-map (the same, layer by epoch), 4 (also 18 and 19: retraining), 5 (neurons
 to flip), 6 (masks of example-tied dropout), 7 (clean examples that it forgets).
 
-All together lie below the folder that was named: report.html, summary.json, and Tables 1 to 3 and
-the AUCs in tables/, as Markdown, CSV and LaTeX. With --output everything lies there, with copies of
+All together lie below the folder that was named: report.html, summary.json, and Tables 1 to 3, the
+AUCs and all claims in tables/, as Markdown, CSV and LaTeX. With --output everything lies there, with copies of
 the runs' own tables and provenance.json, which says where each came from.
 """
 
@@ -30,7 +30,7 @@ from engine.errors import UserError
 from engine.options import nearest
 from engine.stopping import ending_on_signals
 from plotting.figures import KINDS, Kind, draw_all
-from plotting.findings import find
+from plotting.findings import find, table_claims
 from plotting.report import write_report
 from plotting.runs import Family, find_families
 from plotting.summary import keep_results, write_summary
@@ -68,12 +68,12 @@ def present(
     for drawing in draw_all(families, folder, formats=formats, gather=gather):
         drawings.append(drawing)
         yield str(drawing)
+    findings = find(families)
     tables = [table for make in TABLES if (table := make(families)).measured]
-    for table in tables:
+    for table in [*tables, table_claims(findings, families)]:
         yield f"table: {write_table(table, folder)}"
     if gather:
         yield f"tables of all runs: {keep_results(families, folder)}"
-    findings = find(families)
     yield f"summary: {write_summary(families, findings, folder)}"
     yield f"report: {write_report(title, families, findings, drawings, tables, folder)}"
 

@@ -33,10 +33,10 @@ from engine.cli import find_runs  # noqa: E402
 from engine.devices import describe_device, resolve_device  # noqa: E402
 from engine.evaluation import evaluate  # noqa: E402
 from engine.runs import Run  # noqa: E402
+from engine.search import best_gate  # noqa: E402
 from engine.setup import load_final_model, load_split  # noqa: E402
 from models.neurons import neuron_sites  # noqa: E402
 from neuron_flipping import (  # noqa: E402
-    best_gate,
     choose_examples,
     compute_flipping,
     draw_rows,
@@ -145,7 +145,8 @@ def measure(run: Run, count: int, slow_count: int) -> None:
     correct = evaluate(model, split.images, split.label).correct.cpu()
     rows = choose_examples(split, correct, count)
     half, clock = len(rows) // 2, Clock(device)
-    slow_rows = [*rows[:slow_count], *rows[half : half + slow_count]]
+    every = max(1, half // slow_count)
+    slow_rows = [*rows[:half:every][:slow_count], *rows[half::every][:slow_count]]
     slow_search = clock.around("slow", SlowSearch(run, split, model).search)
     for name in ("ReferenceGradient", "Correctness"):
         owner = getattr(reuse, name)
@@ -169,6 +170,9 @@ def measure(run: Run, count: int, slow_count: int) -> None:
         f"slow: {len(slow_rows)} of them, of {statistics.mean(slow_neurons.values()):.2f} neurons"
     )
     print(f"fast {fast_each:.2f} s an example, slow {slow_each:.2f} s: {slow_each / fast_each:.1f}")
+    fast_each /= statistics.mean(neurons.values())
+    slow_each /= statistics.mean(slow_neurons.values())
+    print(f"fast {fast_each:.2f} s a neuron, slow {slow_each:.2f} s: {slow_each / fast_each:.1f}")
     for name in ("ReferenceGradient", "Correctness"):
         share = clock.seconds[name] / clock.seconds["fast"]
         print(f"  {name}: computed {clock.calls[name]} times, {share:.0%} of the fast time")

@@ -154,4 +154,7 @@ def title(config: Config) -> str:
     }[config.data.split]
     data = Path(config.data.path).stem if config.data.path else config.data.name
     data = data.replace("$", "")  # which would begin a formula in a figure
-    return f"{data} {config.model.name} {split} seed {config.seed}"
+    size = f" {config.data.train_size:,}" if config.data.train_size else ""
+    width = config.model.options.get("width", 1)
+    width = "" if width == 1 else f" width {width:g}"
+    return f"{data}{size} {config.model.name}{width} {split} seed {config.seed}"

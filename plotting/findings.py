@@ -9,7 +9,7 @@ import numpy as np
 from engine.settings import Config
 from plotting.claims import CLAIMS, Claim
 from plotting.runs import Family, families_over, setting_of
-from plotting.tables import PAPER_TABLE_1, rank_correlation, spread
+from plotting.tables import PAPER_TABLE_1, Table, rank_correlation, spread
 
 
 @dataclass(frozen=True)
@@ -75,3 +75,22 @@ def _of_data_set(claim: Claim, config: Config) -> Claim:
     row = PAPER_TABLE_1[name][("before", "after").index(state)]
     number = row[("clean", "noisy", "test").index(kind)]
     return replace(claim, paper=f"{number:.1%} ({name})")
+
+
+def table_claims(findings: Sequence[Finding], families: Sequence[Family]) -> Table:
+    """Every claim, the paper's number, ours, of how many runs, and what they were trained on."""
+    devices = {family.title: family.devices for family in families}
+    everywhere = "; ".join(sorted(set(devices.values())))
+    rows = [
+        (
+            finding.claim.text,
+            finding.claim.paper,
+            finding.ours,
+            str(finding.n or "-"),
+            finding.about,
+            devices.get(finding.about, everywhere),  # a trend is about several families
+        )
+        for finding in findings
+    ]
+    header = ("claim", "paper", "ours ± std", "n", "data, model", "hardware")
+    return Table("table_claims", "The paper's claims beside what came out", header, tuple(rows))

@@ -42,6 +42,12 @@ class Family:
         """How many runs a figure is about, as its caption says it."""
         return f"n = {len(self.runs)} seed{'s' if len(self.runs) > 1 else ''}"
 
+    @property
+    def devices(self) -> str:
+        """What the runs were trained on."""
+        sources = [files.read_json(run.provenance_path) for run in self.runs]
+        return "; ".join(sorted({str(source.get("device")) for source in sources}))
+
     def having(self, file_name: str) -> "Family | None":
         """The runs that have this file; None where none has."""
         runs = tuple(run for run in self.runs if (run.directory / file_name).exists())

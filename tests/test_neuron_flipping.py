@@ -20,17 +20,15 @@ from engine.errors import UserError
 from engine.evaluation import evaluate
 from engine.reuse import Correctness, ReferenceGradient
 from engine.runs import Run
+from engine.search import Candidate, best_gate, search
 from engine.setup import load_final_model, load_split
 from models.inference import folded
 from models.neurons import Gates
 from neuron_flipping import (
     COLUMNS,
-    Candidate,
-    best_gate,
     choose_examples,
     compute_flipping,
     noisy_copies,
-    search,
 )
 from tests.slow_neurons import SlowNeurons, make, slow_search
 

@@ -30,7 +30,8 @@ def family(tiny, tmp_path):
 
 def test_every_figure_of_finished_runs(family, capsys):
     assert plot_results.main([str(family.folder)]) == 0
-    *lines, summary, report = capsys.readouterr().out.splitlines()
+    *lines, claims, summary, report = capsys.readouterr().out.splitlines()
+    assert claims == f"table: {family.folder / 'tables' / 'table_claims.md'}"
     assert summary == f"summary: {family.folder / 'summary.json'}"
     assert report == f"report: {family.folder / 'report.html'}"
     concerned = [kind for kind in KINDS if kind.concerns(family) and not kind.compares]

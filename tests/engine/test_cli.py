@@ -31,7 +31,7 @@ def test_a_run_prints_one_line_that_ends_with_its_directory(tiny_file, tmp_path)
     lines = done.stdout.splitlines()
     assert len(lines) == 2
     for seed, line in enumerate(lines):
-        assert line.startswith(f"glyphs resnet9 noise 0.2 seed {seed}: clean ")
+        assert line.startswith(f"glyphs 40 resnet9 width 0.12 noise 0.2 seed {seed}: clean ")
         directory = Path(line.split()[-1])
         assert (directory / "history.csv").exists()
         assert directory.name == f"seed{seed}"

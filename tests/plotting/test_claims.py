@@ -10,7 +10,7 @@ from engine.config import load_configs
 from engine.runs import Run
 from plotting import measures
 from plotting.claims import CLAIMS
-from plotting.findings import find
+from plotting.findings import find, table_claims
 from plotting.runs import Family, alike, families_over
 from plotting.tables import (
     DROPOUT,
@@ -213,6 +213,21 @@ def test_verdicts_go_by_each_seed(family):
         assert finding.verdict == expected
     assert len({finding.verdict for finding in findings.values()}) >= 3
     assert findings["flipping.auc_neurons"].verdict == "not measured"
+
+
+def test_the_table_of_claims_says_what_each_was_measured_on(family):
+    for run, device in zip(family.runs, ("one GPU", "another")):
+        files.write_json(run.provenance_path, {"device": device})
+    findings = find([family])
+    table = table_claims(findings, [family])
+    assert len(table.rows) == len(findings) > 10
+    ratio = next(row for row in table.rows if row[0].startswith("Gradient norm of all mislabeled"))
+    values = measures.norm_ratio(family)
+    mean, std = statistics.mean(values), statistics.stdev(values)
+    expected = (f"{mean:.2f} ± {std:.2f}", "2", family.title, "another; one GPU")
+    assert ratio[2:] == expected
+    (area,) = [row for row in table.rows if row[1] == "0.89"]
+    assert area[2:4] == ("-", "-"), "not measured"
 
 
 def test_claims_have_names_and_rules_of_their_own():
