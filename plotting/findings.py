@@ -1,5 +1,6 @@
 """What runs say about the paper's claims, and the verdicts."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -79,8 +80,8 @@ def _of_data_set(claim: Claim, config: Config) -> Claim:
 
 def table_claims(findings: Sequence[Finding], families: Sequence[Family]) -> Table:
     """Every claim, the paper's number, ours, of how many runs, and what they were trained on."""
-    devices = {family.title: family.devices for family in families}
-    everywhere = "; ".join(sorted(set(devices.values())))
+    everywhere = _hardware(families)
+    of_family = {family.title: _hardware([family]) for family in families}
     rows = [
         (
             finding.claim.text,
@@ -88,9 +89,15 @@ def table_claims(findings: Sequence[Finding], families: Sequence[Family]) -> Tab
             finding.ours,
             str(finding.n or "-"),
             finding.about,
-            devices.get(finding.about, everywhere),  # a trend is about several families
+            of_family.get(finding.about, everywhere),  # a trend is about several families
         )
         for finding in findings
     ]
     header = ("claim", "paper", "ours ± std", "n", "data, model", "hardware")
     return Table("table_claims", "The paper's claims beside what came out", header, tuple(rows))
+
+
+def _hardware(families: Sequence[Family]) -> str:
+    """How many threads a CPU used changes the time only."""
+    devices = [device for family in families for device in family.devices]
+    return "; ".join(sorted({re.sub(r" \(\d+ threads\)$", "", device) for device in devices}))

@@ -281,13 +281,14 @@ def _what_was_run(families: Sequence[Family]) -> str:
         settings = {k: v for k, v in deciding_settings(family.config).items() if k != "seed"}
         words = ", ".join(f"{k}={v}" for k, v in settings.items() if not k.endswith(".sha256"))
         versions = sorted({_versions(source) for source in sources})
+        devices = "; ".join(family.devices)
         seeds = ", ".join(str(run.config.seed) for run in family.runs)
         seconds = ", ".join(f"{source.get('seconds', 0):,.0f}" for source in sources)
         rows.append(
             f"<tr><td>{escape(family.title)}<small>{escape(words)}</small></td>"
             f"<td>{seeds}</td>"
             f'<td class="number">{seconds}</td>'
-            f"<td>{escape(family.devices)}<small>{escape('; '.join(versions))}</small></td>"
+            f"<td>{escape(devices)}<small>{escape('; '.join(versions))}</small></td>"
             "</tr>"
         )
     header = ("training, and its settings", "seeds", "seconds", "on what, with which versions")

@@ -43,10 +43,10 @@ class Family:
         return f"n = {len(self.runs)} seed{'s' if len(self.runs) > 1 else ''}"
 
     @property
-    def devices(self) -> str:
+    def devices(self) -> list[str]:
         """What the runs were trained on."""
         sources = [files.read_json(run.provenance_path) for run in self.runs]
-        return "; ".join(sorted({str(source.get("device")) for source in sources}))
+        return sorted({str(source.get("device")) for source in sources})
 
     def having(self, file_name: str) -> "Family | None":
         """The runs that have this file; None where none has."""
