@@ -15,8 +15,8 @@ figure), 2 (their cosines), learning-curves, 10 (gradient norms over training), 
 to flip), 6 (masks of example-tied dropout), 7 (clean examples that it forgets).
 
 All together lie below the folder that was named: report.html, summary.json, and Tables 1 to 3, the
-AUCs and all claims in tables/, as Markdown, CSV and LaTeX. With --output everything lies there, with
-copies of the runs' own tables and provenance.json, which says where each came from.
+AUCs and all claims in tables/, as Markdown, CSV and LaTeX. With --output everything lies there,
+with copies of the runs' own tables and provenance.json, which says where each came from.
 """
 
 import argparse
