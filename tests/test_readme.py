@@ -1,9 +1,11 @@
 """The README is true: its tables, its commands, its links, and its example of one's own data."""
 
+import csv
 import re
 import shlex
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,31 @@ def test_the_table_of_keys_is_that_of_the_code():
     rows += ["| " + " | ".join((f"`{k}`", d, a, m)) + " |" for k, d, a, m in describe_keys()]
     table = re.search(r"<!-- keys -->\n(.*?)\n<!-- /keys -->", README, re.DOTALL).group(1)
     expected = "\n".join(rows)
+    assert table == expected, f"put this into the README:\n{expected}"
+
+
+def claims_at_small_size() -> list[str]:
+    """Every claim about label noise, as the kept results have it: ours, and of how many seeds."""
+    columns = {"MNIST, 4,000": "mnist_4000", "CIFAR-10 (JPEG), 5,000": "cifar10_jpeg_5000"}
+    papers, cells = defaultdict(dict), defaultdict(dict)
+    for column, folder in columns.items():
+        path = REPOSITORY / "results" / folder / "tables" / "table_claims.csv"
+        for row in csv.DictReader(path.open(encoding="utf-8", newline="")):
+            if re.search(r" noise 0\.1(,|$)", row["data, model"]):
+                papers[row["claim"]][row["paper"]] = None
+                n = "" if row["n"] == "-" else f" ({row['n']})"
+                assert column not in cells[row["claim"]]
+                cells[row["claim"]][column] = row["ours ± std"] + n
+    rows = [("claim", "paper", *columns), ("---",) * (2 + len(columns))]
+    for claim, found in cells.items():
+        ours = (found.get(column, "-") for column in columns)
+        rows.append((claim, "; ".join(papers[claim]), *ours))
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def test_the_table_of_claims_is_that_of_the_kept_results():
+    table = re.search(r"<!-- claims -->\n(.*?)\n<!-- /claims -->", README, re.DOTALL).group(1)
+    expected = "\n".join(claims_at_small_size())
     assert table == expected, f"put this into the README:\n{expected}"
 
 
