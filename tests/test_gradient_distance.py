@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from open_questions.gradient_distance import (
     compute_features,
     compute_gradient_norms,
 )
+from plotting.figures import draw_figure
 from plotting.gradient_distance import COLUMNS, SUMMARY_COLUMNS, SUMMARY_TEXT
 
 CPU = torch.device("cpu")
@@ -159,7 +161,7 @@ def few_resamples(monkeypatch):
 
 
 def trained(tiny, *overrides: str) -> Run:
-    run = Run.of(tiny("data.train_size=90", *overrides))
+    run = Run.of(tiny("data.train_size=60", *overrides))
     gradient_accounting.main(run)
     return run
 
@@ -235,7 +237,7 @@ def test_nothing_is_measured_twice(tiny, monkeypatch):
 
 def test_killed_at_every_write_and_started_again(tiny, monkeypatch):
     run = trained(tiny)
-    asked = gradient_distance.Asked([0, 3], 20)
+    asked = gradient_distance.Asked([0, 3], 5)
     gradient_distance.main(run, asked)
     paths = [run.directory / f"gradient_distance{end}.csv" for end in ("", "_summary")]
     expected, write = [path.read_bytes() for path in paths], files.write_atomically
@@ -276,7 +278,9 @@ def test_six_epochs_of_those_on_disk(tiny, tmp_path, last, chosen):
 # ---------------------------------------------------------------- odd runs
 
 
-def test_without_noisy_examples(tiny, capsys):
+def test_without_noisy_examples(tiny, monkeypatch, capsys):
+    draw = partial(draw_figure, formats=["png"])
+    monkeypatch.setattr(gradient_distance, "draw_figure", draw)
     run = trained(tiny, "data.noise_rate=0", "train.epochs=1")
     _, summary = measured(run, "--examples", "20")
     noisy = [row for row in summary if row["subset"] == "noisy"]
@@ -285,8 +289,10 @@ def test_without_noisy_examples(tiny, capsys):
     assert "noisy none; there are no noisy examples" in capsys.readouterr().out
 
 
-def test_epochs_without_gradients_or_without_numbers(tiny, capsys):
+def test_epochs_without_gradients_or_without_numbers(tiny, monkeypatch, capsys):
     """Weights of zero make zeros alone, a diverged training no numbers."""
+    draw = partial(draw_figure, formats=["png"])
+    monkeypatch.setattr(gradient_distance, "draw_figure", draw)
     run = trained(tiny)
     model = load_final_model(run, load_split(run.config), CPU)
     for epoch, value in ((1, 0.0), (2, math.nan)):
@@ -300,8 +306,8 @@ def test_epochs_without_gradients_or_without_numbers(tiny, capsys):
     assert all(row["n"] > 0 for row in summary if row["epoch"] in (0, 3))
     said = capsys.readouterr().out
     assert "epoch 1: clean none, noisy none" in said
-    assert "90 of 360 without a gradient_norm" in said
-    assert "180 of 360 without a distance" in said
+    assert "60 of 240 without a gradient_norm" in said
+    assert "120 of 240 without a distance" in said
 
 
 def complain(capsys, *arguments: str) -> str:
