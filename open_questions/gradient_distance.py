@@ -216,12 +216,15 @@ def make_measurements(run: Run, asked: Asked) -> tuple[Measurement, Measurement]
 
 
 def measure(run: Run, measurement: Measurement, device: torch.device) -> None:
-    """Each epoch is a part, and epochs can be added to it later."""
+    """Each epoch is a part, and epochs can be added to it later.
+
+    In fp32 whatever the run was trained in: less holds no gradient of a fitted example.
+    """
     split = load_split(run.config).to(device)
     model = load_final_model(run, split, device).eval()
     rows = choose_rows(split.n, measurement.settings["examples"]).to(device)
     table = []
-    with compute_precision(run.config.precision, device):
+    with compute_precision("fp32", device):
         for epoch in measurement.settings["epochs"]:
             key = f"epoch_{epoch:03d}"
             if (columns := measurement.part(key)) is None:
