@@ -49,8 +49,6 @@ _DROPOUT_KEYS = {
     "standard": ("p_gen", "sites"),
     "none": (),
 }
-
-
 _AGAIN = "the script that trained this run makes it again"
 
 
@@ -288,8 +286,12 @@ class Run:
 
     def resumable_epochs(self) -> list[int]:
         """Epochs after which training could go on, the latest first."""
-        names = [path.stem for path in (self.directory / "resume").glob("epoch_*.pt")]
-        return sorted((int(name.removeprefix("epoch_")) for name in names), reverse=True)
+        return self.epochs_in("resume")[::-1]
+
+    def epochs_in(self, folder: str) -> list[int]:
+        """Epochs that have a file in checkpoints/ or resume/."""
+        names = [path.stem for path in (self.directory / folder).glob("epoch_*.pt")]
+        return sorted(int(name.removeprefix("epoch_")) for name in names)
 
     def kept(self, epoch: int) -> bool:
         """Whether this epoch's weights are to stay on disk."""
@@ -353,8 +355,7 @@ class Run:
         """The weights (state_dict) after an epoch, on the CPU; 0 is the initialization."""
         path = self.checkpoint_path(epoch)
         if not path.exists():
-            names = (path.stem for path in path.parent.glob("epoch_*.pt"))
-            kept = ", ".join(str(int(name.removeprefix("epoch_"))) for name in sorted(names))
+            kept = ", ".join(map(str, self.epochs_in("checkpoints")))
             raise UserError(f"{path}: no such file; the epochs kept are {kept or 'none'}")
         state = self.read_own(path, epoch).get("model")
         if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):

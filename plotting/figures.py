@@ -158,25 +158,29 @@ def draw_all(
         if kind.compares:
             measured = [part for family in wanted if (part := family.having(kind.source))]
             for number, group in enumerate(alike(measured, kind.compares, fewest=2), start=1):
-                name = f"{kind.name}_{number}"
+                path = folder / "figures" / f"{kind.name}_{number}"
                 about = f"{len(group)} settings of {group[0].title}"
-                yield Drawing(kind, about, _draw(kind, group, folder / "figures" / name, formats))
+                yield Drawing(kind, about, draw_figure(kind.plot, group, path, formats))
             continue
         for family in wanted:
             if part := family.having(kind.source):
                 beside = folder / "figures" / family.name if gather else family.folder / "figures"
-                paths = _draw(kind, part, beside / kind.name, formats)
+                paths = draw_figure(kind.plot, part, beside / kind.name, formats)
                 yield Drawing(kind, f"{family.title}, {part.seeds}", paths)
             else:
                 command = f"python {SCRIPTS[kind.experiment]} {family.runs[0].config_path}"
                 yield Drawing(kind, family.title, command=command)
 
 
-def _draw(
-    kind: Kind, subject: Family | list[Family], path: Path, formats: Sequence[str]
+def draw_figure(
+    plot: Callable[..., Figure],
+    subject: Family | list[Family],
+    path: Path,
+    formats: Sequence[str] = ("pdf", "png"),
 ) -> tuple[Path, ...]:
+    """What `plot` makes of a family, or of several at once, as files of this name."""
     with paper_style():
-        figure = kind.plot(subject)
+        figure = plot(subject)
         figure.draw_without_rendering()  # places everything, once for all formats
         figure.set_layout_engine("none")
         paths = tuple(path.with_name(f"{path.name}.{suffix}") for suffix in formats)

@@ -7,10 +7,11 @@ from functools import partial
 
 import numpy as np
 
+from engine.rank_correlation import rank_correlation
 from engine.settings import Config
 from plotting.claims import CLAIMS, Claim
 from plotting.runs import Family, families_over, setting_of
-from plotting.tables import PAPER_TABLE_1, Table, rank_correlation, spread
+from plotting.tables import PAPER_TABLE_1, Table, spread
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import numpy as np
 
 from engine import files
 from engine.detection import DETECTION_COLUMNS, count_neurons
+from engine.rank_correlation import rank_correlation
 from plotting.layers import (
     RETRAINING,
     RETRAINING_COLUMNS,
@@ -19,12 +20,7 @@ from plotting.layers import (
 )
 from plotting.neurons import FLIPPING, FLIPPING_COLUMNS, FLIPPING_TEXT
 from plotting.runs import Family
-from plotting.tables import (
-    DETECTION,
-    DROPOUT,
-    DROPOUT_COLUMNS,
-    rank_correlation,
-)
+from plotting.tables import DETECTION, DROPOUT, DROPOUT_COLUMNS
 from plotting.training import read_accounts, read_curves
 
 Values = Sequence[float] | np.ndarray

@@ -11,6 +11,7 @@ import numpy as np
 
 from engine import files
 from engine.detection import DETECTION_COLUMNS, compute_area, count_neurons
+from engine.rank_correlation import rank_correlation
 from plotting.neurons import FLIPPING, FLIPPING_COLUMNS, FLIPPING_TEXT
 from plotting.runs import Family
 
@@ -193,19 +194,6 @@ def counts_of_all_seeds(family: Family) -> tuple[np.ndarray, np.ndarray]:
     common = sorted(set.intersection(*map(set, tables)))
     counts = np.array([[table[example][0] for example in common] for table in tables])
     return counts, np.array([tables[0][example][1] for example in common], bool)
-
-
-def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
-    """Spearman's, with mean ranks for ties; nan where one of them is constant."""
-
-    def ranks(values: Sequence[float]) -> np.ndarray:
-        _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-        return (counts.cumsum() - (counts - 1) / 2)[place.reshape(-1)]
-
-    x, y = ranks(x), ranks(y)
-    if np.ptp(x) == 0 or np.ptp(y) == 0:
-        return np.nan
-    return float(np.corrcoef(x, y)[0, 1])
 
 
 TABLES: tuple[Callable[[Sequence[Family]], Table], ...] = (

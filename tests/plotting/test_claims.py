@@ -12,12 +12,7 @@ from plotting import measures
 from plotting.claims import CLAIMS
 from plotting.findings import find, table_claims
 from plotting.runs import Family, alike, families_over
-from plotting.tables import (
-    DROPOUT,
-    DROPOUT_COLUMNS,
-    rank_correlation,
-    table_stability,
-)
+from plotting.tables import DROPOUT, DROPOUT_COLUMNS, table_stability
 
 HISTORY = (
     "epoch", "lr", "loss_clean", "loss_noisy", "loss_total", "loss_test",
@@ -191,15 +186,6 @@ def test_scattered_layers_are_counted_by_their_entropy(family):
         for run in family.runs:
             files.write_csv(run.directory / "neuron_flipping.csv", tuple(header), [row])
         assert measures.layers_effective(family) == pytest.approx([expected] * 2)
-
-
-@pytest.mark.parametrize(
-    ("x", "y", "expected"),
-    [([1, 2, 3], [5, 6, 9], 1), ([1, 2, 3], [3, 2, 1], -1), ([1, 1, 2, 2], [1, 2, 1, 2], 0)],
-)
-def test_rank_correlation(x, y, expected):
-    assert rank_correlation(np.array(x), np.array(y)) == pytest.approx(expected)
-    assert np.isnan(rank_correlation(np.ones(3), np.arange(3)))
 
 
 def test_verdicts_go_by_each_seed(family):

@@ -1,0 +1,78 @@
+"""Gradient norms against distances in feature space: the result files, and the figure."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from engine import files
+from engine.runs import Run
+from plotting.runs import Family
+from plotting.style import COLORS, DASHES, PAGE, names_of
+
+FILE_NAME = "gradient_distance.csv"
+MEASURED = ("gradient_norm", "loss", "distance", "distance_true")
+COLUMNS = ("epoch", "example", "memorized", *MEASURED)
+SUMMARY_FILE_NAME = "gradient_distance_summary.csv"
+SUMMARY_TEXT = ("subset", "of", "with")
+SUMMARY_COLUMNS = ("epoch", *SUMMARY_TEXT, "n", "rho", "low", "high")
+PAIRS = (("gradient_norm", "distance"), ("gradient_norm", "distance_true"), ("loss", "distance"))
+
+Table = dict[str, np.ndarray]  # column -> values [rows]
+
+
+def read_table(run: Run) -> Table:
+    rows = files.read_csv(run.directory / FILE_NAME, COLUMNS)
+    return {column: np.array([row[column] for row in rows]) for column in COLUMNS}
+
+
+def read_summary(run: Run, subset: str, of: str, other: str) -> list[dict]:
+    rows = files.read_csv(run.directory / SUMMARY_FILE_NAME, SUMMARY_COLUMNS, SUMMARY_TEXT)
+    return [row for row in rows if (row["subset"], row["of"], row["with"]) == (subset, of, other)]
+
+
+def middle_and_last(epochs: Sequence[float]) -> list[int]:
+    """Of ascending epochs; the same one if there are no others."""
+    return [int(epochs[(len(epochs) - 1) // 2]), int(epochs[-1])]
+
+
+def plot_gradient_distance(family: Family) -> Figure:
+    """Rank correlations of every seed over the epochs; two epochs of the first seed as points."""
+    names, table = names_of(family.config.data.split), read_table(family.runs[0])
+    shape = {"figsize": (PAGE, 2.4), "width_ratios": [1.3, 1, 1]}
+    figure, (left, *panels) = plt.subplots(1, 3, **shape)
+    for kind in ("clean", "noisy"):
+        for number, run in enumerate(family.runs):
+            rows = read_summary(run, kind, *PAIRS[0])
+            epoch, rho = ([row[column] for row in rows] for column in ("epoch", "rho"))
+            low, high = ([row[column] for row in rows] for column in ("low", "high"))
+            label = names[kind] if number == 0 else None
+            left.plot(epoch, rho, DASHES[kind], marker=".", color=COLORS[kind], label=label)
+            left.fill_between(epoch, low, high, color=COLORS[kind], alpha=0.15, lw=0)
+    left.axhline(0, color="0.7", lw=0.6, zorder=0)
+    left.set(xlabel="epoch", ylabel="rank correlation of\ngradient norm with distance")
+    left.set_title(f"{family.seeds}, 95% intervals")
+    left.legend()
+    for axes, epoch in zip(panels, middle_and_last(np.unique(table["epoch"]))):
+        draw_points(axes, table, epoch)
+        axes.set_title(f"epoch {epoch}, seed {family.runs[0].config.seed}")
+    panels[0].set_ylabel("gradient norm")
+    return figure
+
+
+def draw_points(axes: Axes, table: Table, epoch: int) -> None:
+    """Gradient norm against distance, noisy above clean ones; a logarithm has no place for 0."""
+    x, y = table["distance"], table["gradient_norm"]
+    here = table["epoch"] == epoch
+    shown = here & np.isfinite(x) & np.isfinite(y) & (y > 0)
+    for kind, memorized in (("clean", 0), ("noisy", 1)):
+        rows = shown & (table["memorized"] == memorized)
+        points = {"s": 3, "alpha": 0.4, "lw": 0, "color": COLORS[kind], "rasterized": True}
+        axes.scatter(x[rows], y[rows], **points)
+    axes.set_xlabel("distance to the class")
+    if shown.any():
+        axes.set_yscale("log")
+    if left_out := int((here & ~shown).sum()):
+        axes.text(0, 1, f"{left_out} not shown: 0, or no number", transform=axes.transAxes, size=6)
