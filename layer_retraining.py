@@ -16,7 +16,6 @@ import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Mapping
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,7 +29,7 @@ from engine.measurements import Measurement
 from engine.runs import Run, load_weights
 from engine.settings import Config
 from engine.setup import load_final_model, load_split
-from engine.training import PlainBackward, train_epoch
+from engine.training import PlainBackward, make_optimizer, train_epoch
 from models.layer_groups import LayerGroup, StagedModel, layer_groups
 
 FILE_NAME = "layer_retraining.csv"
@@ -85,12 +84,7 @@ def compute_retraining(
     gradient, so that autograd ends there.
     """
     clean, train = split.subset(~split.memorized), config.train
-    optimizer = torch.optim.SGD(
-        group.parameters(model).values(),
-        lr=0.0,
-        momentum=train.momentum,
-        weight_decay=train.weight_decay,
-    )
+    optimizer = make_optimizer(group.parameters(model).values(), train)
     perfect = 0
     for epoch in range(train.epochs + 1):
         if epoch > 0:

@@ -27,7 +27,7 @@ from data import Split, normalize  # noqa: E402
 from engine.config import load_configs  # noqa: E402
 from engine.devices import describe_device, resolve_device  # noqa: E402
 from engine.evaluation import BATCH_SIZE  # noqa: E402
-from engine.runs import Run  # noqa: E402
+from engine.runs import Run, without_dropout  # noqa: E402
 from engine.setup import load_final_model, load_split  # noqa: E402
 from engine.training import PlainBackward, train_epoch  # noqa: E402
 from layer_retraining import reset_group, retraining_config  # noqa: E402
@@ -126,7 +126,7 @@ def main() -> None:
     given = parser.parse_args()
     overrides = ["train.epochs=10", *given.overrides]
     (config,) = load_configs(REPOSITORY / "configs" / "quickstart.yaml", overrides)
-    run = Run.of(config)
+    run = Run.of(without_dropout(config))
     gradient_accounting.main(run)
     measure(run, given.rounds)
 

@@ -111,11 +111,13 @@ class Shape:
     batch_size: int
     precision: str
     dropout: str
+    compiled: bool
 
     @classmethod
     def of(cls, config: Config) -> "Shape":
-        data, kind = (config.data.name, config.data.path), config.dropout.kind
-        return cls(data, config.model, config.train.batch_size, config.precision, kind)
+        data, train = (config.data.name, config.data.path), config.train
+        kind = config.dropout.kind
+        return cls(data, config.model, train.batch_size, config.precision, kind, train.compile)
 
 
 class Speeds:

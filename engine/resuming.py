@@ -1,7 +1,7 @@
 """What it takes to go on with a training: after a whole epoch, or in the middle of one."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +19,24 @@ class Cut(Exception):
         self.done, self.random = done, random
 
 
-def save_epoch(
-    run: Run, epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer, record: object
-) -> None:
+def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, object]:
+    """Copies on the CPU of a model's weights and their momentum, which no later step changes."""
+
+    def copy_of(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.detach().to("cpu", copy=True)
+
+    momentum = [optimizer.state[p].get("momentum_buffer") for p in model.parameters()]
+    return {
+        "model": {name: copy_of(value) for name, value in model.state_dict().items()},
+        "momentum": [copy_of(value) for value in momentum],
+    }
+
+
+def save_epoch(run: Run, epoch: int, state: Mapping[str, object], record: object) -> None:
     """This epoch's weights and what it takes to go on; the epoch before it stays as a reserve."""
-    run.write_checkpoint(epoch, model)
-    momentum = _momentum(model, optimizer)
-    content = {"identity": run.identity, "epoch": epoch, "momentum": momentum, **vars(record)}
-    files.write_tensors(run.resume_path(epoch), content)
+    run.write_checkpoint(epoch, state["model"])
+    content = {"identity": run.identity, "epoch": epoch, "momentum": state["momentum"]}
+    files.write_tensors(run.resume_path(epoch), content | vars(record))
     run.discard(run.resumable_epochs()[2:])
 
 
@@ -61,8 +71,7 @@ def save_within(
     content = {
         "identity": run.identity,
         "epoch": epoch,
-        "model": {name: value.cpu() for name, value in model.state_dict().items()},
-        "momentum": _momentum(model, optimizer),
+        **snapshot(model, optimizer),
         "sums": [value.cpu() for value in sums],
         **vars(cut),
     }
@@ -85,11 +94,6 @@ def resume_within(
     for own, saved in zip(sums, content["sums"]):
         own.copy_(saved)
     return Cut(content["done"], content["random"])
-
-
-def _momentum(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor | None]:
-    found = [optimizer.state[p].get("momentum_buffer") for p in model.parameters()]
-    return [None if momentum is None else momentum.cpu() for momentum in found]
 
 
 def _set_momentum(

@@ -11,6 +11,7 @@ import json
 import re
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -345,10 +346,10 @@ class Run:
         if not self.provenance_path.exists():
             raise RunFailed(f"{self.directory} vanished; the same command begins anew")
 
-    def write_checkpoint(self, epoch: int, model: nn.Module) -> None:
+    def write_checkpoint(self, epoch: int, state: Mapping[str, torch.Tensor]) -> None:
+        """Weights (a state_dict on the CPU) after an epoch."""
         self.require_present()
-        state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
-        content = {"identity": self.identity, "epoch": epoch, "model": state}
+        content = {"identity": self.identity, "epoch": epoch, "model": dict(state)}
         files.write_tensors(self.checkpoint_path(epoch), content)
 
     def read_checkpoint(self, epoch: int) -> dict[str, torch.Tensor]:

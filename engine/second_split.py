@@ -21,7 +21,7 @@ from engine.measurements import Measurement
 from engine.runs import Run
 from engine.settings import Config
 from engine.setup import make_model
-from engine.training import PlainBackward, train_epoch
+from engine.training import PlainBackward, make_optimizer, train_epoch
 
 FILE_NAME = "second_split.csv"
 COLUMNS = ("example", "forgotten")  # epoch from which it stays wrong; epochs + 1 is never
@@ -47,9 +47,7 @@ def compute_forgetting(config: Config, first: Split, second: Split) -> np.ndarra
     train, backward = config.train, PlainBackward().backward
     wrong = []
     for phase, half in enumerate((first, second)):
-        optimizer = torch.optim.SGD(
-            model.parameters(), lr=0.0, momentum=train.momentum, weight_decay=train.weight_decay
-        )
+        optimizer = make_optimizer(model.parameters(), train)
         for epoch in range(1, train.epochs + 1):
             train_epoch(model, optimizer, half, config, epoch, backward)
             if phase == 1:

@@ -93,6 +93,9 @@ class TrainConfig:
     account_gradients: bool = option(
         True, flag(), "sum up clean and noisy gradients apart (Section 4); a second backward pass"
     )
+    compile: bool = option(
+        False, flag(), "torch.compile for the training; on a CPU it costs minutes, saves little"
+    )
 
 
 @dataclass(frozen=True)

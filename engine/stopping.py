@@ -46,7 +46,10 @@ def time_left() -> float:
 
 
 def safe_point(next_piece: float = 0.0) -> None:
-    """All is saved; end here if the next piece of work, of so many seconds, would be too much."""
+    """End here if the next piece of work, of so many seconds, would be too much.
+
+    All is saved, or is saved on the way out of the training (engine/background.py).
+    """
     if next_piece > time_left():
         raise OutOfTime
 

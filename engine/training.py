@@ -3,13 +3,14 @@
 What an epoch leaves behind is written in an order that a kill at any moment cannot hurt: first the
 weights (`checkpoints/`), then all that is needed to go on from there (`resume/`), then the tables
 for people, which are made from the same record. The next start goes on from the newest epoch that
-has both.
+has both. A thread of its own writes copies while the next epoch trains.
 """
 
+import copy
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,8 @@ from tqdm import tqdm
 
 from data import Batch, Split, batch_rows, batches, epoch_order, file_digest
 from engine import files, provenance, resuming
+from engine.background import BackgroundWriter
+from engine.compiling import compiled
 from engine.devices import (
     compute_precision,
     derive_seed,
@@ -110,6 +113,10 @@ class Record:
             self.correct.append(torch.from_numpy(np.packbits(train.correct.cpu().numpy())))
             self.loss.append(train.loss.clamp(max=65504).half().cpu())  # float16's largest
         return row
+
+    def snapshot(self) -> "Record":
+        """A record to which later epochs add nothing."""
+        return Record(**{name: copy.copy(value) for name, value in vars(self).items()})
 
     def tables(self, run: Run, accountant: Accountant) -> dict[Path, Callable[[], None]]:
         """The CSV files that are kept up to date while a run trains, and what writes each."""
@@ -214,6 +221,32 @@ def _diverged(loss: float, epoch: int, step: int, steps: int, train: TrainConfig
 # ---------------------------------------------------------------- one run
 
 
+def write_epoch(
+    run: Run, epoch: int, state: Mapping[str, object], record: Record, accountant: Accountant
+) -> None:
+    """All files of an epoch: what it takes to go on, then the tables."""
+    resuming.save_epoch(run, epoch, state, record)
+    for write in record.tables(run, accountant).values():
+        write()
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], train: TrainConfig) -> torch.optim.SGD:
+    """SGD, whose rate is set at every step.
+
+    On a GPU one kernel updates all weights, where several would read and write them all; on a CPU
+    there is nothing to gain, and the last bits would change.
+    """
+    parameters = list(parameters)
+    fused = True if all(parameter.is_cuda for parameter in parameters) else None
+    return torch.optim.SGD(
+        parameters,
+        lr=0.0,
+        momentum=train.momentum,
+        weight_decay=train.weight_decay,
+        fused=fused,
+    )
+
+
 def train_run(
     run: Run,
     split: Split,
@@ -224,9 +257,7 @@ def train_run(
     """Train a run to its end, from its beginning or from where it was interrupted."""
     config, accountant = run.config, accountant or PlainBackward()
     train = config.train
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=0.0, momentum=train.momentum, weight_decay=train.weight_decay
-    )
+    optimizer = make_optimizer(model.parameters(), train)
     run.write_settings(split)
     source = provenance.describe(device) | {
         "identity": run.identity,
@@ -248,19 +279,26 @@ def train_run(
         leave=None,
         mininterval=0.5 if sys.stderr.isatty() else 30,
     )
-    with bar, compute_precision(config.precision, device), finishing_steps() as asked_to_end:
+    with (
+        bar,
+        compute_precision(config.precision, device),
+        compiled(model, train.compile) as network,
+        finishing_steps() as asked_to_end,
+        BackgroundWriter() as writer,
+    ):
         for epoch in range(last + 1, train.epochs + 1):
             rate, started = 0.0, time.perf_counter()
             try:
                 if epoch > 0:
                     control = (bar.update, asked_to_end, cut)
                     backward, cut = accountant.backward, None
-                    rate = train_epoch(model, optimizer, split, config, epoch, backward, *control)
+                    rate = train_epoch(network, optimizer, split, config, epoch, backward, *control)
                     record.accounts += accountant.epoch_rows(epoch)
-                row = record.measure(model, split, epoch, rate)
+                row = record.measure(network, split, epoch, rate)
                 if epoch > 0 and not math.isfinite(row["loss_total"]):
                     raise _diverged(row["loss_total"], epoch, steps - 1, steps, train)
             except Cut as here:
+                writer.wait()  # the epoch before it removes what an earlier cut left
                 resuming.save_within(run, epoch, model, optimizer, accountant.sums, here)
                 return
             except RunFailed as error:
@@ -269,9 +307,8 @@ def train_run(
                     f"A lower train.peak_lr than {train.peak_lr:g} may help"
                 ) from None
             record.seconds = time.perf_counter() - began
-            resuming.save_epoch(run, epoch, model, optimizer, record)
-            for write in record.tables(run, accountant).values():
-                write()
+            copies = resuming.snapshot(model, optimizer), record.snapshot()
+            writer.hand_over(partial(write_epoch, run, epoch, *copies, accountant))
             bar.set_postfix({k: f"{row[f'acc_{k}']:.1%}" for k in ("clean", "noisy", "test")})
             if asked_to_end():
                 return

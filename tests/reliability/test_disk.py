@@ -138,10 +138,10 @@ def test_a_folder_that_vanishes(call, tmp_path, monkeypatch):
     """Whoever removes a run's folder ends the work on it, and finds no half of it made anew."""
     write = Run.write_checkpoint
 
-    def vanish(run, epoch, model):
+    def vanish(run, epoch, state):
         if epoch == 2:
             shutil.rmtree(run.directory)
-        write(run, epoch, model)
+        write(run, epoch, state)
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "write_checkpoint", vanish)
