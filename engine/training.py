@@ -233,17 +233,11 @@ def write_epoch(
 def make_optimizer(parameters: Iterable[nn.Parameter], train: TrainConfig) -> torch.optim.SGD:
     """SGD, whose rate is set at every step.
 
-    On a GPU one kernel updates all weights, where several would read and write them all; on a CPU
-    there is nothing to gain, and the last bits would change.
+    Not torch's fused kernel: it wants gradients that lie in memory as their weights do, which
+    autograd does not promise for those that accounting asks for.
     """
-    parameters = list(parameters)
-    fused = True if all(parameter.is_cuda for parameter in parameters) else None
     return torch.optim.SGD(
-        parameters,
-        lr=0.0,
-        momentum=train.momentum,
-        weight_decay=train.weight_decay,
-        fused=fused,
+        parameters, lr=0.0, momentum=train.momentum, weight_decay=train.weight_decay
     )
 
 
