@@ -85,8 +85,13 @@ class MadeUpRun:
         return Path(f"epoch_{epoch:03d}.pt")
 
 
-@pytest.mark.parametrize("batchnorm", ["final", "checkpoint"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("model", "batchnorm"),
+    [
+        ("resnet9", "final"), ("resnet9", "checkpoint"), ("resnet50", "checkpoint"),
+        ("vit_small", "final"),
+    ],
+)  # fmt: skip
 def test_predictions_are_those_of_the_slow_way(model, batchnorm):
     """At batch sizes that divide the number of images, that do not, and of one image."""
     generator = torch.Generator().manual_seed(1)
