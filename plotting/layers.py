@@ -41,7 +41,8 @@ def plot_rewinding_compared(families: Sequence[Family]) -> Figure:
     for (curves, *rewound), family in zip(panels, families):
         draw_curves(curves, family, ("clean", "noisy"))
         curves.legend(loc="lower right")
-        curves.set(ylabel="accuracy", title=f"{family.title}\n({family.seeds})")
+        curves.set_ylabel("accuracy")
+        curves.set_title(f"{family.title}\n({family.seeds})", loc="left")  # it may be long
         table = by_group(family.table(REWINDING, REWINDING_COLUMNS))
         scale = _draw_rewound(rewound, table, names_of(family.config.data.split))
         bar = figure.colorbar(scale, ax=rewound, label="rewound to epoch", pad=0.02)
