@@ -11,7 +11,7 @@ import torch
 import example_tied_dropout
 import gradient_accounting
 from data import normalize
-from engine import files, resuming
+from engine import files
 from engine.cli import find_runs
 from engine.config import load_configs
 from engine.errors import UserError
@@ -36,6 +36,7 @@ from example_tied_dropout import (
 )
 from models.dropout import examples, tied_layers
 from tests.conftest import TINY
+from tests.killing import killed_after_epoch
 
 CPU = torch.device("cpu")
 OWN = ("model.width=0.1", "dropout.kind=example_tied", "dropout.forget_draws=2")
@@ -118,26 +119,13 @@ def test_each_training_example_is_recorded_under_its_own_mask(finished):
     }
 
 
-class Killed(BaseException):
-    """Not an Exception: nothing may catch it."""
-
-
 @pytest.mark.parametrize("kind", ["example_tied", "standard"])
-def test_a_resumed_run_has_the_same_masks_and_results(run_of, tmp_path, monkeypatch, kind):
+def test_a_resumed_run_has_the_same_masks_and_results(run_of, tmp_path, kind):
     """Standard dropout draws anew at every step, from the epoch's own stream."""
     whole, killed = (run_of(f"dropout.kind={kind}", f"output_dir={tmp_path}/{x}") for x in "ab")
     example_tied_dropout.main(whole)
-    save = resuming.save_epoch
-
-    def save_and_die(run, epoch, *rest):
-        save(run, epoch, *rest)
-        if epoch == 1:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(resuming, "save_epoch", save_and_die)
-        with pytest.raises(Killed):
-            example_tied_dropout.main(killed)
+    with killed_after_epoch(1):
+        example_tied_dropout.main(killed)
     example_tied_dropout.main(killed)
     assert contents(whole) == contents(killed)
     layers = [

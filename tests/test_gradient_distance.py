@@ -29,6 +29,7 @@ from open_questions.gradient_distance import (
 )
 from plotting.figures import draw_figure
 from plotting.gradient_distance import COLUMNS, SUMMARY_COLUMNS, SUMMARY_TEXT
+from tests.killing import killed_at_write
 
 CPU = torch.device("cpu")
 MODELS = {
@@ -241,25 +242,13 @@ def test_killed_at_every_write_and_started_again(tiny, monkeypatch):
     asked = gradient_distance.Asked([0, 3], 5)
     gradient_distance.main(run, asked)
     paths = [run.directory / f"gradient_distance{end}.csv" for end in ("", "_summary")]
-    expected, write = [path.read_bytes() for path in paths], files.write_atomically
-
-    class Killed(BaseException):
-        """Not an Exception: nothing may catch it."""
+    expected = [path.read_bytes() for path in paths]
 
     for moment in range(6):  # two epochs, and two tables with their sources
         for made in [*run.directory.glob("gradient_d*"), *run.directory.glob("parts/*/*")]:
             made.unlink()
-        count = iter(range(100))
-
-        def write_or_die(path, content, moment=moment, count=count):
-            write(path, content)
-            if next(count) == moment:
-                raise Killed
-
-        with monkeypatch.context() as patch:
-            patch.setattr(files, "write_atomically", write_or_die)
-            with pytest.raises(Killed):
-                gradient_distance.main(run, asked)
+        with killed_at_write(moment):
+            gradient_distance.main(run, asked)
         gradient_distance.main(run, asked)
         assert [path.read_bytes() for path in paths] == expected
 

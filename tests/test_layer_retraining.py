@@ -17,6 +17,7 @@ from engine.runs import Run
 from engine.setup import load_final_model, load_split
 from layer_retraining import COLUMNS, compute_retraining, reset_group, retraining_config
 from models.layer_groups import layer_groups
+from tests.killing import killed_at_write
 
 CPU = torch.device("cpu")
 SHORT = ("retraining.epochs=2", "retraining.peak_epoch=1")
@@ -224,7 +225,7 @@ def test_groups_have_batches_of_their_own(finished):
 def test_killed_at_every_write_and_started_again(finished, monkeypatch):
     layer_retraining.main(finished)
     path = finished.directory / "layer_retraining.csv"
-    expected, write = path.read_bytes(), files.write_atomically
+    expected = path.read_bytes()
     retrained, compute = [], layer_retraining.compute_retraining
     monkeypatch.setattr(
         layer_retraining,
@@ -232,23 +233,11 @@ def test_killed_at_every_write_and_started_again(finished, monkeypatch):
         lambda model, group, *rest: retrained.append(group) or compute(model, group, *rest),
     )
 
-    class Killed(BaseException):
-        """Not an Exception: nothing may catch it."""
-
     for moment in (0, 8, 9, 10):  # nine groups, table, source
         for made in [*finished.directory.glob("layer_r*.*"), *finished.directory.glob("parts/*/*")]:
             made.unlink()
-        count = iter(range(100))
-
-        def write_or_die(path, content, moment=moment, count=count):
-            write(path, content)
-            if next(count) == moment:
-                raise Killed
-
-        with monkeypatch.context() as patch:
-            patch.setattr(files, "write_atomically", write_or_die)
-            with pytest.raises(Killed):
-                layer_retraining.main(finished)
+        with killed_at_write(moment):
+            layer_retraining.main(finished)
         retrained.clear()
         layer_retraining.main(finished)
         assert len(retrained) == max(0, 8 - moment)

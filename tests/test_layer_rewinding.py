@@ -23,6 +23,7 @@ from engine.setup import load_final_model, load_split
 from layer_rewinding import COLUMNS, compute_predictions, load_earlier_groups
 from models import build_model
 from models.layer_groups import layer_groups
+from tests.killing import killed_at_write
 
 CPU = torch.device("cpu")
 MODELS = {
@@ -211,27 +212,15 @@ def test_killed_at_every_write_and_started_again(finished, monkeypatch):
     monkeypatch.setattr(layer_rewinding, "BATCH_SIZE", 40)
     layer_rewinding.main(finished)
     path = finished.directory / "layer_rewinding.csv"
-    expected, write = path.read_bytes(), files.write_atomically
-
-    class Killed(BaseException):
-        """Not an Exception: nothing may catch it."""
+    expected = path.read_bytes()
 
     for moment in range(6):  # four batches, table, source
         for made in finished.directory.glob("layer_rewinding.*"):
             made.unlink()
         for part in finished.directory.glob("parts/*/*"):
             part.unlink()
-        count = iter(range(100))
-
-        def write_or_die(path, content, moment=moment, count=count):
-            write(path, content)
-            if next(count) == moment:
-                raise Killed
-
-        with monkeypatch.context() as patch:
-            patch.setattr(files, "write_atomically", write_or_die)
-            with pytest.raises(Killed):
-                layer_rewinding.main(finished)
+        with killed_at_write(moment):
+            layer_rewinding.main(finished)
         with monkeypatch.context() as patch:
             calls = spy_on_counts(patch)
             layer_rewinding.main(finished)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import gradient_accounting
 from data import batches, epoch_order, normalize
-from engine import files, resuming, training
+from engine import files, training
 from engine.errors import RunFailed, UserError
 from engine.evaluation import evaluate
 from engine.runs import HISTORY_COLUMNS, Run, load_weights
@@ -21,6 +21,7 @@ from engine.settings import TrainConfig
 from engine.setup import load_split, make_model
 from engine.stopping import Terminated, ending_on_signals
 from engine.training import learning_rate
+from tests.killing import killed_after_epoch, killed_at_write
 
 
 def contents(run: Run) -> dict[str, object]:
@@ -225,10 +226,6 @@ def test_a_finished_run_without_its_record_is_not_trained_again_in_silence(finis
 # ---------------------------------------------------------------- interruptions
 
 
-class Killed(BaseException):
-    """Not an Exception: nothing may catch it."""
-
-
 def test_killed_at_every_write_and_started_again(tiny, tmp_path, monkeypatch):
     """The process dies just before, or just after, the k-th file gets its name, for every k."""
     write = files.write_atomically
@@ -237,47 +234,24 @@ def test_killed_at_every_write_and_started_again(tiny, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(files, "write_atomically", lambda *a: (calls.append(a[0]), write(*a)))
     gradient_accounting.main(whole)
+    monkeypatch.undo()
     expected = contents(whole)
     assert len(calls) >= 15
 
     for moment in range(len(calls)):
         run = Run.of(tiny(*overrides, f"output_dir={tmp_path}/killed{moment}"))
-        count = iter(range(10_000))
-
-        def write_or_die(path, content, moment=moment, count=count):
-            if (number := next(count)) == moment and moment % 2:
-                raise Killed
-            write(path, content)
-            if number == moment:
-                raise Killed
-
-        monkeypatch.setattr(files, "write_atomically", write_or_die)
-        with pytest.raises(Killed):
+        with killed_at_write(moment, before=moment % 2 == 1):
             gradient_accounting.main(run)
         gradient_accounting.main(run)
         assert contents(run) == expected, calls[moment]
-
-
-def interrupt(run: Run, monkeypatch, epoch: int) -> None:
-    """Train a run until just after this epoch has been saved."""
-    save = resuming.save_epoch
-
-    def save_and_die(run, number, *rest):
-        save(run, number, *rest)
-        if number == epoch:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(resuming, "save_epoch", save_and_die)
-        with pytest.raises(Killed):
-            gradient_accounting.main(run)
 
 
 def test_layers_with_noise_of_their_own_resume_exactly(tiny, tmp_path, monkeypatch):
     """ViT's dropout draws from torch's global generator; augmentation from its own."""
     runs = [Run.of(tiny(*VIT, f"output_dir={tmp_path}/{name}")) for name in "ab"]
     gradient_accounting.main(runs[0])
-    interrupt(runs[1], monkeypatch, epoch=1)
+    with killed_after_epoch(1):
+        gradient_accounting.main(runs[1])
     assert runs[1].state == "interrupted after epoch 1"
     gradient_accounting.main(runs[1])
     assert contents(runs[0]) == contents(runs[1])
@@ -358,7 +332,8 @@ def test_a_damaged_newest_epoch_falls_back_to_the_one_before(
     tiny, tmp_path, monkeypatch, capsys, finished, damaged, content
 ):
     run = Run.of(tiny(f"output_dir={tmp_path}/damaged"))
-    interrupt(run, monkeypatch, epoch=2)
+    with killed_after_epoch(2):
+        gradient_accounting.main(run)
     path = getattr(run, damaged)(2)
     path.write_bytes(path.read_bytes()[:-100] if content is None else content)
     gradient_accounting.main(run)
@@ -406,7 +381,8 @@ def test_a_rate_that_is_far_too_high_stops_the_run(tiny):
 
 def test_other_data_under_the_same_run_are_refused(tiny, monkeypatch):
     run = Run.of(tiny())
-    interrupt(run, monkeypatch, epoch=1)
+    with killed_after_epoch(1):
+        gradient_accounting.main(run)
     arrays = files.read_arrays(run.split_path, "label", "true_label", "memorized", "index")
     arrays["label"][0] = (arrays["label"][0] + 1) % 10
     files.write_arrays(run.split_path, **arrays)

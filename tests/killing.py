@@ -1,0 +1,47 @@
+"""The death of a process at a chosen moment, without a process."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from engine import files, resuming
+
+
+class Killed(BaseException):
+    """Not an Exception: nothing may catch it."""
+
+
+@contextmanager
+def killed_at_write(moment: int, before: bool = False) -> Iterator[None]:
+    """What runs inside dies just after the file of this number, from 0, got its name, or before."""
+    write, count = files.write_atomically, iter(range(10_000))
+
+    def write_or_die(path, content):
+        number = next(count)
+        if number == moment and before:
+            raise Killed
+        write(path, content)
+        if number == moment:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "write_atomically", write_or_die)
+        with pytest.raises(Killed):
+            yield
+
+
+@contextmanager
+def killed_after_epoch(epoch: int) -> Iterator[None]:
+    """A training inside dies when it has saved this epoch."""
+    save = resuming.save_epoch
+
+    def save_and_die(run, number, *rest):
+        save(run, number, *rest)
+        if number == epoch:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resuming, "save_epoch", save_and_die)
+        with pytest.raises(Killed):
+            yield
