@@ -40,7 +40,7 @@ def plot_rewinding_compared(families: Sequence[Family]) -> Figure:
     )
     for (curves, *rewound), family in zip(panels, families):
         draw_curves(curves, family, ("clean", "noisy"))
-        curves.legend(loc="lower right")
+        curves.legend(loc="best")
         curves.set_ylabel("accuracy")
         curves.set_title(f"{family.title}\n({family.seeds})", loc="left")  # it may be long
         table = by_group(family.table(REWINDING, REWINDING_COLUMNS))

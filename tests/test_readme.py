@@ -43,7 +43,11 @@ def test_the_table_of_keys_is_that_of_the_code():
 
 def claims_at_small_size() -> list[str]:
     """Every claim about label noise, as the kept results have it: ours, and of how many seeds."""
-    columns = {"MNIST, 4,000": "mnist_4000", "CIFAR-10 (JPEG), 5,000": "cifar10_jpeg_5000"}
+    columns = {
+        "MNIST, 4,000": "mnist_4000",
+        "CIFAR-10 (JPEG), 5,000": "cifar10_jpeg_5000",
+        "CIFAR-10 (JPEG), 50,000": "cifar10_jpeg_50000",
+    }
     papers, cells = defaultdict(dict), defaultdict(dict)
     for column, folder in columns.items():
         path = REPOSITORY / "results" / folder / "tables" / "table_claims.csv"
