@@ -288,7 +288,7 @@ def test_epochs_without_gradients_or_without_numbers(tiny, monkeypatch, capsys):
     for epoch, value in ((1, 0.0), (2, math.nan)):
         for parameter in model.parameters():
             torch.nn.init.constant_(parameter, value)
-        run.write_checkpoint(epoch, model)
+        run.write_checkpoint(epoch, model.state_dict())
     table, summary = measured(run)
     assert {row["gradient_norm"] for row in table if row["epoch"] == 1} == {0}
     assert all(math.isnan(row["gradient_norm"]) for row in table if row["epoch"] == 2)

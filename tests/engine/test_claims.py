@@ -130,8 +130,12 @@ def test_who_lost_the_claim_stops_and_leaves_the_others_alone(tmp_path, monkeypa
             rewrite(tmp_path / "claim.json", token="of another", pid=1)
             time.sleep(10)
 
-    with pytest.raises(RunFailed, match="is gone; now held by process 1 on"):
-        sleep_too_long()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores it
+    try:
+        with pytest.raises(RunFailed, match="is gone; now held by process 1 on"):
+            sleep_too_long()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert Holder.of(tmp_path / "claim.json").token == "of another"
 
 

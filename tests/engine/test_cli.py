@@ -31,7 +31,7 @@ def test_a_run_prints_one_line_that_ends_with_its_directory(tiny_file, tmp_path)
     lines = done.stdout.splitlines()
     assert len(lines) == 2
     for seed, line in enumerate(lines):
-        assert line.startswith(f"glyphs 40 resnet9 width 0.12 noise 0.2 seed {seed}: clean ")
+        assert line.startswith(f"glyphs 150 resnet9 width 0.05 noise 0.2 seed {seed}: clean ")
         directory = Path(line.split()[-1])
         assert (directory / "history.csv").exists()
         assert directory.name == f"seed{seed}"
@@ -116,7 +116,8 @@ def test_two_processes_on_the_same_runs(tiny_file, tmp_path, capsys):
             rf"^{seed0}: held by process {first.pid} on \S+ since 20\S+; wait for it \(--wait\)",
             printed.err, re.M,
         )  # fmt: skip
-        assert re.search(r"^glyphs resnet9 noise 0.2 seed 1: clean .*/seed1$", printed.out)
+        line = r"^glyphs 150 resnet9 width 0.05 noise 0.2 seed 1: clean .*/seed1$"
+        assert re.search(line, printed.out)
         assert {p: p.stat().st_mtime_ns for p in seed0.rglob("*") if p.is_file()} == before
     finally:
         first.kill()
