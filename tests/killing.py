@@ -1,7 +1,8 @@
 """The death of a process at a chosen moment, without a process."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 
 import pytest
 
@@ -10,6 +11,15 @@ from engine import files, resuming
 
 class Killed(BaseException):
     """Not an Exception: nothing may catch it."""
+
+
+@contextmanager
+def _dying(module: ModuleType, name: str, work: Callable) -> Iterator[None]:
+    """What runs inside calls `work` in place of the module's own, and dies of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, name, work)
+        with pytest.raises(Killed):
+            yield
 
 
 @contextmanager
@@ -25,10 +35,8 @@ def killed_at_write(moment: int, before: bool = False) -> Iterator[None]:
         if number == moment:
             raise Killed
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "write_atomically", write_or_die)
-        with pytest.raises(Killed):
-            yield
+    with _dying(files, "write_atomically", write_or_die):
+        yield
 
 
 @contextmanager
@@ -41,7 +49,5 @@ def killed_after_epoch(epoch: int) -> Iterator[None]:
         if number == epoch:
             raise Killed
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resuming, "save_epoch", save_and_die)
-        with pytest.raises(Killed):
-            yield
+    with _dying(resuming, "save_epoch", save_and_die):
+        yield
