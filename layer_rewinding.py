@@ -124,13 +124,13 @@ def make_rows(
 # ---------------------------------------------------------------- a run
 
 
-def chosen_epochs(config: Config) -> list[int]:
+def epochs_read(config: Config) -> list[int]:
     return listed_epochs(config.rewinding.epochs, config.train.epochs)
 
 
 def make_measurement(run: Run) -> Measurement:
     settings = {"batchnorm": run.config.rewinding.batchnorm}
-    return Measurement(run, FILE_NAME, COLUMNS, settings, {"epochs": chosen_epochs(run.config)})
+    return Measurement(run, FILE_NAME, COLUMNS, settings, {"epochs": epochs_read(run.config)})
 
 
 def measure(run: Run, measurement: Measurement) -> None:
@@ -139,7 +139,7 @@ def measure(run: Run, measurement: Measurement) -> None:
     device = resolve_device(config)
     split = load_split(config).to(device)
     model = load_final_model(run, split, device).eval()
-    final, epochs = layer_groups(model), chosen_epochs(config)
+    final, epochs = layer_groups(model), epochs_read(config)
 
     batches = [slice(start, start + BATCH_SIZE) for start in range(0, split.n, BATCH_SIZE)]
     parts: list[Counts] = [measurement.part(part_key(rows)) or {} for rows in batches]
@@ -197,7 +197,7 @@ def plan(run: Run) -> str:
     state = "finished" if make_measurement(run).finished else "to do"
     if not run.finished:
         state = f"to do after its training, which is {run.state}"
-    return f"{title(run.config)}: {len(chosen_epochs(run.config))} epochs {state}, a few MB"
+    return f"{title(run.config)}: {len(epochs_read(run.config))} epochs {state}, a few MB"
 
 
 if __name__ == "__main__":

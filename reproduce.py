@@ -45,6 +45,10 @@ ON_PLAIN_RUNS = {
     "retraining": layer_retraining,
     "flipping": neuron_flipping,
 }
+READS = {  # the epochs whose weights a script takes from disk, besides the last one's
+    layer_rewinding: layer_rewinding.epochs_read,
+    layer_retraining: lambda config: [0],
+}
 
 
 def make_jobs(configs: Sequence[Config]) -> list[Job]:
@@ -64,9 +68,22 @@ def make_jobs(configs: Sequence[Config]) -> list[Job]:
     for config in configs:
         for script, own in wanted(config):
             run = Run.of(own)
+            require_weights(script, run)
             trains = script not in ON_PLAIN_RUNS.values()
             jobs.setdefault((script.__name__, run.directory), Job(script, run, trains))
     return list(jobs.values())
+
+
+def require_weights(script: ModuleType, run: Run) -> None:
+    """Refuse, before anything is trained, to measure on epochs that the training will not keep."""
+    read = READS.get(script, lambda config: [])
+    missing = [epoch for epoch in read(run.config) if not run.kept(epoch)]
+    if missing and not run.finished:
+        raise UserError(
+            f"checkpoints.keep: {list(run.config.checkpoints.keep)} is not enough: {script.__name__} "
+            f"reads the weights of epochs {missing}; keep them, or name in `experiments` what is "
+            "to be done without it"
+        )
 
 
 def only(jobs: Sequence[Job], directory: Path) -> list[Job]:

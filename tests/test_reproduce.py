@@ -16,6 +16,7 @@ from engine.config import load_configs
 from engine.runs import Run
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
 SMALL = [
     "train.epochs=2", "rewinding.epochs=[0,1,...]", "retraining.epochs=1",
     "retraining.peak_epoch=1", "flipping.examples=2", "flipping.reference_batch=8",
@@ -55,6 +56,27 @@ def test_everything_in_order_and_then_nothing(tiny_file, tmp_path, capsys):
     assert reproduce.main(arguments) == 0
     assert capsys.readouterr().out.splitlines() == lines
     assert {p: p.stat().st_mtime_ns for p in tmp_path.glob("runs/*/seed*/*.csv")} == before
+
+
+@pytest.mark.parametrize("experiment", ["rewinding", "retraining"])
+def test_weights_that_will_not_be_kept_are_missed_before_training(
+    tiny_file, tmp_path, capsys, experiment
+):
+    asked = ["checkpoints.keep=[3]", "rewinding.epochs=[0,3]", f"experiments=[{experiment}]"]
+    assert reproduce.main([str(tiny_file), *asked]) == 2
+    said = capsys.readouterr().err
+    assert f"checkpoints.keep: [3] is not enough: layer_{experiment}" in said
+    assert "the weights of epochs [0]; keep them" in said
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_configuration_can_be_done_to_its_end(path):
+    """No part of it asks for weights that another part throws away."""
+    configs = load_configs(path)
+    if configs[0].data.name == "npz":  # a file of one's own
+        configs = load_configs(path, ["data.name=cifar10", "data.path=null"])
+    assert reproduce.make_jobs(configs)
 
 
 @pytest.mark.usefixtures("no_figures")
