@@ -33,7 +33,8 @@ def describe_device(device: torch.device) -> str:
 def free_memory(device: torch.device) -> int:
     """Bytes that could be allocated now: what results may take, and never depend on."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         for line in meminfo.read_text().splitlines():

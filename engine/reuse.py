@@ -18,7 +18,8 @@ from models.dropout import examples
 from models.layer_groups import StagedModel, State, layer_groups, run_stages
 from models.neurons import Gates, Tap
 
-ROWS = {"cpu": 80, "cuda": 2048}  # images in one pass; a CPU's caches hold few
+ROWS = {"cpu": 80, "cuda": 2048}  # images in one pass, at the most; a CPU's caches hold few
+PASS_BYTES = 1 << 31  # what one pass may keep: batches must not depend on the memory that is free
 CACHE_BYTES = 1 << 28
 SAVED_PER_TAP = 4  # tensors that autograd keeps for each gated layer, at the most
 
@@ -33,6 +34,19 @@ def mean_output(logits: Tensor, copies: int) -> Tensor:
 
 def _tensors(state: State) -> tuple[Tensor, ...]:
     return state if isinstance(state, tuple) else (state,)
+
+
+def bytes_each(model: StagedModel, gates: Gates, images: Tensor) -> int:
+    """What autograd keeps of a pass of these images, an estimate."""
+    gates.close([()])
+    model(images)
+    return SAVED_PER_TAP * sum(tap.value.nbytes for tap in gates.take_taps())
+
+
+def rows_at_once(model: StagedModel, gates: Gates, images: Tensor) -> int:
+    """How many images go through a model in one pass: its choice, and the kind of device's."""
+    most = PASS_BYTES // bytes_each(model, gates, images[:1])
+    return max(1, min(ROWS[images.device.type], most))
 
 
 def _leaf(tensor: Tensor) -> Tensor:
@@ -86,7 +100,7 @@ class ReferenceGradient:
         """
         self.model, self.groups, self.gates = model, layer_groups(model), gates
         self.n, self.copies = len(label), images.shape[1]
-        each = max(1, ROWS[images.device.type] // self.copies)
+        each = max(1, rows_at_once(model, gates, images[0]) // self.copies)
         self.batches = list(zip(images.split(each), label.split(each)))
         self.index = _split_index(index, each, len(self.batches), self.copies)
         self.graphs: list[_Graph] = []
@@ -151,7 +165,7 @@ class Correctness:
         index: Tensor | None = None,
     ) -> None:
         self.model, self.groups, self.gates = model, layer_groups(model), gates
-        rows = ROWS[images.device.type]
+        rows = rows_at_once(model, gates, normalize(images[:1]))
         self.batches = list(zip(images.split(rows), label.split(rows)))
         self.index = _split_index(index, rows, len(self.batches))
         gates.close([()])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.devices import free_memory
-from engine.reuse import SAVED_PER_TAP, ReferenceGradient, mean_output
+from engine.reuse import ReferenceGradient, bytes_each, mean_output
 from models.dropout import examples
 from models.layer_groups import StagedModel
 from models.neurons import Gates
@@ -31,12 +31,13 @@ class Candidate:
     closed: list[int] = field(default_factory=list)
 
 
-def best_gate(score: Tensor, closed: Sequence[int]) -> int:
-    """The open gate of the highest score; the lowest number among equals."""
-    score = score.clone()
-    score[closed] = -torch.inf
-    highest = score.max()
-    return int((score >= highest - TIED * highest.abs()).nonzero()[0])
+def best_gates(score: Tensor, closed: Sequence[Sequence[int]]) -> list[int]:
+    """For each row of scores the open gate of the highest; the lowest number among equals."""
+    pairs = [(row, number) for row, numbers in enumerate(closed) for number in numbers]
+    rows, numbers = torch.tensor(pairs, dtype=torch.long, device=score.device).view(-1, 2).T
+    score = score.index_put((rows, numbers), score.new_tensor(-torch.inf))
+    highest = score.max(dim=1, keepdim=True).values
+    return (score >= highest - TIED * highest.abs()).int().argmax(1).tolist()
 
 
 def search(
@@ -68,20 +69,20 @@ def search(
         gradients = torch.autograd.grad(loss, [tap.output for tap in taps])
         own = gates.gradients(taps, gradients, len(active))
         still = []
-        for row, (candidate, flipped) in enumerate(zip(active, (output.argmax(1) != label).cpu())):
-            closed = candidate.closed
-            if flipped or len(closed) == most:
-                yield candidate, bool(flipped)
-                continue
-            common = reference.of(frozenset(closed[: len(closed) // refresh * refresh]))
-            closed.append(best_gate(common - own[row], closed))
-            still.append(candidate)
-        active = still
+        for row, flipped in enumerate((output.argmax(1) != label).tolist()):
+            if flipped or len(active[row].closed) == most:
+                yield active[row], flipped
+            else:
+                still.append(row)
+        own, active = own[still], [active[row] for row in still]
+        if active:
+            sets = [candidate.closed for candidate in active]
+            common = [reference.of(frozenset(s[: len(s) // refresh * refresh])) for s in sets]
+            for candidate, gate in zip(active, best_gates(torch.stack(common) - own, sets)):
+                candidate.closed.append(gate)
 
 
 def chunk_size(model: StagedModel, gates: Gates, images: Tensor) -> int:
     """How many examples fit into a quarter of the free memory, with their copies."""
-    gates.close([()])
-    model(images)
-    each = SAVED_PER_TAP * sum(tap.value.nbytes for tap in gates.take_taps())
+    each = bytes_each(model, gates, images)
     return max(1, min(LARGEST_CHUNK, int(free_memory(images.device) / 4 / each)))

@@ -20,7 +20,7 @@ from engine.errors import UserError
 from engine.evaluation import evaluate
 from engine.reuse import Correctness, ReferenceGradient
 from engine.runs import Run
-from engine.search import Candidate, best_gate, search
+from engine.search import Candidate, best_gates, search
 from engine.setup import load_final_model, load_split
 from models.inference import folded
 from models.neurons import Gates
@@ -260,10 +260,9 @@ def test_a_planted_neuron_is_found_first_and_alone(kind, ablate):
 
 def test_equal_scores_go_to_the_lowest_gate():
     score = torch.tensor([1.0, 2.0, 2.0001, 2.0])
-    assert best_gate(score, []) == 1
-    assert best_gate(score, [1]) == 2
-    assert best_gate(-score, []) == 0
-    assert best_gate(torch.zeros(4), [0, 1]) == 2
+    scores = torch.stack([score, score, -score, torch.zeros(4)])
+    assert best_gates(scores, [[], [1], [], [0, 1]]) == [1, 2, 0, 2]
+    assert best_gates(scores, [[]] * 4) == [1, 1, 0, 0]
 
 
 # ---------------------------------------------------------------- who is searched, and the noise
