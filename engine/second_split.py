@@ -41,9 +41,10 @@ def halves(n: int, seed: int) -> tuple[Tensor, Tensor]:
     return order[: n // 2].sort().values, order[n // 2 :].sort().values
 
 
-def compute_forgetting(config: Config, first: Split, second: Split) -> np.ndarray:
+def compute_forgetting(config: Config, split: Split, own: Tensor, other: Tensor) -> np.ndarray:
     """The epoch of the second phase from which each example of the first half stays wrong."""
-    model = make_model(config, first).to(first.label.device)
+    model = make_model(config, split).to(split.label.device)
+    first, second = (subset(split, rows.to(split.label.device)) for rows in (own, other))
     train, backward = config.train, PlainBackward().backward
     wrong = []
     for phase, half in enumerate((first, second)):
@@ -51,7 +52,7 @@ def compute_forgetting(config: Config, first: Split, second: Split) -> np.ndarra
         for epoch in range(1, train.epochs + 1):
             train_epoch(model, optimizer, half, config, epoch, backward)
             if phase == 1:
-                correct = evaluate(model, first.images, first.label).correct
+                correct = evaluate(model, first.images, first.label, index=first.index).correct
                 wrong.append(~correct.cpu().numpy())
     return first_epoch_for_good(np.stack(wrong))
 
@@ -71,8 +72,7 @@ def measure_forgetting(run: Run, split: Split) -> None:
         times = measurement.part(order)
         if times is None:
             with compute_precision(run.config.precision, device):
-                first, second = (subset(split, rows.to(device)) for rows in (own, other))
-                times = compute_forgetting(run.config, first, second).tolist()
+                times = compute_forgetting(run.config, split, own, other).tolist()
             measurement.save(order, times)
         forgotten[own.numpy()] = times
     rows = zip(split.index.tolist(), forgotten.tolist())

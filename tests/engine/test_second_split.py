@@ -5,12 +5,14 @@ import pytest
 import torch
 
 import gradient_accounting
+from data import normalize
 from engine import second_split
 from engine.evaluation import evaluate
 from engine.runs import Run
 from engine.second_split import compute_forgetting, halves, subset
 from engine.setup import load_split, make_model
 from engine.training import PlainBackward, train_epoch
+from models.dropout import examples
 
 
 def test_the_halves_are_a_partition():
@@ -33,10 +35,11 @@ def test_a_subset_is_the_same_problem_with_fewer_examples(tiny):
 def test_forgetting_against_a_loop(tiny):
     config = tiny("train.epochs=4")
     split = load_split(config)
-    first, second = (subset(split, rows) for rows in halves(split.n, 0))
-    found = compute_forgetting(config, first, second)
+    own, other = halves(split.n, 0)
+    found = compute_forgetting(config, split, own, other)
 
-    model = make_model(config, first)
+    first, second = subset(split, own), subset(split, other)
+    model = make_model(config, split)
     forgotten = np.full(first.n, 5)
     for phase, half in enumerate((first, second)):
         optimizer = torch.optim.SGD(model.parameters(), lr=0, momentum=0.9, weight_decay=5e-4)
@@ -51,17 +54,41 @@ def test_forgetting_against_a_loop(tiny):
     assert len(set(found)) > 1
 
 
+def test_under_example_tied_dropout_every_example_has_its_own_mask(tiny):
+    """In training and when it is looked at, in both orders; the slow twin goes one by one."""
+    config = tiny("train.epochs=2", "dropout.kind=example_tied", "model.width=0.2")
+    split = load_split(config)
+    for own, other in (halves(split.n, 0), halves(split.n, 0)[::-1]):
+        found = compute_forgetting(config, split, own, other)
+        model = make_model(config, split)
+        wrong = []
+        for phase, half in enumerate((subset(split, own), subset(split, other))):
+            optimizer = torch.optim.SGD(model.parameters(), lr=0, momentum=0.9, weight_decay=5e-4)
+            for epoch in (1, 2):
+                train_epoch(model, optimizer, half, config, epoch, PlainBackward().backward)
+                if phase:
+                    one_by_one = []
+                    for row in own.tolist():
+                        with torch.no_grad(), examples(model.eval(), split.index[row : row + 1]):
+                            logits = model(normalize(split.images[row : row + 1]))
+                        one_by_one.append(int(logits.argmax()) != int(split.label[row]))
+                    wrong.append(one_by_one)
+        expected = [(1 if first else 2) if last else 3 for first, last in zip(*wrong)]
+        assert found.tolist() == expected
+        assert len(set(expected)) > 1
+
+
 def test_an_order_that_is_done_is_not_trained_again(tiny, monkeypatch):
     run = Run.of(tiny("train.epochs=2"))
     gradient_accounting.main(run)
     split, calls = load_split(run.config), []
     compute = second_split.compute_forgetting
 
-    def die_in_the_second(config, first, second):
-        calls.append(first.n)
+    def die_in_the_second(*arguments):
+        calls.append(arguments)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return compute(config, first, second)
+        return compute(*arguments)
 
     monkeypatch.setattr(second_split, "compute_forgetting", die_in_the_second)
     with pytest.raises(KeyboardInterrupt):
