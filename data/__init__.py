@@ -10,7 +10,7 @@ Nothing here knows of models or of training, and no draw touches a global random
 """
 
 from data.batches import Batch, augment, batch_rows, batches, epoch_order, normalize
-from data.c_scores import c_scores_at_hand, load_c_scores, tfds_order
+from data.c_scores import c_scores_at_hand, c_scores_published, load_c_scores, tfds_order
 from data.human_labels import load_human_labels
 from data.images import DataError, Dataset, at_hand, file_digest, load_dataset, outline
 from data.label_noise import add_label_noise
@@ -27,6 +27,7 @@ __all__ = [
     "batch_rows",
     "batches",
     "c_scores_at_hand",
+    "c_scores_published",
     "epoch_order",
     "file_digest",
     "load_c_scores",

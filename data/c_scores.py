@@ -85,6 +85,11 @@ def load_c_scores(
     return torch.from_numpy(scores.astype(np.float64))
 
 
+def c_scores_published(name: str) -> bool:
+    """Whether a data set's scores are files of their own, to be downloaded."""
+    return name in PUBLISHED
+
+
 def c_scores_at_hand(name: str, root: str | Path) -> bool:
     """Whether the published scores of a data set lie below `root` already."""
     if name not in PUBLISHED:

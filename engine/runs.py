@@ -217,6 +217,11 @@ class Run:
                 raise UserError(f"{path}: damaged, or another run's{remedy}")
 
     @property
+    def settings(self) -> dict[str, object]:
+        """What decides the weights: as the training wrote it down, if there was one."""
+        return self._trained or deciding_settings(self.config)
+
+    @property
     def _trained(self) -> dict[str, object]:
         """What decided the weights; empty before a training, and of an earlier version's."""
         found = self._provenance().get("settings") if self.provenance_path.exists() else None

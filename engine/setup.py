@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from data import (
+    DataError,
     Dataset,
     Split,
     at_hand,
     c_scores_at_hand,
+    c_scores_published,
     load_c_scores,
     load_dataset,
     load_human_labels,
@@ -77,6 +79,17 @@ def load_split(config: Config) -> Split:
         c_score_threshold=data.c_score_threshold,
         human_label=human_label,
     )
+
+
+def load_split_at_hand(config: Config) -> Split:
+    """The same, where it takes no download."""
+    data = config.data
+    if not at_hand(data.name, data.root):
+        raise DataError(f"{data.name} does not lie below {data.root}")
+    scored = data.split == "atypical" and data.c_scores is None and c_scores_published(data.name)
+    if scored and not c_scores_at_hand(data.name, data.root):
+        raise DataError(f"{data.name}: its C-scores do not lie below {data.root}")
+    return load_split(config)
 
 
 def load_typicality(config: Config, split: Split) -> Tensor | None:

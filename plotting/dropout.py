@@ -6,7 +6,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from engine import files
-from engine.setup import load_split, make_model
+from engine.setup import load_split_at_hand, make_model
 from models.dropout import tied_layers
 from plotting.examples import draw_sheet
 from plotting.runs import Family
@@ -20,7 +20,7 @@ ACROSS, DOWN = 8, 3
 
 def plot_masks(family: Family) -> Figure:
     """Figure 6: the masks that a model was trained with; each row is an example."""
-    split = load_split(family.config)
+    split = load_split_at_hand(family.config)
     layers = tied_layers(make_model(family.config, split))
     rows = split.index[:EXAMPLES]
     colors = ListedColormap(["white", CLEAN, NOISY])
@@ -42,7 +42,7 @@ def plot_masks(family: Family) -> Figure:
 
 def plot_forgotten(family: Family) -> Figure:
     """Figure 7: clean examples that are no longer right without the memorization neurons."""
-    split = load_split(family.config)
+    split = load_split_at_hand(family.config)
     run = family.runs[0]
     rows = files.read_csv(run.directory / FORGOTTEN, FORGOTTEN_COLUMNS)
     place = {int(index): row for row, index in enumerate(split.index.tolist())}

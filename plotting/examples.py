@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from data import Split
-from engine.setup import load_split
+from engine.setup import load_split_at_hand
 from plotting.runs import Family
 from plotting.style import PAGE
 
@@ -40,7 +40,7 @@ def choose_examples(split: Split, kind: str) -> list[tuple[str, np.ndarray]]:
 
 def plot_examples(family: Family) -> Figure:
     """The sheet of a run's training set; it is the same for every seed."""
-    split = load_split(family.config)
+    split = load_split_at_hand(family.config)
     halves = choose_examples(split, family.config.data.split)
     figure, panels = plt.subplots(2, 1, figsize=(PAGE, 5.6))
     for axes, (heading, rows) in zip(panels, halves):

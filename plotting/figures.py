@@ -7,6 +7,7 @@ from pathlib import Path
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from data import DataError
 from engine import files
 from plotting.dropout import FORGOTTEN, plot_forgotten, plot_masks
 from plotting.examples import plot_examples
@@ -127,17 +128,20 @@ SCRIPTS = {
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure of some runs: its files, or the command that would make what it needs."""
+    """A figure of some runs: its files, or why there are none."""
 
     kind: Kind
     about: str
     paths: tuple[Path, ...] = ()
-    command: str = ""
+    command: str = ""  # that makes what it is made from
+    lack: str = ""  # of images that it shows
 
     def __str__(self) -> str:
-        if not self.paths:
-            name = f"figure {self.kind.numbers[0]}: {self.kind.source}"
-            return f"{name} is missing; {self.command} makes it"
+        name = f"figure {self.kind.numbers[0]}"
+        if self.lack:
+            return f"{name}, of {self.about}: not drawn: {self.lack}"
+        if self.command:
+            return f"{name}: {self.kind.source} is missing; {self.command} makes it"
         return f"figure {self.kind.numbers[0]}: {' '.join(map(str, self.paths))}"
 
 
@@ -165,8 +169,13 @@ def draw_all(
         for family in wanted:
             if part := family.having(kind.source):
                 beside = folder / "figures" / family.name if gather else family.folder / "figures"
-                paths = draw_figure(kind.plot, part, beside / kind.name, formats)
-                yield Drawing(kind, f"{family.title}, {part.seeds}", paths)
+                about = f"{family.title}, {part.seeds}"
+                try:
+                    paths = draw_figure(kind.plot, part, beside / kind.name, formats)
+                except DataError as error:
+                    yield Drawing(kind, about, lack=str(error))
+                else:
+                    yield Drawing(kind, about, paths)
             else:
                 command = f"python {SCRIPTS[kind.experiment]} {family.runs[0].config_path}"
                 yield Drawing(kind, family.title, command=command)

@@ -56,16 +56,20 @@ def _judge(claim: Claim, family: Family) -> Finding:
 
 
 def _trends(claim: Claim, families: Sequence[Family]) -> Iterator[Finding]:
-    """Rank correlation of the measure, a mean over seeds, with the setting that it is over."""
+    """Rank correlation of the measure with the setting that it is over, for every common seed."""
     measured = [part for family in families if (part := family.having(claim.source))]
     for group in families_over(claim.over, measured):
         settings = [setting_of(family, claim.over) for family in group]
-        correlation = rank_correlation(
-            settings, [np.nanmean(claim.measure(family)) for family in group]
-        )
+        each = [
+            dict(zip((run.config.seed for run in family.runs), claim.measure(family)))
+            for family in group
+        ]
+        common = sorted(set.intersection(*map(set, each)))
+        of_seed = [[float(found[seed]) for found in each] for seed in common]
+        trends = [rank_correlation(settings, own) for own in of_seed if np.isfinite(own).all()]
+        values = tuple(trend for trend in trends if np.isfinite(trend))
         about = f"{claim.over} from {settings[0]:g} to {settings[-1]:g}"
-        values = (correlation,) if np.isfinite(correlation) else ()
-        yield Finding(claim, about, sum(len(family.runs) for family in group), values)
+        yield Finding(claim, about, len(values), values)
 
 
 def _of_data_set(claim: Claim, config: Config) -> Claim:

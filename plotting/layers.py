@@ -10,6 +10,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from engine import files
 from plotting.runs import Family
 from plotting.style import PAGE, draw_band, names_of
 from plotting.training import draw_curves
@@ -21,10 +22,23 @@ RETRAINING_COLUMNS = ("group", "epoch", "acc_clean", "acc_noisy", "acc_train")
 LINES_AT_MOST = 11  # more would not be told apart
 
 
-def by_group(table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Column -> values [seeds, groups, epochs], of a table whose rows are sorted like that."""
-    groups = len(np.unique(table["group"]))
-    return {name: values.reshape(len(values), groups, -1) for name, values in table.items()}
+def by_group(family: Family, file_name: str, columns: Sequence[str]) -> dict[str, np.ndarray]:
+    """The groups, the epochs, and each accuracy as [seeds, groups, epochs].
+
+    It is nan where a seed lacks an epoch, as it does after the end of a retraining that stopped.
+    """
+    tables = [files.read_csv(run.directory / file_name, columns) for run in family.runs]
+    groups, epochs = (
+        sorted({row[axis] for table in tables for row in table}) for axis in ("group", "epoch")
+    )
+    shape = (len(tables), len(groups), len(epochs))
+    found = {name: np.full(shape, np.nan) for name in columns if name.startswith("acc_")}
+    for seed, table in enumerate(tables):
+        for row in table:
+            place = seed, groups.index(row["group"]), epochs.index(row["epoch"])
+            for name, values in found.items():
+                values[place] = row[name]
+    return {"group": np.array(groups, int), "epoch": np.array(epochs, int), **found}
 
 
 def plot_rewinding(family: Family) -> Figure:
@@ -43,7 +57,7 @@ def plot_rewinding_compared(families: Sequence[Family]) -> Figure:
         curves.legend(loc="best")
         curves.set_ylabel("accuracy")
         curves.set_title(f"{family.title}\n({family.seeds})", loc="left")  # it may be long
-        table = by_group(family.table(REWINDING, REWINDING_COLUMNS))
+        table = by_group(family, REWINDING, REWINDING_COLUMNS)
         scale = _draw_rewound(rewound, table, names_of(family.config.data.split))
         bar = figure.colorbar(scale, ax=rewound, label="rewound to epoch", pad=0.02)
         bar.locator = MaxNLocator(integer=True)
@@ -53,7 +67,7 @@ def plot_rewinding_compared(families: Sequence[Family]) -> Figure:
 
 def _draw_rewound(panels: Sequence[Axes], table: dict, names: dict[str, str]) -> ScalarMappable:
     """Clean and noisy accuracy against the layer; the scale that the lines are coloured by."""
-    groups, epochs = table["group"][0, :, 0], table["epoch"][0, 0]
+    groups, epochs = table["group"], table["epoch"]
     shown = np.unique(np.linspace(0, len(epochs) - 1, min(len(epochs), LINES_AT_MOST)).round())
     scale = ScalarMappable(Normalize(epochs.min(), epochs.max()), "viridis_r")
     for axes, kind in zip(panels, ("clean", "noisy")):
@@ -67,16 +81,16 @@ def _draw_rewound(panels: Sequence[Axes], table: dict, names: dict[str, str]) ->
 
 def plot_rewinding_map(family: Family) -> Figure:
     """The same as a map, layer by epoch: accuracy on the memorized examples."""
-    table = by_group(family.table(REWINDING, REWINDING_COLUMNS))
-    groups, epochs = table["group"][0, :, 0], table["epoch"][0, 0]
+    table = by_group(family, REWINDING, REWINDING_COLUMNS)
+    groups, epochs = table["group"], table["epoch"]
     names = names_of(family.config.data.split)
     figure, panels = plt.subplots(1, 2, figsize=(PAGE, 2.5), sharey=True)
     for axes, kind in zip(panels, ("clean", "noisy")):
         image = axes.imshow(
             table[f"acc_{kind}"].mean(0).T, cmap="viridis", vmin=0, vmax=1, aspect="auto"
         )
-        axes.set_xticks(range(len(groups)), [f"{group:.0f}" for group in groups])
-        axes.set_yticks(range(len(epochs)), [f"{epoch:.0f}" for epoch in epochs])
+        axes.set_xticks(range(len(groups)), groups)
+        axes.set_yticks(range(len(epochs)), epochs)
         axes.set(title=f"{names[kind]} examples", xlabel="layer that is rewound")
         axes.spines[:].set_visible(False)
     panels[0].set_ylabel("rewound to epoch")
@@ -87,9 +101,9 @@ def plot_rewinding_map(family: Family) -> Figure:
 
 def plot_retraining(family: Family) -> Figure:
     """A panel for each layer: accuracies while it is trained again, on clean examples only."""
-    table = by_group(family.table(RETRAINING, RETRAINING_COLUMNS))
+    table = by_group(family, RETRAINING, RETRAINING_COLUMNS)
     names = names_of(family.config.data.split)
-    count = table["group"].shape[1]
+    count = len(table["group"])
     rows = -(-count // 3)
     figure, panels = plt.subplots(
         rows, 3, figsize=(PAGE, 1.35 * rows + 0.4), sharex=True, sharey=True, squeeze=False
@@ -100,7 +114,7 @@ def plot_retraining(family: Family) -> Figure:
             continue
         for kind in ("clean", "noisy"):
             values = table[f"acc_{kind}"][:, group]
-            draw_band(axes, table["epoch"][0, group], values, kind, names[kind])
+            draw_band(axes, table["epoch"], values, kind, names[kind])
         axes.set(title=f"layer {group}", ylim=(0, 1.04))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set_major_formatter(PercentFormatter(1))

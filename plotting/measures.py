@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from engine import files
-from engine.detection import DETECTION_COLUMNS, count_neurons
+from engine.detection import DETECTION_COLUMNS
 from engine.rank_correlation import rank_correlation
 from plotting.layers import (
     RETRAINING,
@@ -18,7 +18,7 @@ from plotting.layers import (
     REWINDING_COLUMNS,
     by_group,
 )
-from plotting.neurons import FLIPPING, FLIPPING_COLUMNS, FLIPPING_TEXT
+from plotting.neurons import read_searched
 from plotting.runs import Family
 from plotting.tables import DETECTION, DROPOUT, DROPOUT_COLUMNS
 from plotting.training import read_accounts, read_curves
@@ -94,17 +94,20 @@ def cosine_layers(family: Family) -> Values:
 
 
 def _rewound(family: Family) -> dict[str, np.ndarray]:
-    return by_group(family.table(REWINDING, REWINDING_COLUMNS))
+    return by_group(family, REWINDING, REWINDING_COLUMNS)
 
 
 def _back_before_learning(family: Family) -> np.ndarray:
     """[seeds, layers]: noisy accuracy kept, as a share of the final one, by each layer alone back
     at the last rewound epoch before which little was learned; the initialization never counts."""
     curves, table = read_curves(family), _rewound(family)
-    noisy, epochs = curves["acc_noisy"], table["epoch"][0, 0].astype(int)
+    noisy, epochs = curves["acc_noisy"], table["epoch"]
     kept = []
     for learned, rewound in zip(noisy, table["acc_noisy"]):
-        early = [i for i, t in enumerate(epochs) if t > 0 and learned[t] < NOT_YET_LEARNED]
+        early = [
+            i for i, t in enumerate(epochs)
+            if t > 0 and learned[t] < NOT_YET_LEARNED and np.isfinite(rewound[0, i])
+        ]  # fmt: skip
         says = early and learned[-1] >= NOT_YET_LEARNED
         nothing = np.full(len(rewound), np.nan)
         kept.append(rewound[:, early[-1]] / learned[-1] if says else nothing)
@@ -134,13 +137,13 @@ def _at_initialization(family: Family, kind: str) -> np.ndarray:
     """[seeds, layers]: accuracy with each layer alone at epoch 0; nan where none was rewound so."""
     table = _rewound(family)
     values = table[f"acc_{kind}"][:, :, 0]
-    return values if table["epoch"][0, 0, 0] == 0 else np.full_like(values, np.nan)
+    return values if table["epoch"][0] == 0 else np.full_like(values, np.nan)
 
 
 def _peaks(family: Family) -> np.ndarray:
     """[seeds, layers]: the highest noisy accuracy after an epoch of retraining."""
-    table = by_group(family.table(RETRAINING, RETRAINING_COLUMNS))
-    return table["acc_noisy"][:, :, 1:].max(2)
+    table = by_group(family, RETRAINING, RETRAINING_COLUMNS)
+    return np.fmax.reduce(table["acc_noisy"][:, :, 1:], axis=2)
 
 
 def layers_that_come_back(family: Family) -> Values:
@@ -156,10 +159,7 @@ def last_layer_comes_back(family: Family) -> Values:
 
 def _of_each_seed(family: Family, memorized: int) -> list[list[dict]]:
     """The searched examples of one kind, seed by seed."""
-    tables = [
-        files.read_csv(run.directory / FLIPPING, FLIPPING_COLUMNS, FLIPPING_TEXT)
-        for run in family.runs
-    ]
+    tables = map(read_searched, family.runs)
     return [[row for row in table if row["memorized"] == memorized] for table in tables]
 
 
@@ -169,9 +169,8 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _mean_neurons(family: Family, memorized: int) -> np.ndarray:
-    most = family.config.flipping.max_neurons
     each = _of_each_seed(family, memorized)
-    return np.array([_mean(count_neurons(row, most) for row in rows) for rows in each])
+    return np.array([_mean(row["neurons"] for row in rows) for rows in each])
 
 
 def neurons_noisy(family: Family) -> Values:

@@ -8,6 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from engine import files
+from engine.detection import count_neurons
+from engine.runs import Run
 from plotting.runs import Family
 from plotting.style import COLORS, PAGE, names_of
 
@@ -17,6 +20,18 @@ FLIPPING_COLUMNS = (
     "acc_remaining_before", "acc_remaining_after", "groups", "neurons_ids",
 )  # fmt: skip
 FLIPPING_TEXT = ("groups", "neurons_ids")
+
+
+def read_searched(run: Run) -> list[dict]:
+    """The searched examples, each with the number of neurons that it counts for.
+
+    How many a search was allowed stands beside the table: it may be measured with other settings
+    than those that the run was begun with.
+    """
+    path = run.directory / FLIPPING
+    most = files.read_json(path.with_suffix(".json"))["settings"]["max_neurons"]
+    rows = files.read_csv(path, FLIPPING_COLUMNS, FLIPPING_TEXT)
+    return [row | {"neurons": count_neurons(row, most)} for row in rows]
 
 
 def _of_both_kinds(rows: list[dict]) -> Iterator[tuple[str, list[dict]]]:
@@ -31,10 +46,10 @@ def _histogram(axes: Axes, values: list[float], bins: np.ndarray, kind: str, nam
 
 def plot_flipping(family: Family) -> Figure:
     """Neurons to flip, accuracy on the rest afterwards, and the layers that the neurons are in."""
-    rows = family.rows(FLIPPING, FLIPPING_COLUMNS, FLIPPING_TEXT)
+    rows = [row for run in family.runs for row in read_searched(run)]
     names = names_of(family.config.data.split)
     figure, (counts, after, layers) = plt.subplots(1, 3, figsize=(PAGE, 2.3))
-    most = max(row["neurons"] for row in rows)
+    most = int(max(row["neurons"] for row in rows))
     steps = np.arange(0.5, most + 1.5, max(1, most // 30))
     lowest = min(row["acc_remaining_after"] for row in rows)
     groups = [int(g) for row in rows for g in row["groups"].split()]

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from engine import files
 from engine.provenance import REPOSITORY
-from engine.runs import deciding_settings
 from plotting.figures import SCRIPTS, Drawing
 from plotting.findings import Finding
 from plotting.runs import Family
@@ -226,8 +225,8 @@ def _chapter(
     parts = [f'<h2 id="{name}">{words}</h2><p class="lead">{question}</p>']
     parts.append(_claims(findings) if findings else "<p>No run of this kind.</p>")
     parts += [_figure(drawing) for drawing in drawings if drawing.paths]
-    missing = {drawing.command for drawing in drawings if not drawing.paths}
-    if missing:
+    parts += [f"<p>{escape(str(drawing))}</p>" for drawing in drawings if drawing.lack]
+    if missing := {drawing.command for drawing in drawings if drawing.command}:
         parts.append(f"<p>Not measured yet; these commands do it:</p>{_commands(missing)}")
     again = [f"python {SCRIPTS[name]} {run}" for run in _runs_of(name, families)]
     parts.append(
@@ -278,8 +277,8 @@ def _what_was_run(families: Sequence[Family]) -> str:
     rows = []
     for family in families:
         sources = [files.read_json(run.provenance_path) for run in family.runs]
-        settings = {k: v for k, v in deciding_settings(family.config).items() if k != "seed"}
-        words = ", ".join(f"{k}={v}" for k, v in settings.items() if not k.endswith(".sha256"))
+        settings = family.settings.items()
+        words = ", ".join(f"{k}={v}" for k, v in settings if not k.endswith(".sha256"))
         versions = sorted({_versions(source) for source in sources})
         devices = "; ".join(family.devices)
         seeds = ", ".join(str(run.config.seed) for run in family.runs)

@@ -11,7 +11,7 @@ from engine import files
 from engine.cli import title
 from engine.config import flatten
 from engine.errors import UserError
-from engine.runs import Run, deciding_settings
+from engine.runs import Run
 from engine.settings import Config
 
 
@@ -25,6 +25,11 @@ class Family:
     @property
     def config(self) -> Config:
         return self.runs[0].config
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What decided the weights, but for the seed."""
+        return {k: v for k, v in self.runs[0].settings.items() if k != "seed"}
 
     @property
     def name(self) -> str:
@@ -93,8 +98,7 @@ def alike(families: Sequence[Family], ignoring: str, fewest: int) -> list[list[F
     """Groups of `fewest` families or more that differ in the settings of this pattern alone."""
     groups: dict[str, list[Family]] = {}
     for family in families:
-        settings = deciding_settings(family.config)
-        same = {k: v for k, v in settings.items() if not re.fullmatch(f"seed|{ignoring}", k)}
+        same = {k: v for k, v in family.settings.items() if not re.fullmatch(ignoring, k)}
         groups.setdefault(repr(sorted(same.items())), []).append(family)
     return [group for group in groups.values() if len(group) >= fewest]
 

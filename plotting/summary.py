@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 
 from engine import files
-from engine.runs import deciding_settings
 from plotting.findings import Finding
 from plotting.runs import Family
 
@@ -24,9 +23,8 @@ def summarize(families: Sequence[Family], findings: Sequence[Finding]) -> dict[s
     """The same for the same results, on any machine and at any time."""
     runs = []
     for family in families:
-        settings = {k: v for k, v in deciding_settings(family.config).items() if k != "seed"}
         seeds = [run.config.seed for run in family.runs]
-        runs.append({"about": family.title, "seeds": seeds, "settings": settings})
+        runs.append({"about": family.title, "seeds": seeds, "settings": family.settings})
     return {"runs": runs, "claims": [_entry(finding) for finding in findings]}
 
 
@@ -55,7 +53,7 @@ def keep_results(families: Sequence[Family], folder: Path) -> Path:
                 files.write_text(folder / place / table.name, files.read_text(table))
             source = files.read_json(run.provenance_path)
             kept = ("git_commit", "git_dirty", "versions", "device", "started", "seconds")
-            settings = {"settings": deciding_settings(run.config)}
+            settings = {"settings": run.settings}
             sources[str(place)] = settings | {key: source.get(key) for key in kept}
     files.write_json(folder / SOURCES, sources)
     return folder / SOURCES

@@ -9,10 +9,9 @@ from itertools import combinations
 
 import numpy as np
 
-from engine import files
-from engine.detection import DETECTION_COLUMNS, compute_area, count_neurons
+from engine.detection import DETECTION_COLUMNS, compute_area
 from engine.rank_correlation import rank_correlation
-from plotting.neurons import FLIPPING, FLIPPING_COLUMNS, FLIPPING_TEXT
+from plotting.neurons import FLIPPING, read_searched
 from plotting.runs import Family
 
 DROPOUT = "example_tied_dropout.csv"
@@ -34,7 +33,7 @@ PAPER_TABLE_2 = {
     (0.4, 0.2): (0.917, 0.034), (0.5, 0.2): (0.936, 0.047), (0.6, 0.2): (0.950, 0.069),
 }  # fmt: skip
 PAPER_TABLE_3 = {"standard": (1.0, 0.995), "sparse": (1.0, 0.998), "example_tied": (0.908, 0.031)}
-PAPER_AUC = {"neurons": 0.89, "learning time": 0.87, "forgetting time": 0.93, "summed loss": 0.987}
+PAPER_AUC = {"neurons": 0.89, "learning time": 0.87, "forgetting time": 0.93}
 
 
 @dataclass(frozen=True)
@@ -148,11 +147,11 @@ def table_auc(families: Sequence[Family]) -> Table:
     rows = []
     for family in filter(None, (family.having(DETECTION) for family in families)):
         found = family.rows(DETECTION, DETECTION_COLUMNS, text=("method", "on"))
-        for method, paper in PAPER_AUC.items():
+        for method in (*PAPER_AUC, "summed loss"):
             areas = [r["auc"] for r in found if (r["method"], r["on"]) == (method, "searched")]
             if areas:
-                ours = spread(areas, 3, percent=False)
-                rows.append((family.title, method, str(len(areas)), ours, f"{paper:g}"))
+                ours, paper = spread(areas, 3, percent=False), PAPER_AUC.get(method, "-")
+                rows.append((family.title, method, str(len(areas)), ours, str(paper)))
     header = ("data", "score", "n", "AUC", "paper (CIFAR-10)")
     caption = "AUC of telling memorized from clean examples"
     return Table("table_auc", caption, header, tuple(rows))
@@ -183,12 +182,8 @@ def table_stability(families: Sequence[Family]) -> Table:
 
 def counts_of_all_seeds(family: Family) -> tuple[np.ndarray, np.ndarray]:
     """Neurons [seeds, examples] of the examples that every seed searched, and who is memorized."""
-    most = family.config.flipping.max_neurons
     tables = [
-        {
-            row["example"]: (count_neurons(row, most), row["memorized"] == 1)
-            for row in files.read_csv(run.directory / FLIPPING, FLIPPING_COLUMNS, FLIPPING_TEXT)
-        }
+        {row["example"]: (row["neurons"], row["memorized"] == 1) for row in read_searched(run)}
         for run in family.runs
     ]
     common = sorted(set.intersection(*map(set, tables)))

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from engine.runs import HISTORY_COLUMNS, deciding_settings
+from engine.runs import HISTORY_COLUMNS
 from plotting.runs import Family
 from plotting.style import COLUMN, PAGE, draw_band, names_of
 
@@ -103,8 +103,7 @@ def plot_gradient_norms_compared(families: Sequence[Family]) -> Figure:
 
 def _model_of(family: Family) -> str:
     """The model and how it is trained: what makes a row of its own."""
-    settings = deciding_settings(family.config)
-    return repr({k: v for k, v in settings.items() if k.startswith(("model.", "train."))})
+    return repr({k: v for k, v in family.settings.items() if k.startswith(("model.", "train."))})
 
 
 def plot_gradient_norms_over_training(family: Family) -> Figure:

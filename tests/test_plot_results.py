@@ -1,5 +1,8 @@
 """Figures come from result files alone, show what is in them, and say what is missing."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from matplotlib import pyplot as plt
@@ -7,12 +10,16 @@ from PIL import Image
 
 import example_tied_dropout
 import gradient_accounting
+import neuron_flipping
 import plot_results
-from engine import files
+from engine import files, setup
 from engine.runs import Run
 from engine.setup import load_split
 from plotting.examples import choose_examples
 from plotting.figures import KINDS, draw_all
+from plotting.layers import RETRAINING_COLUMNS, by_group, plot_retraining
+from plotting.measures import last_layer_comes_back, layers_that_come_back
+from plotting.neurons import read_searched
 from plotting.runs import find_families
 from plotting.style import NOISY, paper_style
 from plotting.tables import KINDS as ACCURACIES
@@ -118,6 +125,65 @@ def test_mistakes(tmp_path, capsys, arguments, expected):
     printed = capsys.readouterr().err
     assert expected in printed
     assert printed.count("\n") == 1
+
+
+def test_images_that_are_gone_cost_the_figures_of_images_alone(tiny, tmp_path, capsys):
+    x = np.random.default_rng(0).integers(0, 255, (80, 12, 12), np.uint8)
+    y = np.arange(80) % 4
+    np.savez(tmp_path / "own.npz", x_train=x, y_train=y, x_test=x[:20], y_test=y[:20])
+    own = ("data.name=npz", f"data.path={tmp_path / 'own.npz'}", "data.train_size=60")
+    gradient_accounting.main(Run.of(tiny(*own, "data.test_size=20")))
+    (tmp_path / "own.npz").rename(tmp_path / "elsewhere.npz")
+    setup._load_dataset_once.cache_clear()
+    capsys.readouterr()
+    assert plot_results.main([str(tmp_path / "runs"), "--format", "png"]) == 0
+    examples, *others, _claims, _summary, report = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"figure examples, of .*: not drawn: .*own\.npz.*", examples)
+    assert sum(line.endswith(".png") for line in others) == 4
+    assert "not drawn" in Path(report.partition(": ")[2]).read_text(encoding="utf-8")
+
+
+def test_nothing_is_downloaded_for_a_figure(tiny, tmp_path, monkeypatch, capsys):
+    gradient_accounting.main(Run.of(tiny()))
+    config_path = next((tmp_path / "runs").rglob("config.yaml"))
+    monkeypatch.setattr(setup, "at_hand", lambda name, root: False)
+    monkeypatch.setattr(setup, "load_split", None)
+    assert plot_results.main([str(config_path.parent), "--figure", "examples"]) == 0
+    assert "not drawn: glyphs does not lie below datasets" in capsys.readouterr().out
+
+
+def test_layers_that_stop_early_do_not_mix(family):
+    """Retraining with patience: groups, and seeds, of different length."""
+    accuracies = {  # by seed and group: after just being reset, and after each epoch
+        0: {0: [0.1, 0.2, 0.9], 1: [0.3, 0.4]},
+        1: {0: [0.1, 0.6], 1: [0.5, 0.2, 0.1]},
+    }
+    for run in family.runs:
+        rows = [
+            {"group": group, "epoch": epoch, "acc_clean": a, "acc_noisy": a, "acc_train": a}
+            for group, values in accuracies[run.config.seed].items()
+            for epoch, a in enumerate(values)
+        ]
+        files.write_csv(run.directory / "layer_retraining.csv", RETRAINING_COLUMNS, rows)
+    table = by_group(family, "layer_retraining.csv", RETRAINING_COLUMNS)
+    for seed, groups in accuracies.items():
+        for group, values in groups.items():
+            found = table["acc_noisy"][seed, group]
+            np.testing.assert_array_equal(found[: len(values)], values)
+            assert np.isnan(found[len(values) :]).all()
+    assert layers_that_come_back(family).tolist() == [0.5, 0.0]
+    assert last_layer_comes_back(family).tolist() == [0.4, 0.2]
+    with paper_style():
+        plt.close(plot_retraining(family))
+
+
+def test_a_search_counts_as_it_was_measured(family):
+    """How many neurons were allowed is the measurement's, not what the run was begun with."""
+    for run in family.runs:
+        few = ("flipping.max_neurons=1", "flipping.examples=4", "flipping.reference_batch=8")
+        neuron_flipping.main(Run.at(run.directory, few))
+    rows = [row for run in family.runs for row in read_searched(run)]
+    assert {row["neurons"] for row in rows if row["flipped"] == 0} == {2}
 
 
 def test_a_table_holds_ours_beside_the_papers(tiny, tmp_path, capsys):

@@ -20,6 +20,7 @@ HISTORY = (
 )  # fmt: skip
 ACCOUNTS = ("epoch", "group", "norm_clean", "norm_noisy", "norm_total", "cosine", "parameters")
 EPOCHS, LAYERS = 6, 4
+MOST = 20  # neurons that a search was allowed, unlike the default
 
 
 def planted(tiny, seed: int, *overrides: str) -> Run:
@@ -69,6 +70,7 @@ def planted(tiny, seed: int, *overrides: str) -> Run:
             for i in range(12)
         ],
     )  # fmt: skip
+    files.write_json(run.directory / "neuron_flipping.json", {"settings": {"max_neurons": MOST}})
     memorized = np.arange(20) < 4
     files.write_arrays(run.split_path, memorized=memorized)
     return run
@@ -157,7 +159,7 @@ def test_neurons(family):
             return statistics.mean(float(row[column]) for row in rows)
 
         counts = [
-            statistics.mean(float(r["neurons"]) if r["flipped"] == "1" else 101.0 for r in kind)
+            statistics.mean(float(r["neurons"]) if r["flipped"] == "1" else MOST + 1 for r in kind)
             for kind in (noisy, clean)
         ]
         assert any(r["flipped"] == "0" for r in noisy), "one that gave up"
@@ -227,32 +229,38 @@ def test_claims_have_names_and_rules_of_their_own():
 
 
 def test_a_trend_is_over_runs_that_differ_in_nothing_else(tiny_file):
-    def family(p_gen: float, p_mem: float, noisy: float) -> Family:
-        (config,) = load_configs(
-            tiny_file,
-            ["dropout.kind=example_tied", f"dropout.p_gen={p_gen}", f"dropout.p_mem={p_mem}"],
-        )
-        run = Run.of(config)
-        row = {"dropout": "example_tied", "p_gen": p_gen, "p_mem": p_mem, "state": "after"}
-        row |= {"acc_clean": p_gen, "acc_noisy": noisy, "acc_test": 0.5}
-        files.write_csv(run.directory / DROPOUT, DROPOUT_COLUMNS, [row, row | {"state": "before"}])
-        return Family(run.directory.parent, (run,))
+    def family(p_gen: float, p_mem: float, *noisy: float) -> Family:
+        settings = [f"dropout.p_gen={p_gen}", f"dropout.p_mem={p_mem}"]
+        seeds = f"seed={list(range(len(noisy)))}"
+        configs = load_configs(tiny_file, ["dropout.kind=example_tied", *settings, seeds])
+        runs = tuple(map(Run.of, configs))
+        for run, accuracy in zip(runs, noisy):
+            row = {"dropout": "example_tied", "p_gen": p_gen, "p_mem": p_mem, "state": "after"}
+            row |= {"acc_clean": p_gen, "acc_noisy": accuracy, "acc_test": 0.5}
+            rows = [row, row | {"state": "before"}]
+            files.write_csv(run.directory / DROPOUT, DROPOUT_COLUMNS, rows)
+        return Family(runs[0].directory.parent, runs)
 
-    families = [family(0.6, 0.2, 0.1), family(0.2, 0.2, 0.3), family(0.4, 0.2, 0.2)]
-    families.append(family(0.3, 0.1, 0.9))
+    families = [
+        family(0.6, 0.2, 0.1, 0.9, 0.5),  # the third seed is not everywhere
+        family(0.2, 0.2, 0.3, 0.2),
+        family(0.4, 0.2, 0.2, 0.4),
+        family(0.3, 0.1, 0.9),
+    ]
     (group,) = families_over("dropout.p_gen", families)
     assert [one.config.dropout.p_gen for one in group] == [0.2, 0.4, 0.6]
     assert len(alike(families, r"dropout\..*", 4)) == 1
     found = {f.claim.name: f for f in find(families) if f.claim.over}
-    assert found["dropout.clean_over_p_gen"].values == (pytest.approx(1),)
-    assert found["dropout.noisy_over_p_gen"].values == (pytest.approx(-1),)
-    assert found["dropout.noisy_over_p_gen"].verdict == "differs"
+    assert found["dropout.clean_over_p_gen"].values == (pytest.approx(1), pytest.approx(1))
+    assert found["dropout.clean_over_p_gen"].verdict == "agrees"
+    assert found["dropout.noisy_over_p_gen"].values == (pytest.approx(-1), pytest.approx(1))
+    assert found["dropout.noisy_over_p_gen"].verdict == "1 of 2 seeds agree"
 
 
 def test_stability_is_over_all_choices_of_trainings(family):
     rows = table_stability([family]).rows
     tables = [
-        {r["example"]: (float(r["neurons"]) if r["flipped"] == "1" else 101, r["memorized"])
+        {r["example"]: (float(r["neurons"]) if r["flipped"] == "1" else MOST + 1, r["memorized"])
          for r in rows_of(run, "neuron_flipping.csv")}
         for run in family.runs
     ]  # fmt: skip
