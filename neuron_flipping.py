@@ -39,7 +39,7 @@ from engine.measurements import Measurement
 from engine.reuse import Correctness, ReferenceGradient
 from engine.runs import Run
 from engine.search import Candidate, chunk_size, search
-from engine.second_split import measure_forgetting, read_forgetting
+from engine.second_split import forgetting_measurement, measure_forgetting, read_forgetting
 from engine.setup import load_final_model, load_split
 from models.inference import folded
 from models.layer_groups import StagedModel
@@ -311,7 +311,10 @@ def conclude(runs: Sequence[Run]) -> Iterator[tuple[str, Path]]:
 
 
 def is_done(run: Run) -> bool:
-    return run.finished and search_measurement(run).finished and detection_measurement(run).finished
+    measured = [search_measurement(run), detection_measurement(run)]
+    if run.config.flipping.second_split:
+        measured.append(forgetting_measurement(run))
+    return run.finished and all(measurement.finished for measurement in measured)
 
 
 def plan(run: Run) -> str:

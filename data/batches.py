@@ -21,7 +21,6 @@ class Batch:
     label: torch.Tensor
     memorized: torch.Tensor
     index: torch.Tensor  # in the data set's original order
-    row: torch.Tensor  # in the split
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
@@ -70,7 +69,6 @@ def batches(
             label=split.label.index_select(0, row),
             memorized=split.memorized.index_select(0, row),
             index=split.index.index_select(0, row),
-            row=row,
         )
 
 

@@ -9,6 +9,7 @@ import io
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,12 @@ def outline(name: str, path: str | Path | None = None) -> Outline:
     if name in PUBLISHED:
         known = PUBLISHED[name]
         return Outline(known.shape, len(known.class_names), known.train_count)
+    own = Path(path).expanduser() if path else None
+    return _outline_once(name, own, own.stat().st_mtime_ns if own and own.exists() else None)
+
+
+@lru_cache
+def _outline_once(name: str, path: Path | None, changed: int | None) -> Outline:
     dataset = load_dataset(name, path=path)
     return Outline(tuple(dataset.images.shape[1:]), len(dataset.class_names), len(dataset.label))
 

@@ -43,7 +43,7 @@ class Split:
         return tuple(self.images.shape[1:])
 
     def subset(self, chosen: torch.Tensor) -> "Split":
-        """Some of the training examples (bool [n]), in the same order, and every test example."""
+        """Some of the training examples (bool [n], or rows), and every test example."""
         per_example = ("images", "label", "true_label", "memorized", "index", "typicality")
         columns = {name: getattr(self, name) for name in per_example}
         return replace(self, **{k: v if v is None else v[chosen] for k, v in columns.items()})

@@ -1,6 +1,6 @@
 """One configuration key: its default, its meaning, and which values it takes.
 
-`engine/config.py` declares every key with `option(default, kind, meaning)`. A `Kind` knows how to
+`engine/settings.py` declares every key with `option(default, kind, meaning)`. A `Kind` knows how to
 turn what YAML gave into the value that the program uses, and how to say in words what is allowed.
 """
 

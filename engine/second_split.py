@@ -5,8 +5,6 @@ first half once: the two halves are trained on in both orders, from the same ini
 phase with the whole schedule of the run.
 """
 
-from dataclasses import fields, replace
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -27,15 +25,6 @@ FILE_NAME = "second_split.csv"
 COLUMNS = ("example", "forgotten")  # epoch from which it stays wrong; epochs + 1 is never
 
 
-def subset(split: Split, rows: Tensor) -> Split:
-    """The same problem with these training examples only."""
-    names = ("images", "label", "true_label", "memorized", "index", "typicality")
-    present = [
-        f.name for f in fields(split) if f.name in names and getattr(split, f.name) is not None
-    ]
-    return replace(split, **{name: getattr(split, name)[rows] for name in present})
-
-
 def halves(n: int, seed: int) -> tuple[Tensor, Tensor]:
     order = torch.from_numpy(random_stream("second split", seed).permutation(n))
     return order[: n // 2].sort().values, order[n // 2 :].sort().values
@@ -44,7 +33,7 @@ def halves(n: int, seed: int) -> tuple[Tensor, Tensor]:
 def compute_forgetting(config: Config, split: Split, own: Tensor, other: Tensor) -> np.ndarray:
     """The epoch of the second phase from which each example of the first half stays wrong."""
     model = make_model(config, split).to(split.label.device)
-    first, second = (subset(split, rows.to(split.label.device)) for rows in (own, other))
+    first, second = (split.subset(rows.to(split.label.device)) for rows in (own, other))
     train, backward = config.train, PlainBackward().backward
     wrong = []
     for phase, half in enumerate((first, second)):
@@ -57,13 +46,13 @@ def compute_forgetting(config: Config, split: Split, own: Tensor, other: Tensor)
     return first_epoch_for_good(np.stack(wrong))
 
 
-def _measurement(run: Run) -> Measurement:
+def forgetting_measurement(run: Run) -> Measurement:
     return Measurement(run, FILE_NAME, COLUMNS, {})
 
 
 def measure_forgetting(run: Run, split: Split) -> None:
     """Train both orders, unless that is done; each is saved when it ends."""
-    measurement, device = _measurement(run), split.label.device
+    measurement, device = forgetting_measurement(run), split.label.device
     if measurement.finished:
         return
     parts = halves(split.n, run.config.seed)
@@ -81,5 +70,5 @@ def measure_forgetting(run: Run, split: Split) -> None:
 
 def read_forgetting(run: Run) -> np.ndarray:
     """The forgetting time of every training example, in order."""
-    rows = files.read_csv(_measurement(run).path, COLUMNS)
+    rows = files.read_csv(forgetting_measurement(run).path, COLUMNS)
     return np.array([row["forgotten"] for row in rows])

@@ -168,13 +168,22 @@ class SparseDropout(DropoutLayer):
 # ---------------------------------------------------------------- a whole model
 
 
+class _Inserted(nn.ModuleList):
+    """Holds the layers that hooks call; where a Sequential calls it, nothing happens."""
+
+    def forward(self, activations: Tensor) -> Tensor:
+        return activations
+
+
 def tied_layers(model: nn.Module) -> list[ExampleTiedDropout]:
     return [module for module in model.modules() if isinstance(module, ExampleTiedDropout)]
 
 
 def insert_dropout(model: nn.Module, layers: Mapping[str, DropoutLayer]) -> None:
     """Put a layer behind each named module; no weight of the model is renamed."""
-    model.inserted_dropout = nn.ModuleList(layers.values())
+    if not hasattr(model, "inserted_dropout"):
+        model.inserted_dropout = _Inserted()
+    model.inserted_dropout.extend(layers.values())
     for name, layer in layers.items():
         model.get_submodule(name).register_forward_hook(layer.hook)
 
@@ -215,5 +224,5 @@ def forget(model: nn.Module, index: Tensor) -> Iterator[None]:
     layers = tied_layers(model)
     with _changed(layers, forgotten=None):
         for layer in layers:
-            layer.forgotten = layer.masks[index].any(dim=0)
+            layer.forgotten = torch.atleast_2d(layer.masks[index]).any(dim=0)
         yield

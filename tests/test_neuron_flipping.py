@@ -515,6 +515,17 @@ def test_detection_of_a_run(run_of):
     assert found["neurons", "searched"]["auc"] == pytest.approx(area.auc)
 
 
+def test_a_deleted_forgetting_time_is_measured_again(run_of):
+    run = run_of(*SMALL, "flipping.second_split=true")
+    neuron_flipping.main(run)
+    table = run.directory / "second_split.csv"
+    before = table.read_bytes()
+    table.unlink()
+    assert not neuron_flipping.is_done(run)
+    neuron_flipping.main(run)
+    assert table.read_bytes() == before
+
+
 def test_a_dry_run_searches_nothing(run_of):
     run = run_of(*SMALL)
     assert "up to 8 examples to search" in neuron_flipping.plan(run)

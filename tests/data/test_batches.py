@@ -33,20 +33,18 @@ def test_a_batch_carries_what_belongs_together(tiny_dataset):
     split = make_split(tiny_dataset, noise_rate=0.3, train_size=41)
     order = epoch_order(split.n, seed=1, epoch=2)
     seen = list(batches(split, 8, order))
-    assert [len(batch.row) for batch in seen] == [8, 8, 8, 8, 9]
-    assert torch.equal(torch.cat([batch.row for batch in seen]), order)
-    for batch in seen:
-        assert torch.equal(batch.index, split.index[batch.row])
-        assert torch.equal(batch.label, split.label[batch.row])
-        assert torch.equal(batch.memorized, split.memorized[batch.row])
+    assert [len(batch.index) for batch in seen] == [8, 8, 8, 8, 9]
+    for batch, rows in zip(seen, order.split([8, 8, 8, 8, 9])):
+        assert torch.equal(batch.index, split.index[rows])
+        assert torch.equal(batch.label, split.label[rows])
+        assert torch.equal(batch.memorized, split.memorized[rows])
         # Image i of the whole data set is filled with the value i.
         assert torch.equal(((batch.image[:, 0, 0, 0] + 1) * 127.5).round().long(), batch.index)
 
 
 def test_without_an_order_batches_are_sequential(tiny_dataset):
     split = make_split(tiny_dataset)
-    rows = torch.cat([batch.row for batch in batches(split, 7)])
-    assert torch.equal(rows, torch.arange(60))
+    assert torch.equal(torch.cat([batch.index for batch in batches(split, 7)]), split.index)
 
 
 def test_the_order_is_a_permutation_decided_by_seed_and_epoch():

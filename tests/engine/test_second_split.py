@@ -9,7 +9,7 @@ from data import normalize
 from engine import second_split
 from engine.evaluation import evaluate
 from engine.runs import Run
-from engine.second_split import compute_forgetting, halves, subset
+from engine.second_split import compute_forgetting, halves
 from engine.setup import load_split, make_model
 from engine.training import PlainBackward, train_epoch
 from models.dropout import examples
@@ -25,7 +25,7 @@ def test_the_halves_are_a_partition():
 def test_a_subset_is_the_same_problem_with_fewer_examples(tiny):
     split = load_split(tiny())
     rows = torch.tensor([5, 2, 40])
-    part = subset(split, rows)
+    part = split.subset(rows)
     assert part.n == 3
     for name in ("images", "label", "true_label", "memorized", "index"):
         assert torch.equal(getattr(part, name), getattr(split, name)[rows])
@@ -38,7 +38,7 @@ def test_forgetting_against_a_loop(tiny):
     own, other = halves(split.n, 0)
     found = compute_forgetting(config, split, own, other)
 
-    first, second = subset(split, own), subset(split, other)
+    first, second = split.subset(own), split.subset(other)
     model = make_model(config, split)
     forgotten = np.full(first.n, 5)
     for phase, half in enumerate((first, second)):
@@ -62,7 +62,7 @@ def test_under_example_tied_dropout_every_example_has_its_own_mask(tiny):
         found = compute_forgetting(config, split, own, other)
         model = make_model(config, split)
         wrong = []
-        for phase, half in enumerate((subset(split, own), subset(split, other))):
+        for phase, half in enumerate((split.subset(own), split.subset(other))):
             optimizer = torch.optim.SGD(model.parameters(), lr=0, momentum=0.9, weight_decay=5e-4)
             for epoch in (1, 2):
                 train_epoch(model, optimizer, half, config, epoch, PlainBackward().backward)

@@ -198,6 +198,26 @@ def test_forget_drops_the_neurons_of_the_chosen_for_everybody():
     assert layer.forgotten is None
 
 
+@pytest.mark.parametrize("index", [4, torch.tensor(4), torch.tensor([4])])
+def test_one_example_is_forgotten_however_it_is_named(index):
+    layer = ExampleTiedDropout(50, 60, p_gen=0.2, p_mem=0.1)
+    with forget(layer, index):
+        assert torch.equal(layer.forgotten, layer.masks[4])
+
+
+def test_layers_can_be_inserted_into_a_sequential_and_one_after_another():
+    model = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 10))
+    insert_dropout(model, {"0": StandardDropout(0.5)})
+    insert_dropout(model, {"1": ExampleTiedDropout(10, 60, p_gen=0.2)})
+    x = torch.randn(3, 6)
+    assert model.eval()(x).shape == (3, 10)
+    assert torch.equal(model(x), model(x)), "every layer follows eval()"
+    assert len(tied_layers(model)) == 1
+    model.train()
+    with examples(model, torch.arange(3)):
+        assert not torch.equal(model(x), model(x))
+
+
 def test_p_gen_1_is_the_identity():
     layer = ExampleTiedDropout(10, 60, p_gen=1)
     x = torch.randn(3, 10)
