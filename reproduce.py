@@ -32,7 +32,7 @@ from engine.config import load_configs
 from engine.errors import UserError
 from engine.jobs import Job, are_done, by_run
 from engine.processes import Slot, make_slots
-from engine.runs import Run, without_dropout
+from engine.runs import Run, each_once, without_dropout
 from engine.settings import EXPERIMENTS, Config
 from engine.setup import load_split
 from engine.stopping import OutOfTime, ending_on_signals, time_budget
@@ -64,13 +64,14 @@ def make_jobs(configs: Sequence[Config]) -> list[Job]:
         if "dropout" in asked and config.dropout.kind != "none":
             yield example_tied_dropout, example_tied_dropout.without_accounting(config)
 
-    jobs = {}
+    jobs, runs = {}, []
     for config in configs:
         for script, own in wanted(config):
-            run = Run.of(own)
+            runs.append(run := Run.of(own))
             require_weights(script, run)
             trains = script not in ON_PLAIN_RUNS.values()
             jobs.setdefault((script.__name__, run.directory), Job(script, run, trains))
+    each_once(runs)
     return list(jobs.values())
 
 
@@ -79,10 +80,10 @@ def require_weights(script: ModuleType, run: Run) -> None:
     read = READS.get(script, lambda config: [])
     missing = [epoch for epoch in read(run.config) if not run.kept(epoch)]
     if missing and not run.finished:
+        kept = list(run.config.checkpoints.keep)
         raise UserError(
-            f"checkpoints.keep: {list(run.config.checkpoints.keep)} is not enough: {script.__name__} "
-            f"reads the weights of epochs {missing}; keep them, or name in `experiments` what is "
-            "to be done without it"
+            f"checkpoints.keep: {kept} is not enough: {script.__name__} reads the weights of "
+            f"epochs {missing}; keep them, or name in `experiments` what is to be done without it"
         )
 
 
@@ -190,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def folder_of(what: str, configs: Sequence[Config], config_file: str) -> Path:
     """What is about all runs of a configuration lies in a folder with its name."""
     name = f"{what}-{Path(config_file).stem}".encode()[:200].decode(errors="ignore")
-    return Path(configs[0].output_dir) / name
+    return Path(configs[0].output_dir).expanduser() / name
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -207,6 +208,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     given = parser.parse_intermixed_args(arguments)
     if "=" in given.config and not Path(given.config).exists():  # the first override came first
         given.config, given.overrides = str(QUICKSTART), [given.config, *given.overrides]
+    if Path(given.config).is_dir():
+        raise UserError(f"{given.config}: is a folder; reproduce.py takes a configuration's file")
     if given.device:
         given.overrides = [*given.overrides, f"device={given.device}"]
     return given

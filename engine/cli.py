@@ -14,7 +14,7 @@ from data import DataError
 from engine.claims import claim
 from engine.config import describe_keys, load_configs
 from engine.errors import RunFailed, UserError
-from engine.runs import Run, without_dropout
+from engine.runs import Run, each_once, without_dropout
 from engine.settings import Config
 from engine.stopping import Terminated, ending_on_signals
 
@@ -34,10 +34,10 @@ def make_parser(description: str, default_config: str | None = None) -> argparse
         epilog="\n".join(["keys, with their defaults:", *keys]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    optional = {} if default_config is None else {"nargs": "?", "default": default_config}
-    parser.add_argument(
-        "config", metavar="CONFIG", help="a YAML file, or the directory of a run", **optional
-    )
+    optional = {"help": "a YAML file, or the directory of a run"}
+    if default_config is not None:
+        optional = {"help": "a YAML file", "nargs": "?", "default": default_config}
+    parser.add_argument("config", metavar="CONFIG", **optional)
     parser.add_argument(
         "overrides", nargs="*", metavar="key.path=value", help="the value is read as YAML"
     )
@@ -60,8 +60,7 @@ def find_runs(
     """
     if Path(config).is_dir():
         return [Run.at(Path(config), tuple(overrides))]
-    runs = [Run.of(training(found)) for found in load_configs(config, overrides)]
-    return list(dict.fromkeys(runs))
+    return each_once(Run.of(training(found)) for found in load_configs(config, overrides))
 
 
 def run_script(

@@ -37,7 +37,7 @@ NEURONS = 5  # that an example flips with: known only afterwards
 def training_passes(run: Run) -> float:
     """The epochs that are left: forward, backward once or (accounting) twice, and evaluation."""
     train, test = count_examples(run.config)
-    done = max(run.resumable_epochs(), default=0)
+    done = 0 if run.finished else max(run.resumable_epochs(), default=0)
     step = 5 if run.config.train.account_gradients else 3
     return (run.config.train.epochs - done) * (step * train + train + test)
 
@@ -145,7 +145,8 @@ class Speeds:
     def _find_out(self, config: Config, device: torch.device) -> float:
         place = config.output_dir, describe_device(device)
         if place not in self.past:
-            self.past[place] = past_runs(Path(config.output_dir), describe_device(device))
+            output_dir = Path(config.output_dir).expanduser()
+            self.past[place] = past_runs(output_dir, describe_device(device))
         past = self.past[place].get(Shape.of(config))
         return statistics.median(past) if past else calibrate(config, device)
 

@@ -1,6 +1,7 @@
 """Where a result came from: code, versions, machine, command, time."""
 
 import platform
+import shlex
 import subprocess
 import sys
 from datetime import datetime, timezone
@@ -42,6 +43,6 @@ def describe(device: torch.device) -> dict[str, object]:
             **{package: _version(package) for package in ("torch", "torchvision", "numpy")},
         },
         "device": describe_device(device),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

@@ -11,9 +11,9 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -79,8 +79,22 @@ def deciding_settings(config: Config, contents: bool = True) -> dict[str, object
     }
     for key in _PLACES[1:] if contents else ():
         if (path := flatten(config)[key]) is not None:
-            settings[f"{key}.sha256"] = file_digest(path)
+            settings[f"{key}.sha256"] = _digest_of(Path(path).expanduser())
     return settings
+
+
+def _digest_of(path: Path) -> str:
+    """What a file holds; the runs of a sweep read a large one once."""
+    try:
+        state = path.stat()
+    except OSError:
+        return file_digest(path)  # which says what is wrong
+    return _digest_once(path, state.st_size, state.st_mtime_ns)
+
+
+@lru_cache
+def _digest_once(path: Path, size: int, changed: int) -> str:
+    return file_digest(path)
 
 
 def identity_of(config: Config) -> str:
@@ -114,7 +128,8 @@ def run_directory(config: Config) -> Path:
     ]
     readable = "-".join([data, config.model.name, split, *dropout, *changed])
     readable = re.sub(r"[^A-Za-z0-9._-]+", "_", readable).strip(".")[:150]
-    return Path(config.output_dir) / f"{readable}-{_digest(settings)[:8]}" / f"seed{config.seed}"
+    folder = Path(config.output_dir).expanduser() / f"{readable}-{_digest(settings)[:8]}"
+    return folder / f"seed{config.seed}"
 
 
 @dataclass(frozen=True)
@@ -246,7 +261,9 @@ class Run:
         if self.finished:
             return self.require_intact()
         if not self.provenance_path.exists():
-            command = shlex.join(["gradient_accounting.py", *sys.argv[1:]])
+            given = [a for a in sys.argv[1:] if "=" in a or Path(a).exists()]  # by any script
+            given = [argument for argument in given if not argument.startswith("-")]
+            command = shlex.join(["gradient_accounting.py", *given])
             raise UserError(f"{self.directory}: no such run; `python {command}` trains it")
         command = files.read_json(self.provenance_path).get("command")
         raise UserError(
@@ -343,7 +360,7 @@ class Run:
                 )
         for key in _PLACES[1:]:
             path, digest = flatten(self.config)[key], self._trained.get(f"{key}.sha256")
-            if path and digest not in (None, file_digest(path)):
+            if path and digest not in (None, _digest_of(Path(path).expanduser())):
                 raise UserError(f"{path}: is not the file that the run was trained on ({key})")
 
     def require_present(self) -> None:
@@ -403,3 +420,18 @@ def load_weights(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -
 def without_dropout(config: Config) -> Config:
     """The plain training that all scripts are about but example_tied_dropout.py."""
     return dataclasses.replace(config, dropout=DropoutConfig())
+
+
+def each_once(runs: Iterable[Run]) -> list[Run]:
+    """Different runs; a sweep cannot ask for the same one to be measured in two ways."""
+    found: dict[Path, Run] = {}
+    for run in runs:
+        first = found.setdefault(run.directory, run)
+        settings = flatten(first.config) if first is not run else {}
+        for key, value in flatten(run.config).items():
+            if settings.get(key, value) != value and not _DECIDING.fullmatch(key):
+                raise UserError(
+                    f"sweep: {key}: changes no training, and a run has one table of each kind; "
+                    "measure with one value at a time"
+                )
+    return list(found.values())

@@ -66,6 +66,13 @@ def test_past_runs_of_the_same_shape_tell_the_time(tiny, finished, monkeypatch):
     assert seconds == pytest.approx(60)
 
 
+def test_a_finished_run_killed_before_it_tidied_up_tells_the_time(tiny, finished):
+    run = finished()
+    files.write_tensors(run.resume_path(3), {})
+    speeds = Speeds(torch.get_num_threads())
+    assert speeds.seconds("gradient_accounting", Run.of(tiny("seed=9"))) == pytest.approx(30)
+
+
 @pytest.mark.parametrize(
     ("overrides", "provenance"),
     [

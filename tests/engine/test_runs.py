@@ -2,14 +2,15 @@
 
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
 import gradient_accounting
 from engine import files
-from engine.config import to_yaml
+from engine.config import load_configs, to_yaml
 from engine.errors import UserError
-from engine.runs import Run, load_weights, run_directory
+from engine.runs import Run, each_once, load_weights, run_directory
 from engine.setup import load_split, make_model
 
 TRAINING = [
@@ -162,3 +163,25 @@ def test_damaged_tables_get_one_line(tmp_path, content):
     (tmp_path / "a.csv").write_text(content)
     with pytest.raises(UserError, match="damaged"):
         files.read_csv(tmp_path / "a.csv", ("x",))
+
+
+@pytest.mark.parametrize("key", ["flipping.ablate=[activation,weight]", "device=[auto,cpu]"])
+def test_a_sweep_cannot_measure_one_run_in_two_ways(tiny_file, key):
+    configs = load_configs(tiny_file, [f"sweep.{key}"])
+    with pytest.raises(UserError, match=f"sweep: {key.partition('=')[0]}: changes no training"):
+        each_once(map(Run.of, configs))
+
+
+def test_runs_that_two_settings_lead_to_are_worked_on_once(tiny_file):
+    configs = load_configs(tiny_file, ["sweep.dropout.p_gen=[0.2,0.4]"])  # without dropout
+    assert len(each_once(map(Run.of, configs))) == 1
+
+
+def test_a_home_directory_may_be_written_with_a_tilde(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    arrays = {"x_train": np.zeros((9, 4, 4), np.uint8), "y_train": np.arange(9) % 3}
+    np.savez(tmp_path / "own.npz", x_test=arrays["x_train"], y_test=arrays["y_train"], **arrays)
+    own = ("data.name=npz", "data.train_size=null", "data.test_size=null")
+    run = Run.of(tiny(*own, "data.path=~/own.npz", "output_dir=~/results"))
+    assert run.directory.parents[1] == tmp_path / "results"
+    assert run.identity == Run.of(tiny(*own, f"data.path={tmp_path / 'own.npz'}")).identity
