@@ -89,6 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formats = [given.format] if given.format else ["pdf", "png"]
         kinds, families = choose_kinds(given.figure), find_families(given.runs)
         folder, gather = given.output or given.runs[0], given.output is not None
+        if gather and len({family.name for family in families}) < len(families):
+            raise UserError("command line: --output: two folders hold seeds of the same run")
         if given.figure:
             lines = draw_all(families, folder, kinds, formats, concerning=False, gather=gather)
         else:

@@ -1,5 +1,6 @@
 """Every kind of figure: what it is called, what it is made from, and what to see in it."""
 
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,11 @@ class Kind:
         if self.experiment == "dropout":
             return kind == "example_tied"
         return kind == "none" or self.source == "history.csv"
+
+    def comes_from(self, family: Family) -> bool:
+        """Whether a script makes what the figure needs of a family that does not have it."""
+        accounted = family.config.train.account_gradients or self.source != ACCOUNTING
+        return self.concerns(family) and accounted
 
 
 OF_ANY_MODEL = r"data\.noise_rate|(model|train)\..+"
@@ -134,7 +140,7 @@ class Drawing:
     about: str
     paths: tuple[Path, ...] = ()
     command: str = ""  # that makes what it is made from
-    lack: str = ""  # of images that it shows
+    lack: str = ""  # what it would need, where no command makes it
 
     def __str__(self) -> str:
         name = f"figure {self.kind.numbers[0]}"
@@ -176,9 +182,12 @@ def draw_all(
                     yield Drawing(kind, about, lack=str(error))
                 else:
                     yield Drawing(kind, about, paths)
+            elif kind.comes_from(family):
+                script = SCRIPTS[kind.experiment]
+                commands = [shlex.join(["python", script, str(r.directory)]) for r in family.runs]
+                yield Drawing(kind, family.title, command=" && ".join(commands))
             else:
-                command = f"python {SCRIPTS[kind.experiment]} {family.runs[0].config_path}"
-                yield Drawing(kind, family.title, command=command)
+                yield Drawing(kind, family.title, lack=f"such a run has no {kind.source}")
 
 
 def draw_figure(

@@ -56,11 +56,12 @@ def plot_flipping(family: Family) -> Figure:
     for kind, chosen in _of_both_kinds(rows):
         neurons = [row["neurons"] for row in chosen]
         _histogram(counts, neurons, np.append(steps, most + 1.5), kind, names[kind])
-        counts.axvline(np.mean(neurons), color=COLORS[kind], ls="--", lw=0.8)
+        if chosen:
+            counts.axvline(np.mean(neurons), color=COLORS[kind], ls="--", lw=0.8)
         remaining = [row["acc_remaining_after"] for row in chosen]
         _histogram(after, remaining, np.linspace(lowest, 1, 21), kind, names[kind])
         own = [int(g) for row in chosen for g in row["groups"].split()]
-        share = np.bincount(own, minlength=max(groups) + 1) / max(1, len(own))
+        share = np.bincount(own, minlength=max(groups, default=0) + 1) / max(1, len(own))
         place = np.arange(len(share)) + (0.2 if kind == "noisy" else -0.2)
         layers.bar(place, share, 0.4, color=COLORS[kind], label=names[kind])
     counts.set(xlabel="neurons zeroed to flip it", ylabel="share of examples")

@@ -1,6 +1,8 @@
 """Runs as figures need them: those that differ in nothing but the seed belong together."""
 
+import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +23,7 @@ class Family:
 
     folder: Path
     runs: tuple[Run, ...]
+    apart: str = ""  # settings that tell it from others with the same title
 
     @property
     def config(self) -> Config:
@@ -37,10 +40,12 @@ class Family:
 
     @property
     def title(self) -> str:
-        plain, dropout = title(self.config).rpartition(" seed")[0], self.config.dropout
+        words, dropout = title(self.config).rpartition(" seed")[0], self.config.dropout
         if dropout.kind == "example_tied":
-            return f"{plain}, example-tied {dropout.p_gen:g}, {dropout.p_mem:g}"
-        return plain if dropout.kind == "none" else f"{plain}, {dropout.kind} {dropout.p_gen:g}"
+            words += f", example-tied {dropout.p_gen:g}, {dropout.p_mem:g}"
+        elif dropout.kind != "none":
+            words += f", {dropout.kind} {dropout.p_gen:g}"
+        return words + self.apart
 
     @property
     def seeds(self) -> str:
@@ -54,9 +59,10 @@ class Family:
         return sorted({str(source.get("device")) for source in sources})
 
     def having(self, file_name: str) -> "Family | None":
-        """The runs that have this file; None where none has."""
-        runs = tuple(run for run in self.runs if (run.directory / file_name).exists())
-        return replace(self, runs=runs) if runs else None
+        """The runs that have this file, measured as the first one's was; None where none has."""
+        runs = [run for run in self.runs if (run.directory / file_name).exists()]
+        alike = [run for run in runs if _measured(run, file_name) == _measured(runs[0], file_name)]
+        return replace(self, runs=tuple(alike)) if runs else None
 
     def rows(self, file_name: str, columns: Sequence[str], text: Sequence[str] = ()) -> list[dict]:
         """The rows of all runs, each of which has the file."""
@@ -73,21 +79,66 @@ class Family:
 
 def find_families(places: Sequence[Path]) -> list[Family]:
     """The finished runs at or below the given folders."""
-    directories = set()
-    for place in places:
-        if not place.is_dir():
-            raise UserError(f"{place}: no such folder; name a run, or a folder of runs")
-        directories |= {path.parent for path in place.rglob("provenance.json")}
-    runs = [run for run in map(Run.at, sorted(directories)) if run.finished]
+    runs = [run for run in map(Run.at, _find_directories(places)) if run.finished]
     for run in runs:
         run.require_undamaged()
     if not runs:
         raise UserError(f"{', '.join(map(str, places))}: no finished run there")
-    folders = dict.fromkeys(run.directory.parent for run in runs)
-    return [
-        Family(folder, tuple(run for run in runs if run.directory.parent == folder))
-        for folder in folders
-    ]
+    together: dict[Path, list[Run]] = {}
+    for run in runs:
+        together.setdefault(run.directory.parent.resolve(), []).append(run)
+    families = [Family(of[0].directory.parent, tuple(of)) for of in together.values()]
+    for family in families:
+        _name_left_out(family)
+    return _told_apart(families)
+
+
+def _find_directories(places: Sequence[Path]) -> list[Path]:
+    """Where runs lie, through links too; each once, by whatever ways it is reached."""
+    found: dict[Path, Path | None] = {}
+    for place in places:
+        if not place.is_dir():
+            raise UserError(f"{place}: no such folder; name a run, or a folder of runs")
+        for root, folders, names in os.walk(place, followlinks=True):
+            if (real := Path(root).resolve()) in found:
+                folders.clear()
+            else:
+                is_run = {"provenance.json", "config.yaml"} <= set(names)
+                found[real] = Path(root) if is_run else None
+    return sorted(filter(None, found.values()))
+
+
+def _measured(run: Run, file_name: str) -> object:
+    """The settings of a measurement; None for what a training itself writes."""
+    source = (run.directory / file_name).with_suffix(".json")
+    return files.read_json(source).get("settings") if source.exists() else None
+
+
+def _name_left_out(family: Family) -> None:
+    """Say which seeds' measurements differ in their settings from the first one's."""
+    tables = {path.name for run in family.runs for path in run.directory.glob("*.csv")}
+    for name in sorted(tables):
+        shown = family.having(name).runs
+        for run in family.runs:
+            if (path := run.directory / name).exists() and run not in shown:
+                first = shown[0].directory.name
+                print(f"{path}: left out: its settings are not those of {first}", file=sys.stderr)
+
+
+def _told_apart(families: Sequence[Family]) -> list[Family]:
+    """Titles name what runs mostly differ in; where two coincide, all that these differ in."""
+    told = []
+    for family in families:
+        same = [other for other in families if other.title == family.title]
+        keys = dict.fromkeys(key for other in same for key in other.settings)
+        values = family.settings | flatten(family.config)
+        apart = [
+            f", {key.removesuffix('.sha256')}={str(values.get(key))[:12]}"
+            for key in keys
+            if len({repr(other.settings.get(key)) for other in same}) > 1
+        ]
+        told.append(replace(family, apart="".join(apart)))
+    return told
 
 
 def setting_of(family: Family, key: str) -> float:

@@ -10,6 +10,7 @@ from PIL import Image
 
 import example_tied_dropout
 import gradient_accounting
+import layer_rewinding
 import neuron_flipping
 import plot_results
 from engine import files, setup
@@ -19,7 +20,7 @@ from plotting.examples import choose_examples
 from plotting.figures import KINDS, draw_all
 from plotting.layers import RETRAINING_COLUMNS, by_group, plot_retraining
 from plotting.measures import last_layer_comes_back, layers_that_come_back
-from plotting.neurons import read_searched
+from plotting.neurons import FLIPPING_COLUMNS, plot_flipping, read_searched
 from plotting.runs import find_families
 from plotting.style import NOISY, paper_style
 from plotting.tables import KINDS as ACCURACIES
@@ -221,3 +222,60 @@ def test_contact_sheets_show_who_is_mislabeled(tiny):
     (_, wrong), (_, right) = choose_examples(split, "noise")
     assert (split.label != split.true_label)[wrong.tolist()].all()
     assert (split.label == split.true_label)[right.tolist()].all()
+
+
+def test_runs_are_found_through_links_and_each_once(family, tmp_path, monkeypatch):
+    (tmp_path / "linked").symlink_to(family.folder.parent, target_is_directory=True)
+    (family.folder / "round").symlink_to(family.folder, target_is_directory=True)
+    (found,) = find_families([tmp_path / "linked", family.folder, tmp_path])
+    assert [run.config.seed for run in found.runs] == [0, 1]
+
+
+def test_kept_results_among_the_runs_are_no_runs(family, capsys):
+    runs = family.folder.parent
+    assert plot_results.main([str(runs), "--format", "png", "--output", str(runs / "kept")]) == 0
+    assert len(find_families([runs])) == 1
+
+
+def test_seeds_that_were_measured_in_different_ways_are_not_pooled(family, capsys):
+    for run, epochs in zip(family.runs, ("[0,1]", "[0,2]")):
+        layer_rewinding.main(Run.at(run.directory, (f"rewinding.epochs={epochs}",)))
+    capsys.readouterr()
+    (found,) = find_families([family.folder])
+    said = capsys.readouterr().err
+    assert "seed1/layer_rewinding.csv: left out: its settings are not those of seed0" in said
+    assert said.count("\n") == 1
+    assert [run.config.seed for run in found.having("layer_rewinding.csv").runs] == [0]
+    assert len(found.having("history.csv").runs) == 2
+
+
+def test_titles_tell_runs_apart(tiny, tmp_path):
+    for decay in ("0.0", "0.001"):
+        gradient_accounting.main(Run.of(tiny(f"train.weight_decay={decay}")))
+    titles = {found.title for found in find_families([tmp_path / "runs"])}
+    plain = "glyphs 150 resnet9 width 0.05 noise 0.2"
+    assert titles == {f"{plain}, train.weight_decay={decay}" for decay in ("0.0", "0.001")}
+
+
+def test_no_command_is_named_that_would_not_help(tiny, tmp_path, capsys):
+    gradient_accounting.main(Run.of(tiny("train.account_gradients=false")))
+    capsys.readouterr()
+    assert plot_results.main([str(tmp_path / "runs"), "--figure", "2"]) == 0
+    assert "such a run has no gradient_accounting.csv" in capsys.readouterr().out
+
+
+def test_every_seed_that_lacks_a_measurement_is_named(family, tmp_path, capsys):
+    moved = family.folder.rename(tmp_path / "a folder")
+    assert plot_results.main([str(moved), "--figure", "3"]) == 0
+    line = capsys.readouterr().out
+    for seed in (0, 1):
+        assert f"python layer_rewinding.py '{moved}/seed{seed}'" in line
+
+
+def test_examples_that_flip_at_once_have_no_neurons_to_show(family):
+    row = dict.fromkeys(FLIPPING_COLUMNS, 1) | {"neurons": 0, "groups": "", "neurons_ids": ""}
+    for run in family.runs:
+        files.write_json(run.directory / "neuron_flipping.json", {"settings": {"max_neurons": 9}})
+        files.write_csv(run.directory / "neuron_flipping.csv", FLIPPING_COLUMNS, [row])
+    with paper_style():
+        plt.close(plot_flipping(family))
