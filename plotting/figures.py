@@ -20,7 +20,7 @@ from plotting.layers import (
     plot_rewinding_compared,
     plot_rewinding_map,
 )
-from plotting.neurons import FLIPPING, plot_flipping
+from plotting.neurons import FLIPPING, plot_flipping, plot_flipping_compared
 from plotting.runs import Family, alike
 from plotting.style import paper_style
 from plotting.training import (
@@ -113,6 +113,11 @@ KINDS = (
         ("5",), "neurons", "flipping", FLIPPING, plot_flipping,
         "Memorized examples flip with fewer neurons, their removal costs the others less, and the "
         "neurons lie in several layers.",
+    ),
+    Kind(
+        ("5",), "neurons_compared", "flipping", FLIPPING, plot_flipping_compared,
+        "How the number of neurons that hold an example grows with the network.",
+        compares=r"model\..+",
     ),
     Kind(
         ("6",), "masks", "dropout", FORGOTTEN, plot_masks,

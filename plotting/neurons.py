@@ -1,6 +1,6 @@
 """How many neurons hold an example, and where they are (Figure 5)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from matplotlib import pyplot as plt
@@ -12,7 +12,7 @@ from engine import files
 from engine.detection import count_neurons
 from engine.runs import Run
 from plotting.runs import Family
-from plotting.style import COLORS, PAGE, names_of
+from plotting.style import COLORS, DASHES, PAGE, names_of
 
 FLIPPING = "neuron_flipping.csv"
 FLIPPING_COLUMNS = (
@@ -76,3 +76,36 @@ def plot_flipping(family: Family) -> Figure:
     more = f", {unflipped} of {len(rows)} never flipped" if unflipped else ""
     figure.suptitle(f"{family.title} ({family.seeds}{more}; dashed: means)", fontsize=8)
     return figure
+
+
+def plot_flipping_compared(families: Sequence[Family]) -> Figure:
+    """Neurons to flip, and accuracy on the rest afterwards, for models of several sizes."""
+    families = sorted(families, key=lambda family: family.config.model.width)
+    figure, (counts, after) = plt.subplots(1, 2, figsize=(PAGE, 2.3))
+    names = names_of(families[0].config.data.split)
+    for axes, column in ((counts, "neurons"), (after, "acc_remaining_after")):
+        for kind, place in (("clean", -0.05), ("noisy", 0.05)):
+            of_seeds = [
+                [np.mean([r[column] for r in rows]) for rows in _each_seed(family, kind)]
+                for family in families
+            ]
+            axes.errorbar(
+                np.arange(len(families)) + place,
+                [np.mean(values) for values in of_seeds],
+                [np.std(values, ddof=1) if len(values) > 1 else 0 for values in of_seeds],
+                fmt="o", color=COLORS[kind], ls=DASHES[kind], capsize=2, label=names[kind],
+            )  # fmt: skip
+        models = [family.config.model for family in families]
+        axes.set_xticks(range(len(models)), [f"{m.name}\nwidth {m.width:g}" for m in models])
+        axes.legend()
+    counts.set(ylabel="neurons zeroed to flip it, mean", ylim=(0, None))
+    after.set(ylabel="accuracy on the remaining set")
+    after.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    data = families[0].title.partition(f" {models[0].name}")[0]
+    seeds = ", ".join(str(len(family.runs)) for family in families)
+    figure.suptitle(f"{data} (n = {seeds} seeds; bars: a standard deviation)", fontsize=8)
+    return figure
+
+
+def _each_seed(family: Family, kind: str) -> list[list[dict]]:
+    return [dict(_of_both_kinds(read_searched(run)))[kind] for run in family.runs]

@@ -20,8 +20,8 @@ from plotting.examples import choose_examples
 from plotting.figures import KINDS, draw_all
 from plotting.layers import RETRAINING_COLUMNS, by_group, plot_retraining
 from plotting.measures import last_layer_comes_back, layers_that_come_back
-from plotting.neurons import FLIPPING_COLUMNS, plot_flipping, read_searched
-from plotting.runs import find_families
+from plotting.neurons import FLIPPING_COLUMNS, plot_flipping, plot_flipping_compared, read_searched
+from plotting.runs import Family, find_families
 from plotting.style import NOISY, paper_style
 from plotting.tables import KINDS as ACCURACIES
 from plotting.tables import spread
@@ -279,3 +279,28 @@ def test_examples_that_flip_at_once_have_no_neurons_to_show(family):
         files.write_csv(run.directory / "neuron_flipping.csv", FLIPPING_COLUMNS, [row])
     with paper_style():
         plt.close(plot_flipping(family))
+
+
+def test_neurons_of_several_widths_are_compared(tiny):
+    """Means over examples, then over seeds; a search that gave up counts as one more."""
+    families = []
+    for width, neurons in ((0.1, [(2, 4), (6, 8)]), (0.05, [(1, 1), (9, 3)])):
+        runs = [Run.of(tiny(f"model.width={width}", f"seed={seed}")) for seed in (0, 1)]
+        for run, (clean, noisy) in zip(runs, neurons):
+            row = dict.fromkeys(FLIPPING_COLUMNS, 1) | {"groups": "0", "neurons_ids": "x"}
+            rows = [
+                row | {"memorized": 0, "neurons": clean},
+                row | {"memorized": 1, "neurons": noisy},
+                row | {"memorized": 1, "neurons": 9, "flipped": 0},
+            ]
+            source = {"settings": {"max_neurons": 9}}
+            files.write_json(run.directory / "neuron_flipping.json", source)
+            files.write_csv(run.directory / "neuron_flipping.csv", FLIPPING_COLUMNS, rows)
+        families.append(Family(runs[0].directory.parent, tuple(runs)))
+    with paper_style():
+        figure = plot_flipping_compared(families)
+    clean, noisy = (bars.lines[0].get_ydata() for bars in figure.axes[0].containers)
+    assert clean.tolist() == [5, 4], "the narrower first"
+    assert noisy.tolist() == [((1 + 10) / 2 + (3 + 10) / 2) / 2, ((4 + 10) / 2 + (8 + 10) / 2) / 2]
+    assert "0.05" in figure.axes[0].get_xticklabels()[0].get_text()
+    plt.close(figure)
