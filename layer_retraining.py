@@ -23,7 +23,7 @@ from data import Split, batch_rows
 from engine import files
 from engine.cli import run_script, title
 from engine.devices import compute_precision, derive_seed, resolve_device
-from engine.errors import RunFailed, UserError
+from engine.errors import RunFailed
 from engine.evaluation import evaluate, mean_by_subset
 from engine.measurements import Measurement
 from engine.runs import Run, load_weights
@@ -113,7 +113,7 @@ def measure(run: Run, measurement: Measurement) -> None:
     split = load_split(config).to(device)
     final = load_final_model(run, split, device)
     if (clean := int((~split.memorized).sum())) < 2:
-        raise UserError(f"{run.directory}: {clean} clean examples; retraining needs 2 or more")
+        raise RunFailed(f"{clean} clean examples; retraining needs 2 or more")
     initial = run.read_checkpoint(0)
     load_weights(copy.deepcopy(final), initial, run.checkpoint_path(0))  # of the same model?
 
