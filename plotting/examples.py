@@ -56,7 +56,7 @@ def draw_sheet(
     """Images [n, channels, height, width] in rows of `across`, each below its caption."""
     axes.set_axis_off()
     axes.set_aspect("equal")
-    rows = -(-len(images) // across)
+    rows = max(1, -(-len(images) // across))
     axes.set(xlim=(0, across * PITCH), ylim=(rows * (PITCH + ROOM), 0))
     for place, (image, caption) in enumerate(zip(images, captions)):
         down, right = divmod(place, across)

@@ -47,10 +47,15 @@ def _medians_while_learning(family: Family, values: np.ndarray) -> np.ndarray:
     )
 
 
+def _quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Without clean examples there is nothing to divide by, and no number to show."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return a / b
+
+
 def _ratios(family: Family) -> np.ndarray:
     table = read_accounts(family)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return table["norm_noisy"] / table["norm_clean"]
+    return _quotient(table["norm_noisy"], table["norm_clean"])
 
 
 def norm_ratio(family: Family) -> Values:
@@ -78,7 +83,7 @@ def norm_ratio_epochs(family: Family) -> Values:
 def mean_norm_ratio(family: Family) -> Values:
     """Of norms averaged over all epochs, as Figures 8 and 11 to 14 show them."""
     table = read_accounts(family)
-    return np.median(table["norm_noisy"].mean(1) / table["norm_clean"].mean(1), axis=1)
+    return np.median(_quotient(table["norm_noisy"].mean(1), table["norm_clean"].mean(1)), axis=1)
 
 
 def cosine(family: Family) -> Values:
