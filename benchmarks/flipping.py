@@ -33,7 +33,7 @@ from engine.cli import find_runs  # noqa: E402
 from engine.devices import describe_device, resolve_device  # noqa: E402
 from engine.evaluation import evaluate  # noqa: E402
 from engine.runs import Run  # noqa: E402
-from engine.search import best_gate  # noqa: E402
+from engine.search import best_gates  # noqa: E402
 from engine.setup import load_final_model, load_split  # noqa: E402
 from models.neurons import neuron_sites  # noqa: E402
 from neuron_flipping import (  # noqa: E402
@@ -108,7 +108,7 @@ class SlowSearch:
                 break
             self.backward(self.reference, self.reference_label, -1.0)
             score = -torch.cat([gate.grad.flatten() for gate in self.gates])
-            closed.append(best_gate(score, closed))
+            closed += best_gates(score[None], [closed])
             place = closed[-1]
             with torch.no_grad():
                 for gate in self.gates:

@@ -261,8 +261,8 @@ class Run:
         if self.finished:
             return self.require_intact()
         if not self.provenance_path.exists():
-            given = [a for a in sys.argv[1:] if "=" in a or Path(a).exists()]  # by any script
-            given = [argument for argument in given if not argument.startswith("-")]
+            # Other scripts have options that this one lacks.
+            given = [a for a in sys.argv[1:] if "=" in a or a.endswith("yaml") or Path(a).is_dir()]
             command = shlex.join(["gradient_accounting.py", *given])
             raise UserError(f"{self.directory}: no such run; `python {command}` trains it")
         command = files.read_json(self.provenance_path).get("command")

@@ -34,7 +34,6 @@ def make_batches(count: int, size: int) -> list[Batch]:
                 label=torch.randint(10, (size,), generator=generator),
                 memorized=memorized,
                 index=torch.arange(size) + step * size,
-                row=torch.arange(size) + step * size,
             )
         )
     return found

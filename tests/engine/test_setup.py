@@ -61,7 +61,7 @@ def test_the_final_model_is_the_last_checkpoint(tiny):
 
 
 def test_a_missing_run_names_the_command_that_trains_it(tiny, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["layer_rewinding.py", "a b.yaml", "seed=[0, 1]"])
+    monkeypatch.setattr(sys, "argv", ["x.py", "a b.yaml", "seed=[0, 1]", "--epochs", "0,1"])
     command = shlex.join(["gradient_accounting.py", "a b.yaml", "seed=[0, 1]"])
     assert f"no such run; `python {command}` trains it" in complaint(Run.of(tiny()))
 
