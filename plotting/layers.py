@@ -84,13 +84,14 @@ def plot_rewinding_map(family: Family) -> Figure:
     table = by_group(family, REWINDING, REWINDING_COLUMNS)
     groups, epochs = table["group"], table["epoch"]
     names = names_of(family.config.data.split)
+    every = -(-len(epochs) // LINES_AT_MOST)
     figure, panels = plt.subplots(1, 2, figsize=(PAGE, 2.5), sharey=True)
     for axes, kind in zip(panels, ("clean", "noisy")):
         image = axes.imshow(
             table[f"acc_{kind}"].mean(0).T, cmap="viridis", vmin=0, vmax=1, aspect="auto"
         )
         axes.set_xticks(range(len(groups)), groups)
-        axes.set_yticks(range(len(epochs)), epochs)
+        axes.set_yticks(range(len(epochs))[::every], epochs[::every])
         axes.set(title=f"{names[kind]} examples", xlabel="layer that is rewound")
         axes.spines[:].set_visible(False)
     panels[0].set_ylabel("rewound to epoch")
