@@ -10,7 +10,7 @@ from engine.setup import load_split_at_hand, make_model
 from models.dropout import tied_layers
 from plotting.examples import draw_sheet
 from plotting.runs import Family
-from plotting.style import CLEAN, NOISY, PAGE
+from plotting.style import CLEAN, NOISY, PAGE, wrapped
 
 FORGOTTEN = "forgotten.csv"
 FORGOTTEN_COLUMNS = ("index", "label", "prediction_after", "typicality")
@@ -33,10 +33,8 @@ def plot_masks(family: Family) -> Figure:
         axes.set(title=f"layer {number}", xlabel="neuron")
         axes.spines[:].set_visible(True)
     panels[0, 0].set_ylabel("training example")
-    figure.suptitle(
-        f"{family.title}: on for everybody (blue), for this example (red), off (white)",
-        fontsize=8,
-    )
+    words = f"{family.title}: on for everybody (blue), for this example (red), off (white)"
+    figure.suptitle(wrapped(words, PAGE), fontsize=8)
     return figure
 
 
@@ -54,8 +52,6 @@ def plot_forgotten(family: Family) -> Figure:
     ]
     figure, axes = plt.subplots(figsize=(PAGE, 3.6))
     draw_sheet(axes, images, captions, ACROSS, size=6)
-    axes.set_title(
-        f"{family.title}, {run.directory.name}: {len(rows)} clean examples forgotten\n"
-        "label (prediction after dropping)"
-    )
+    words = f"{family.title}, {run.directory.name}: {len(rows)} clean examples forgotten"
+    axes.set_title(f"{wrapped(words, PAGE)}\nlabel (prediction after dropping)")
     return figure

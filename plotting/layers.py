@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from engine import files
 from plotting.runs import Family
-from plotting.style import PAGE, draw_band, names_of
+from plotting.style import PAGE, draw_band, names_of, wrapped
 from plotting.training import draw_curves
 
 REWINDING = "layer_rewinding.csv"
@@ -56,7 +56,7 @@ def plot_rewinding_compared(families: Sequence[Family]) -> Figure:
         draw_curves(curves, family, ("clean", "noisy"))
         curves.legend(loc="best")
         curves.set_ylabel("accuracy")
-        curves.set_title(f"{family.title}\n({family.seeds})", loc="left")  # it may be long
+        curves.set_title(f"{wrapped(family.title, PAGE)}\n({family.seeds})", loc="left")
         table = by_group(family, REWINDING, REWINDING_COLUMNS)
         scale = _draw_rewound(rewound, table, names_of(family.config.data.split))
         bar = figure.colorbar(scale, ax=rewound, label="rewound to epoch", pad=0.02)
@@ -96,7 +96,7 @@ def plot_rewinding_map(family: Family) -> Figure:
         axes.spines[:].set_visible(False)
     panels[0].set_ylabel("rewound to epoch")
     figure.colorbar(image, ax=panels, label="accuracy", pad=0.02, format=PercentFormatter(1))
-    figure.suptitle(f"{family.title} ({family.seeds})", fontsize=8)
+    figure.suptitle(wrapped(f"{family.title} ({family.seeds})", PAGE), fontsize=8)
     return figure
 
 
@@ -122,5 +122,5 @@ def plot_retraining(family: Family) -> Figure:
     panels[0, 0].legend(loc="lower right")
     figure.supxlabel("epoch of retraining (0: the layer as initialized)", fontsize=8)
     figure.supylabel("accuracy", fontsize=8)
-    figure.suptitle(f"{family.title} ({family.seeds})", fontsize=8)
+    figure.suptitle(wrapped(f"{family.title} ({family.seeds})", PAGE), fontsize=8)
     return figure

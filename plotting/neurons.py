@@ -12,7 +12,7 @@ from engine import files
 from engine.detection import count_neurons
 from engine.runs import Run
 from plotting.runs import Family
-from plotting.style import COLORS, DASHES, PAGE, names_of
+from plotting.style import COLORS, DASHES, PAGE, names_of, wrapped
 
 FLIPPING = "neuron_flipping.csv"
 FLIPPING_COLUMNS = (
@@ -74,7 +74,8 @@ def plot_flipping(family: Family) -> Figure:
     layers.xaxis.set_major_locator(MaxNLocator(integer=True))
     unflipped = sum(row["flipped"] == 0 for row in rows)
     more = f", {unflipped} of {len(rows)} never flipped" if unflipped else ""
-    figure.suptitle(f"{family.title} ({family.seeds}{more}; dashed: means)", fontsize=8)
+    words = f"{family.title} ({family.seeds}{more}; dashed: means)"
+    figure.suptitle(wrapped(words, PAGE), fontsize=8)
     return figure
 
 

@@ -1,5 +1,6 @@
 """How every figure looks: sized for a printed column, readable without colour vision."""
 
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -8,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 COLUMN, PAGE = 3.3, 6.9  # inches: one column, and both
+CHARACTER = 0.066  # inches, of a title
 
 # From the palette of Okabe and Ito, which keeps its differences for colour-blind readers.
 CLEAN, NOISY, TOTAL, TEST = "#0072B2", "#D55E00", "#444444", "#009E73"
@@ -39,6 +41,11 @@ def paper_style() -> Iterator[None]:
     matplotlib.use("Agg")
     with matplotlib.rc_context(SETTINGS):
         yield
+
+
+def wrapped(title: str, inches: float) -> str:
+    """A title in lines that are no wider than its figure."""
+    return "\n".join(textwrap.wrap(title, int(inches / CHARACTER), break_on_hyphens=False))
 
 
 def names_of(split: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from engine.runs import HISTORY_COLUMNS
 from plotting.runs import Family
-from plotting.style import COLUMN, PAGE, draw_band, names_of
+from plotting.style import COLUMN, PAGE, draw_band, names_of, wrapped
 
 ACCOUNTING = "gradient_accounting.csv"
 ACCOUNTING_COLUMNS = (
@@ -29,8 +29,8 @@ def plot_learning_curves(family: Family) -> Figure:
     figure, axes = plt.subplots(figsize=(COLUMN, 2.3))
     draw_curves(axes, family, ("clean", "noisy", "total", "test"))
     axes.set_ylabel("accuracy")
-    axes.legend(loc="lower right")
-    axes.set_title(f"{family.title}\n({family.seeds})")
+    axes.legend(loc="best")
+    figure.suptitle(wrapped(f"{family.title} ({family.seeds})", COLUMN), fontsize=8)
     return figure
 
 
@@ -69,7 +69,7 @@ def plot_gradient_norms(family: Family) -> Figure:
     _draw_norms(axes, family, accounts, slice(None))
     axes.set(xlabel="layer", ylabel="gradient norm / sqrt(parameters)")
     axes.legend()
-    axes.set_title(f"{family.title}\nall epochs ({family.seeds})")
+    figure.suptitle(wrapped(f"{family.title}, all epochs ({family.seeds})", COLUMN), fontsize=8)
     return figure
 
 
@@ -121,7 +121,7 @@ def plot_gradient_norms_over_training(family: Family) -> Figure:
     panels[0, 0].legend()
     figure.supxlabel("layer", fontsize=8)
     figure.supylabel("gradient norm / sqrt(parameters)", fontsize=8)
-    figure.suptitle(f"{family.title} ({family.seeds})", fontsize=8)
+    figure.suptitle(wrapped(f"{family.title} ({family.seeds})", PAGE), fontsize=8)
     return figure
 
 
@@ -146,5 +146,5 @@ def plot_gradient_cosines(family: Family) -> Figure:
     axes.spines[:].set_visible(False)
     clean, noisy = (names_of(family.config.data.split)[kind] for kind in ("clean", "noisy"))
     figure.colorbar(image, label=f"cosine of {clean} and {noisy} gradient")
-    axes.set_title(f"{family.title}\n({family.seeds})")
+    figure.suptitle(wrapped(f"{family.title} ({family.seeds})", COLUMN), fontsize=8)
     return figure

@@ -1,5 +1,6 @@
 """Figures come from result files alone, show what is in them, and say what is missing."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -100,7 +101,7 @@ def test_learning_curves_begin_with_the_initialization(family):
     with paper_style():
         figure = plot_learning_curves(family)
     assert all(line.get_xdata().tolist() == [0, 1, 2, 3] for line in figure.axes[0].lines)
-    assert "n = 2 seeds" in figure.axes[0].get_title()
+    assert "n = 2 seeds" in " ".join(figure.get_suptitle().split())
     plt.close(figure)
 
 
@@ -303,4 +304,16 @@ def test_neurons_of_several_widths_are_compared(tiny):
     assert clean.tolist() == [5, 4], "the narrower first"
     assert noisy.tolist() == [((1 + 10) / 2 + (3 + 10) / 2) / 2, ((4 + 10) / 2 + (8 + 10) / 2) / 2]
     assert "0.05" in figure.axes[0].get_xticklabels()[0].get_text()
+    plt.close(figure)
+
+
+@pytest.mark.parametrize("plot", [plot_learning_curves, plot_gradient_norms])
+def test_long_titles_stay_inside_of_their_figure(family, plot):
+    long = dataclasses.replace(family, apart=", train.weight_decay=0.001, dropout.sites=layers")
+    with paper_style():
+        figure = plot(long)
+        figure.draw_without_rendering()
+        box = figure._suptitle.get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.width
     plt.close(figure)
