@@ -30,7 +30,7 @@ def plot_learning_curves(family: Family) -> Figure:
     draw_curves(axes, family, ("clean", "noisy", "total", "test"))
     axes.set_ylabel("accuracy")
     axes.legend(loc="best")
-    figure.suptitle(wrapped(f"{family.title} ({family.seeds})", COLUMN), fontsize=8)
+    figure.suptitle(f"{wrapped(family.title, COLUMN)}\n({family.seeds})", fontsize=8)
     return figure
 
 
@@ -69,7 +69,8 @@ def plot_gradient_norms(family: Family) -> Figure:
     _draw_norms(axes, family, accounts, slice(None))
     axes.set(xlabel="layer", ylabel="gradient norm / sqrt(parameters)")
     axes.legend()
-    figure.suptitle(wrapped(f"{family.title}, all epochs ({family.seeds})", COLUMN), fontsize=8)
+    words = wrapped(family.title, COLUMN)
+    figure.suptitle(f"{words}\nall epochs ({family.seeds})", fontsize=8)
     return figure
 
 
@@ -146,5 +147,5 @@ def plot_gradient_cosines(family: Family) -> Figure:
     axes.spines[:].set_visible(False)
     clean, noisy = (names_of(family.config.data.split)[kind] for kind in ("clean", "noisy"))
     figure.colorbar(image, label=f"cosine of {clean} and {noisy} gradient")
-    figure.suptitle(wrapped(f"{family.title} ({family.seeds})", COLUMN), fontsize=8)
+    figure.suptitle(f"{wrapped(family.title, COLUMN)}\n({family.seeds})", fontsize=8)
     return figure

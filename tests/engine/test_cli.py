@@ -104,9 +104,11 @@ def test_two_processes_on_the_same_runs(tiny_file, tmp_path, capsys):
     command = [sys.executable, str(SCRIPT), str(tiny_file), "seed=0"]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        while not (claims := list(tmp_path.glob("runs/*/seed0/claim.json"))):
+        claims = []
+        while not (claims and claims[0].stat().st_size):  # there, and written
             assert first.poll() is None
             time.sleep(0.002)
+            claims = list(tmp_path.glob("runs/*/seed0/claim.json"))
         first.send_signal(signal.SIGSTOP)  # alive, and not done before the second one is
         seed0 = claims[0].parent
         before = {path: path.stat().st_mtime_ns for path in seed0.rglob("*") if path.is_file()}
