@@ -125,6 +125,7 @@ def make_rows(
 
 
 def epochs_read(config: Config) -> list[int]:
+    """The epochs that layers are taken back to; reproduce.py asks whether they will be kept."""
     return listed_epochs(config.rewinding.epochs, config.train.epochs)
 
 

@@ -92,7 +92,7 @@ def c_scores_published(name: str) -> bool:
 
 def c_scores_at_hand(name: str, root: str | Path) -> bool:
     """Whether the published scores of a data set lie below `root` already."""
-    if name not in PUBLISHED:
+    if not c_scores_published(name):
         return False
     return (Path(root).expanduser() / "c_scores" / PUBLISHED[name].file).is_file()
 

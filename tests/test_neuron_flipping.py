@@ -125,6 +125,20 @@ def test_neither_chunks_nor_memory_show_in_the_results(name, monkeypatch):
         assert problem.search("activation", chunk, 8, memory) == expected, (chunk, memory)
 
 
+def test_a_pass_takes_fewer_images_of_a_larger_model(monkeypatch):
+    """A batch is cut by what autograd would keep of it, and cutting shows nowhere."""
+    problem = Problem("resnet9")
+    expected = problem.search("activation", chunk=4, most=8)
+    with Gates(problem.model) as gates:
+        one = problem.copies[0, :1]
+        each = reuse.bytes_each(problem.model, gates, one)
+        for room, rows in ((3 * each, 3), (1, 1), (1 << 40, reuse.ROWS["cpu"])):
+            monkeypatch.setattr(reuse, "PASS_BYTES", room)
+            assert reuse.rows_at_once(problem.model, gates, one) == rows
+    monkeypatch.setattr(reuse, "PASS_BYTES", 1)
+    assert problem.search("activation", chunk=4, most=8) == expected
+
+
 def test_in_float32_too():
     """The precision of real runs, where nothing is exact but the results must be the same."""
     problem = Problem("resnet9")
