@@ -1,4 +1,4 @@
-"""The README is true: its tables, its commands, its links, and its example of one's own data."""
+"""The pages are true: their tables, commands and links, and the example of one's own data."""
 
 import csv
 import re
@@ -16,17 +16,30 @@ from engine.cli import run_script
 from engine.config import describe_keys, load_configs
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+README, CONFIGURATION = REPOSITORY / "README.md", REPOSITORY / "docs" / "configuration.md"
+PAGES = [README] + [
+    page
+    for folder in ("docs", "benchmarks", "results")
+    for page in sorted((REPOSITORY / folder).rglob("*.md"))
+    if not page.name.startswith("table_")  # those are measured
+]
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def kept_table(page: Path, name: str) -> str:
+    """What stands between two comments of this name."""
+    text = page.read_text(encoding="utf-8")
+    return re.search(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", text, re.DOTALL).group(1)
 
 
 def commands() -> list[str]:
-    """Every call of a script, in the README's shell blocks and at the head of every config."""
-    lines = "".join(blocks("sh")).replace("\\\n", " ").splitlines()
+    """Every call of a script, in the pages' shell blocks and at the head of every config."""
+    shell = "".join(block for page in PAGES for block in blocks(page, "sh"))
+    lines = shell.replace("\\\n", " ").splitlines()
     for path in CONFIGS:
         lines += [line[1:] for line in path.read_text().splitlines() if line.startswith("#   ")]
     calls = [call.partition("#")[0].strip() for line in lines for call in line.split("&&")]
@@ -36,9 +49,9 @@ def commands() -> list[str]:
 def test_the_table_of_keys_is_that_of_the_code():
     rows = ["| key | default | allowed | meaning |", "|---|---|---|---|"]
     rows += ["| " + " | ".join((f"`{k}`", d, a, m)) + " |" for k, d, a, m in describe_keys()]
-    table = re.search(r"<!-- keys -->\n(.*?)\n<!-- /keys -->", README, re.DOTALL).group(1)
     expected = "\n".join(rows)
-    assert table == expected, f"put this into the README:\n{expected}"
+    found = kept_table(CONFIGURATION, "keys")
+    assert found == expected, f"put this into docs/configuration.md:\n{expected}"
 
 
 def claims_at_small_size() -> list[str]:
@@ -65,9 +78,8 @@ def claims_at_small_size() -> list[str]:
 
 
 def test_the_table_of_claims_is_that_of_the_kept_results():
-    table = re.search(r"<!-- claims -->\n(.*?)\n<!-- /claims -->", README, re.DOTALL).group(1)
     expected = "\n".join(claims_at_small_size())
-    assert table == expected, f"put this into the README:\n{expected}"
+    assert kept_table(README, "claims") == expected, f"put this into the README:\n{expected}"
 
 
 @pytest.mark.parametrize("command", commands())
@@ -75,6 +87,8 @@ def test_every_command_names_a_script_and_a_configuration_that_are_there(command
     python, script, *arguments = shlex.split(command)
     assert python == "python"
     assert (REPOSITORY / script).exists()
+    if script.startswith("benchmarks/"):  # each with options of its own
+        return
     if script == "reproduce.py":
         given = reproduce.parse(arguments)
         config, overrides = given.config, given.overrides
@@ -92,14 +106,15 @@ def test_every_configuration_begins_with_what_one_wants_to_know(path):
     assert f"configs/{path.relative_to(REPOSITORY / 'configs')}" in head
 
 
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("https://") or (REPOSITORY / target).exists(), target
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
 
 
 def test_ci_installs_and_tests_as_the_readme_says():
     ci = (REPOSITORY / ".ci" / "run").read_text()
-    assert "pip install -r requirements-dev.txt && python -m pytest" in README
+    assert "pip install -r requirements-dev.txt && python -m pytest" in README.read_text("utf-8")
     assert "pip install --quiet -r requirements-dev.txt" in ci
     assert "python -m pytest" in ci
 
@@ -107,7 +122,7 @@ def test_ci_installs_and_tests_as_the_readme_says():
 def test_your_own_data(tmp_path, monkeypatch, capsys):
     """The example makes a file, and the command beside it trains on that."""
     monkeypatch.chdir(tmp_path)
-    (example,) = [block for block in blocks("python") if "bars.npz" in block]
+    (example,) = [block for block in blocks(README, "python") if "bars.npz" in block]
     subprocess.run([sys.executable, "-c", example], check=True, timeout=60)
     (command,) = [c for c in commands() if "bars.npz" in c]
     _, script, config, *overrides = shlex.split(command)
