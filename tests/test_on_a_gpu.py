@@ -1,0 +1,180 @@
+"""What a GPU is asked to do: what a CPU does, and without waiting at every step.
+
+Waiting and stray tensors show without a GPU too: torch's 'meta' device knows shapes only, so that
+reading a value from it, or mixing it with values of the CPU, is an error.
+"""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import example_tied_dropout
+import gradient_accounting
+import layer_retraining
+import layer_rewinding
+import neuron_flipping
+from data import normalize
+from engine import files, reuse, training
+from engine.config import load_configs
+from engine.evaluation import evaluate_split
+from engine.runs import Run
+from engine.setup import load_split, make_model
+from gradient_accounting import GradientAccountant
+from models.inference import folded
+from models.neurons import Gates
+from tests.conftest import TINY
+
+VIT = (
+    "model.name=vit_small", "model.width=1.0", "model.patch=4", "model.dim=16", "model.depth=2",
+    "model.heads=2", "model.dim_head=8", "model.mlp_dim=16",
+)  # fmt: skip
+TIED = ("dropout.kind=example_tied", "dropout.p_mem=0.5")
+
+
+# ---------------------------------------------------------------- no step waits
+
+
+@pytest.mark.parametrize("accounting", [False, True])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("data.augment=true",),
+        ("model.width=0.1", *TIED),
+        ("dropout.kind=standard",),
+        ("model.width=0.1", "dropout.kind=sparse"),
+        (*VIT, *TIED),
+    ],
+    ids=lambda overrides: overrides[-1] if overrides else "plain",
+)
+def test_a_training_step_never_waits_for_its_device(tiny, monkeypatch, overrides, accounting):
+    """But for a look at the losses, once in many steps."""
+    config, device = tiny(*overrides), torch.device("meta")
+    split = load_split(config)
+    model = make_model(config, split).to(device)
+    split = split.to(device)
+    accountant = GradientAccountant(model) if accounting else training.PlainBackward()
+    optimizer = training.make_optimizer(model.parameters(), config.train)
+    looks = []
+    monkeypatch.setattr(training, "_require_finite", lambda *found: looks.append(found))
+    training.train_epoch(model, optimizer, split, config, 1, accountant.backward)
+    assert len(looks) == 2, "at the first of five steps, and after the last"
+    train, test = evaluate_split(model, split)
+    assert {train.correct.device, test.loss.device} == {device}
+
+
+def test_reading_and_mixing_are_errors_there():
+    """What the test above relies on."""
+    value = torch.ones(3, device="meta")
+    for wait in (value.tolist, value[0].item, value.cpu, value.nonzero, lambda: bool(value[0])):
+        with pytest.raises((NotImplementedError, RuntimeError)):
+            wait()
+    with pytest.raises(RuntimeError, match="device"):
+        value + torch.ones(3)
+
+
+def test_flipping_waits_for_scores_alone(tiny, monkeypatch):
+    """Neither the reference batch's gradient nor the accuracy on the others is looked at."""
+    config, device = tiny(), torch.device("meta")
+    monkeypatch.setitem(reuse.ROWS, "meta", 32)
+    split = load_split(config)
+    model = folded(make_model(config, split)).to(device)
+    images, label = split.images[:40].to(device), split.label[:40].to(device)
+    with Gates(model) as gates:
+        reference = reuse.ReferenceGradient(
+            model, gates, normalize(images[:, None].expand(-1, 2, -1, -1, -1)), label, memory=1e9
+        )
+        correct = reuse.Correctness(model, gates, images, label, memory=1e9)
+        for closed in (frozenset(), frozenset({0, 40}), frozenset({gates.count - 1})):
+            assert reference.of(closed).shape == (gates.count,)
+            assert correct.of(closed).shape == (40,)
+
+
+# ---------------------------------------------------------------- the same numbers
+
+TRAINED = (
+    "data.train_size=80", "model.width=0.12", "train.epochs=20", "train.batch_size=16",
+    "train.peak_epoch=5", "flipping.examples=8", "flipping.reference_batch=40",
+    "flipping.noise_copies=2", "retraining.epochs=1", "retraining.peak_epoch=1",
+    "rewinding.epochs=[0,5,10]",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A configuration whose runs, with and without dropout, were trained on the CPU."""
+    folder = tmp_path_factory.mktemp("trained")
+    path = folder / "trained.yaml"
+    path.write_text(TINY + f"output_dir: {folder / 'runs'}\n")
+    (config,) = load_configs(path, TRAINED)
+    gradient_accounting.main(Run.of(config))
+    (config,) = load_configs(path, (*TRAINED, *TIED))
+    run = Run.of(example_tied_dropout.without_accounting(config))
+    example_tied_dropout.train(run, torch.device("cpu"))
+    return path
+
+
+def measured(script, trained: Path, place: Path, device: str, *overrides: str) -> list[dict]:
+    """The rows of a script's table on this device, in a copy of the trained runs."""
+    shutil.copytree(trained.with_name("runs"), place / device)
+    elsewhere = (f"output_dir={place / device}", f"device={device}")
+    (config,) = load_configs(trained, (*TRAINED, *overrides, *elsewhere))
+    if script is example_tied_dropout:
+        config = script.without_accounting(config)
+    run = Run.of(config)
+    assert run.finished
+    script.main(run)
+    table = run.directory / f"{script.__name__}.csv"
+    return files.read_csv(table, script.COLUMNS, text=("dropout", "state", "groups", "neurons_ids"))
+
+
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+EXAMPLES = 2 / 64  # two of the clean ones: rounding may move those at the border
+
+
+@DEVICES
+@pytest.mark.parametrize(
+    ("script", "overrides", "tolerance"),
+    [
+        (layer_rewinding, (), EXAMPLES),
+        (example_tied_dropout, TIED, EXAMPLES),
+        (layer_retraining, (), 0.15),  # five steps of training on top
+    ],
+    ids=["rewinding", "dropout", "retraining"],
+)
+def test_accuracies_are_the_same(trained, tmp_path, device, script, overrides, tolerance):
+    here = measured(script, trained, tmp_path / "a", "cpu", *overrides)
+    there = measured(script, trained, tmp_path / "b", device, *overrides)
+    assert len(here) == len(there) > 1
+    for ours, others in zip(here, there):
+        for name, value in ours.items():
+            if name.startswith("acc_"):
+                assert others[name] == pytest.approx(value, abs=tolerance), (ours, others)
+            else:
+                assert str(others[name]) == str(value)
+
+
+@DEVICES
+def test_the_same_neurons_are_closed(trained, tmp_path, device):
+    """But where two scores are nearly equal."""
+    here = measured(neuron_flipping, trained, tmp_path / "a", "cpu")
+    there = measured(neuron_flipping, trained, tmp_path / "b", device)
+    assert [row["example"] for row in here] == [row["example"] for row in there]
+    same = [a["neurons_ids"] == b["neurons_ids"] for a, b in zip(here, there)]
+    assert sum(same) >= 0.75 * len(same), list(zip(here, there))
+
+
+@DEVICES
+def test_the_same_gradients_are_accounted(tiny, tmp_path, device):
+    """Over the first epoch; later ones follow other weights, by rounding."""
+    tables = []
+    for name in ("cpu", device):
+        place = (f"output_dir={tmp_path / str(len(tables))}", f"device={name}")
+        run = Run.of(tiny("train.epochs=1", *place))
+        gradient_accounting.main(run)
+        table = run.directory / gradient_accounting.FILE_NAME
+        tables.append(files.read_csv(table, gradient_accounting.COLUMNS))
+    for ours, others in zip(*tables, strict=True):
+        assert others == {name: pytest.approx(value, rel=0.01) for name, value in ours.items()}
