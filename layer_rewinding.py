@@ -96,12 +96,9 @@ def compute_counts(
     """
     own, predicted = compute_predictions(final, earlier, images)
     predicted[last_epoch] = own.expand(len(final), -1)
-    counts = {}
-    for epoch, prediction in predicted.items():
-        correct = prediction == label
-        by_subset = [(correct & subset).sum(1) for subset in (~memorized, memorized)]
-        counts[epoch] = torch.stack(by_subset, dim=1).tolist()
-    return counts
+    correct = torch.stack(list(predicted.values())) == label  # [epochs, groups, b]
+    by_subset = [(correct & subset).sum(2) for subset in (~memorized, memorized)]
+    return dict(zip(predicted, torch.stack(by_subset, dim=2).tolist()))
 
 
 def make_rows(

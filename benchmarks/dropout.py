@@ -21,7 +21,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 from data import Split  # noqa: E402
 from engine.config import load_configs  # noqa: E402
-from engine.devices import describe_device, resolve_device  # noqa: E402
+from engine.devices import compute_precision, describe_device, resolve_device  # noqa: E402
 from engine.files import megabytes  # noqa: E402
 from engine.settings import Config  # noqa: E402
 from engine.setup import load_split, make_model  # noqa: E402
@@ -87,7 +87,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
     (config,) = load_configs(REPOSITORY / "configs" / "quickstart.yaml", given.overrides)
-    measure(config, given.rounds)
+    with compute_precision(config.precision, resolve_device(config)):
+        measure(config, given.rounds)
 
 
 if __name__ == "__main__":

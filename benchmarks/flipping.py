@@ -30,7 +30,7 @@ import gradient_accounting  # noqa: E402
 from data import Split, normalize  # noqa: E402
 from engine import reuse  # noqa: E402
 from engine.cli import find_runs  # noqa: E402
-from engine.devices import describe_device, resolve_device  # noqa: E402
+from engine.devices import compute_precision, describe_device, resolve_device  # noqa: E402
 from engine.evaluation import evaluate  # noqa: E402
 from engine.runs import Run  # noqa: E402
 from engine.search import best_gates  # noqa: E402
@@ -124,13 +124,16 @@ class Clock:
     """Seconds spent inside of some functions; of the processor's own time where that is a CPU."""
 
     def __init__(self, device: torch.device) -> None:
-        self.now = time.perf_counter if device.type == "cuda" else time.process_time
+        self.on_gpu = device.type == "cuda"
+        self.now = time.perf_counter if self.on_gpu else time.process_time
         self.seconds, self.calls = Counter(), Counter()
 
     def around(self, name: str, work: Callable) -> Callable:
         def timed(*arguments: object) -> object:
             began = self.now()
             result = work(*arguments)
+            if self.on_gpu:
+                torch.cuda.synchronize()
             self.seconds[name] += self.now() - began
             self.calls[name] += 1
             return result
@@ -191,7 +194,8 @@ def main() -> None:
         (run,) = find_runs(*([given.run, given.overrides] if given.run else trained))
         if not given.run:
             gradient_accounting.main(run)
-        measure(run, given.examples, given.slow)
+        with compute_precision(run.config.precision, resolve_device(run.config)):
+            measure(run, given.examples, given.slow)
 
 
 if __name__ == "__main__":

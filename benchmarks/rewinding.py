@@ -2,7 +2,7 @@
 
     python benchmarks/rewinding.py [key.path=value ...] [--rounds 3]
 
-Trains a run of 10 epochs (once, under runs/) and alternates the full grid of rewinding, 11 epochs
+Trains a run, by default of 10 epochs (once, under runs/), and alternates the full grid of rewinding, 11 epochs
 of every group, with the slow way: for each cell load the checkpoint, swap the group, evaluate
 everything. Then an epoch of retraining the last group with an epoch of full training. README.md
 beside this file says how to read it.
@@ -25,7 +25,7 @@ sys.path.insert(0, str(REPOSITORY))
 import gradient_accounting  # noqa: E402
 from data import Split, normalize  # noqa: E402
 from engine.config import load_configs  # noqa: E402
-from engine.devices import describe_device, resolve_device  # noqa: E402
+from engine.devices import compute_precision, describe_device, resolve_device  # noqa: E402
 from engine.evaluation import BATCH_SIZE  # noqa: E402
 from engine.runs import Run, without_dropout  # noqa: E402
 from engine.setup import load_final_model, load_split  # noqa: E402
@@ -124,11 +124,13 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
-    overrides = ["train.epochs=10", *given.overrides]
+    asked = any(override.startswith("train.epochs=") for override in given.overrides)
+    overrides = given.overrides if asked else ["train.epochs=10", *given.overrides]
     (config,) = load_configs(REPOSITORY / "configs" / "quickstart.yaml", overrides)
     run = Run.of(without_dropout(config))
     gradient_accounting.main(run)
-    measure(run, given.rounds)
+    with compute_precision(run.config.precision, resolve_device(run.config)):
+        measure(run, given.rounds)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,11 @@ class Batch:
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
-    """uint8 to float32 in [-1, 1]."""
-    return images.to(torch.float32) / 127.5 - 1
+    """uint8 to float32 in [-1, 1], the same bits on every device.
+
+    A GPU multiplies by the reciprocal of a number, which rounds otherwise; a tensor it divides by.
+    """
+    return images.to(torch.float32) / torch.full((), 127.5, device=images.device) - 1
 
 
 def batch_rows(n: int, batch_size: int) -> list[tuple[int, int]]:
@@ -82,7 +85,7 @@ def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     device = images.device
     shift = torch.randint(-CROP_MARGIN, CROP_MARGIN + 1, (n, 2, 1), generator=generator)
     mirrored = torch.rand((n, 1), generator=generator) < 0.5
-    shift, mirrored = shift.to(device), mirrored.to(device)
+    shift, mirrored = (drawn.to(device, non_blocking=True) for drawn in (shift, mirrored))
     column = torch.arange(width, device=device).expand(n, -1)
     column = torch.where(mirrored, column.flip(1), column)
     y = _reflect(torch.arange(height, device=device) + shift[:, 0], height)

@@ -1,5 +1,6 @@
 """Where a run computes, in which precision, and with which random numbers."""
 
+import os
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -10,6 +11,8 @@ import torch
 from data.random_streams import random_stream
 from engine.errors import UserError
 from engine.settings import Config
+
+SHARED_BY = "MEMORY_SHARED_BY"  # environment variable: how many processes compute on this device
 
 
 def resolve_device(config: Config) -> torch.device:
@@ -31,7 +34,14 @@ def describe_device(device: torch.device) -> str:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that could be allocated now: what results may take, and never depend on."""
+    """Bytes that could be allocated now: what results may take, and never depend on.
+
+    Processes that compute side by side each have their share of it.
+    """
+    return _free_memory(device) // int(os.environ.get(SHARED_BY, 1))
+
+
+def _free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept

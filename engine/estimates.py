@@ -148,7 +148,12 @@ class Speeds:
             output_dir = Path(config.output_dir).expanduser()
             self.past[place] = past_runs(output_dir, describe_device(device))
         past = self.past[place].get(Shape.of(config))
-        return statistics.median(past) if past else calibrate(config, device)
+        if past:
+            return statistics.median(past)
+        found = calibrate(config, device)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # others are to compute there
+        return found
 
 
 def past_runs(output_dir: Path, device: str) -> dict[Shape, list[float]]:
@@ -175,8 +180,12 @@ def cpu_threads(count: int) -> Iterator[None]:
 
 
 def calibrate(config: Config, device: torch.device) -> float:
-    """Seconds of a pass, from training on one batch of random images again and again."""
-    split = random_images(config, config.train.batch_size).to(device)
+    """Seconds of a pass, from training on a batch of random images again and again.
+
+    A GPU gets several in a row: what begins and ends an epoch takes as long as a step there.
+    """
+    batches = 20 if device.type == "cuda" else 1
+    split = random_images(config, batches * config.train.batch_size).to(device)
     # Steps so small that they lead nowhere.
     config = replace(config, train=replace(config.train, peak_lr=1e-12))
     model = make_model(config, split).to(device)

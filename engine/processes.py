@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from engine.devices import SHARED_BY
 from engine.errors import UserError
 from engine.stopping import time_left
 
@@ -21,14 +22,15 @@ PATIENCE = 60.0  # seconds for a process to end itself before it is killed
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one process at a time computes, and with how many threads."""
+    """Where one process at a time computes, with how many threads, and beside how many others."""
 
     gpu: str | None
     threads: int
+    sharing: int = 1  # processes that have the device's memory in common, this one included
 
     @property
     def environment(self) -> dict[str, str]:
-        found = {"OMP_NUM_THREADS": str(self.threads)}
+        found = {"OMP_NUM_THREADS": str(self.threads), SHARED_BY: str(self.sharing)}
         return found if self.gpu is None else found | {"CUDA_VISIBLE_DEVICES": self.gpu}
 
 
@@ -48,8 +50,9 @@ def make_slots(jobs: int | None, gpus: Sequence[int] | None) -> list[Slot]:
     if "OMP_NUM_THREADS" not in os.environ:
         threads = max(1, threads // count)
     if not chosen:
-        return [Slot(None, threads)] * count
-    return [Slot(present[int(chosen[k % len(chosen)])], threads) for k in range(count)]
+        return [Slot(None, threads, sharing=count)] * count
+    turns = [present[int(chosen[k % len(chosen)])] for k in range(count)]
+    return [Slot(gpu, threads, sharing=turns.count(gpu)) for gpu in turns]
 
 
 def _visible_gpus() -> list[str]:

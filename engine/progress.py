@@ -25,6 +25,7 @@ class Progress:
         self.open = [job for job in jobs if not job.done]
         self.to_do = self._open_work()
         self.began = time.monotonic()
+        self.speeds = Speeds(torch.get_num_threads())  # finds out once what a pass takes
 
     def __enter__(self) -> "Progress":
         return self
@@ -54,5 +55,5 @@ class Progress:
         if done > 0:
             return (time.monotonic() - self.began) / done
         if self.open and sys.stderr.isatty():
-            return Speeds(torch.get_num_threads()).of(self.open[0].run.config)
+            return self.speeds.of(self.open[0].run.config)
         return 0.0

@@ -5,9 +5,10 @@ all gates open: forward passes go on from stored states there. How much is store
 memory that is free; what comes out does not, because batches are cut the same way in any case.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from weakref import WeakMethod
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,10 @@ from models.dropout import examples
 from models.layer_groups import StagedModel, State, layer_groups, run_stages
 from models.neurons import Gates, Tap
 
-ROWS = {"cpu": 80, "cuda": 2048}  # images in one pass, at the most; a CPU's caches hold few
-PASS_BYTES = 1 << 31  # what one pass may keep: batches must not depend on the memory that is free
+# What one pass may take at the most, by the kind of device: batches must not depend on the memory
+# that is free. A CPU's caches hold few images.
+ROWS = {"cpu": 80, "cuda": 2048}
+PASS_BYTES = {"cpu": 1 << 31, "cuda": 1 << 32}
 CACHE_BYTES = 1 << 28
 SAVED_PER_TAP = 4  # tensors that autograd keeps for each gated layer, at the most
 
@@ -45,8 +48,17 @@ def bytes_each(model: StagedModel, gates: Gates, images: Tensor) -> int:
 
 def rows_at_once(model: StagedModel, gates: Gates, images: Tensor) -> int:
     """How many images go through a model in one pass: its choice, and the kind of device's."""
-    most = PASS_BYTES // bytes_each(model, gates, images[:1])
-    return max(1, min(ROWS[images.device.type], most))
+    kind = images.device.type
+    return max(1, min(ROWS[kind], PASS_BYTES[kind] // bytes_each(model, gates, images[:1])))
+
+
+def _remembering(method: Callable[[frozenset[int]], Tensor], most: int) -> Callable:
+    """A method that knows its latest results, and does not keep alive whose method it is.
+
+    What it computes with may fill a GPU, which is not to wait for Python's garbage collector.
+    """
+    weak = WeakMethod(method)
+    return lru_cache(maxsize=most)(lambda closed: weak()(closed))
 
 
 def _leaf(tensor: Tensor) -> Tensor:
@@ -113,7 +125,7 @@ class ReferenceGradient:
                 break
             self.graphs.append(graph)
         known = max(64, CACHE_BYTES // (4 * gates.count))
-        self.of = lru_cache(maxsize=known)(self._compute)
+        self.of = _remembering(self._compute, known)
 
     def _open_graph(self, images: Tensor) -> _Graph:
         states: list[State] = [images]
@@ -173,7 +185,7 @@ class Correctness:
             sizes = [_nbytes(state) for state in self._states(0, 0)]
             self.lowest = self._lowest_stored([len(self.batches) * size for size in sizes], memory)
             self.states = [self._states(i, self.lowest) for i in range(len(self.batches))]
-        self.of = lru_cache(maxsize=64)(self._compute)
+        self.of = _remembering(self._compute, 64)
 
     def _states(self, batch: int, lowest: int) -> list[State]:
         """The states in front of the groups lowest, lowest + 1, ..., and the logits."""

@@ -107,7 +107,7 @@ def make_model(config: Config, split: Split) -> StagedModel:
     """The network at its initialization, on the CPU, with dropout where it is trained with it.
 
     Weights lie channels-last, and so do the activations that convolutions make with them: that is
-    the faster layout on CPUs and on tensor cores, and changes no shape.
+    the faster layout on CPUs and on tensor cores (tf32, bf16), and changes no shape.
     """
     model = _build(config, split.shape, split.classes).to(memory_format=torch.channels_last)
     if config.dropout.kind != "none":

@@ -114,7 +114,7 @@ class Gates:
         for row, numbers in enumerate(sets):
             open_[row, list(numbers)] = 0
         self._touched = {s.name for s in self.sites if not open_[:, s.numbers].all()}
-        self._open = open_.to(self.parameter)
+        self._open = open_.to(self.parameter, non_blocking=True)
         self._taps: list[Tap] = []
 
     def take_taps(self) -> list[Tap]:
@@ -148,7 +148,8 @@ class Gates:
         return output.clone() if self.in_place else output
 
     def _output_gate(self, site: Site, module: nn.Module, value: Tensor, open_: Tensor) -> Tensor:
-        each = _beside_channels(open_.repeat_interleave(len(value) // len(open_), 0), value)
+        each = open_.to(value.dtype).repeat_interleave(len(value) // len(open_), 0)
+        each = _beside_channels(each, value)
         if site.constant is None:
             return value * each
         constant = _beside_channels(site.constant, value)

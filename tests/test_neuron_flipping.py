@@ -1,7 +1,9 @@
 """The search agrees with a slow, obvious one, finds what was planted, and always ends."""
 
 import copy
+import gc
 import math
+import weakref
 from functools import lru_cache
 
 import numpy as np
@@ -133,10 +135,28 @@ def test_a_pass_takes_fewer_images_of_a_larger_model(monkeypatch):
         one = problem.copies[0, :1]
         each = reuse.bytes_each(problem.model, gates, one)
         for room, rows in ((3 * each, 3), (1, 1), (1 << 40, reuse.ROWS["cpu"])):
-            monkeypatch.setattr(reuse, "PASS_BYTES", room)
+            monkeypatch.setitem(reuse.PASS_BYTES, "cpu", room)
             assert reuse.rows_at_once(problem.model, gates, one) == rows
-    monkeypatch.setattr(reuse, "PASS_BYTES", 1)
+    monkeypatch.setitem(reuse.PASS_BYTES, "cpu", 1)
     assert problem.search("activation", chunk=4, most=8) == expected
+
+
+def test_what_was_kept_is_let_go_of_at_once():
+    """Without Python's garbage collector, which knows nothing of a GPU's memory."""
+    problem = Problem("resnet9")
+    model, (images, label) = problem.model.float(), problem.reference
+    with Gates(model) as gates:
+        reference = ReferenceGradient(model, gates, images.float(), label, EVERYTHING)
+        correct = Correctness(model, gates, problem.images, problem.label, EVERYTHING)
+        kept = [weakref.ref(reference), weakref.ref(correct)]
+        reference.of(frozenset({3}))
+        correct.of(frozenset({3}))
+        gc.disable()
+        try:
+            del reference, correct
+            assert [ref() for ref in kept] == [None, None]
+        finally:
+            gc.enable()
 
 
 def test_in_float32_too():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import example_tied_dropout
 import gradient_accounting
@@ -36,6 +37,19 @@ TIED = ("dropout.kind=example_tied", "dropout.p_mem=0.5")
 # ---------------------------------------------------------------- no step waits
 
 
+class WaitingCopies(TorchDispatchMode):
+    """Counts copies from the CPU to another device that the CPU waits for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        named = named or {}
+        if function is torch.ops.aten._to_copy.default:
+            leaves = arguments[0].device.type == "cpu" and named.get("device", "cpu") != "cpu"
+            self.count += leaves and not named.get("non_blocking", False)
+        return function(*arguments, **named)
+
+
 @pytest.mark.parametrize("accounting", [False, True])
 @pytest.mark.parametrize(
     "overrides",
@@ -50,7 +64,7 @@ TIED = ("dropout.kind=example_tied", "dropout.p_mem=0.5")
     ids=lambda overrides: overrides[-1] if overrides else "plain",
 )
 def test_a_training_step_never_waits_for_its_device(tiny, monkeypatch, overrides, accounting):
-    """But for a look at the losses, once in many steps."""
+    """But for the epoch's order, and a look at the losses once in many steps."""
     config, device = tiny(*overrides), torch.device("meta")
     split = load_split(config)
     model = make_model(config, split).to(device)
@@ -59,8 +73,10 @@ def test_a_training_step_never_waits_for_its_device(tiny, monkeypatch, overrides
     optimizer = training.make_optimizer(model.parameters(), config.train)
     looks = []
     monkeypatch.setattr(training, "_require_finite", lambda *found: looks.append(found))
-    training.train_epoch(model, optimizer, split, config, 1, accountant.backward)
+    with WaitingCopies() as copies:
+        training.train_epoch(model, optimizer, split, config, 1, accountant.backward)
     assert len(looks) == 2, "at the first of five steps, and after the last"
+    assert copies.count == 1, "the epoch's order"
     train, test = evaluate_split(model, split)
     assert {train.correct.device, test.loss.device} == {device}
 
@@ -73,12 +89,18 @@ def test_reading_and_mixing_are_errors_there():
             wait()
     with pytest.raises(RuntimeError, match="device"):
         value + torch.ones(3)
+    with WaitingCopies() as copies:
+        torch.ones(3).to("meta", non_blocking=True)
+        assert copies.count == 0
+        torch.ones(3).to(value)
+        assert copies.count == 1
 
 
 def test_flipping_waits_for_scores_alone(tiny, monkeypatch):
     """Neither the reference batch's gradient nor the accuracy on the others is looked at."""
     config, device = tiny(), torch.device("meta")
     monkeypatch.setitem(reuse.ROWS, "meta", 32)
+    monkeypatch.setitem(reuse.PASS_BYTES, "meta", 1 << 30)
     split = load_split(config)
     model = folded(make_model(config, split)).to(device)
     images, label = split.images[:40].to(device), split.label[:40].to(device)
@@ -87,9 +109,11 @@ def test_flipping_waits_for_scores_alone(tiny, monkeypatch):
             model, gates, normalize(images[:, None].expand(-1, 2, -1, -1, -1)), label, memory=1e9
         )
         correct = reuse.Correctness(model, gates, images, label, memory=1e9)
-        for closed in (frozenset(), frozenset({0, 40}), frozenset({gates.count - 1})):
-            assert reference.of(closed).shape == (gates.count,)
-            assert correct.of(closed).shape == (40,)
+        with WaitingCopies() as copies:
+            for closed in (frozenset(), frozenset({0, 40}), frozenset({gates.count - 1})):
+                assert reference.of(closed).shape == (gates.count,)
+                assert correct.of(closed).shape == (40,)
+        assert copies.count == 0
 
 
 # ---------------------------------------------------------------- the same numbers

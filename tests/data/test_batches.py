@@ -100,5 +100,5 @@ def test_batches_are_the_same_on_a_gpu(tiny_dataset):
     ]
     for on_cpu, on_gpu in zip(*both, strict=True):
         assert on_gpu.image.is_cuda
-        for name in ("image", "label", "memorized", "index", "row"):
+        for name in ("image", "label", "memorized", "index"):
             assert torch.equal(getattr(on_cpu, name), getattr(on_gpu, name).cpu())

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import processes
+from engine import devices, processes
 from engine.errors import UserError
 from engine.processes import Slot, log_path, make_slots, side_by_side, why
 from engine.stopping import time_budget
@@ -31,11 +31,11 @@ def test_a_cpus_threads_are_shared_out(monkeypatch):
     gpus(monkeypatch, 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert make_slots(3, None) == [Slot(None, 2)] * 3
-    assert make_slots(20, None) == [Slot(None, 1)] * 20
+    assert make_slots(3, None) == [Slot(None, 2, sharing=3)] * 3
+    assert make_slots(20, None) == [Slot(None, 1, sharing=20)] * 20
     assert make_slots(None, None) == [Slot(None, 8)]
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
-    assert make_slots(3, None) == [Slot(None, 8)] * 3
+    assert make_slots(3, None) == [Slot(None, 8, sharing=3)] * 3
 
 
 def test_gpus_are_taken_in_turn(monkeypatch):
@@ -44,6 +44,18 @@ def test_gpus_are_taken_in_turn(monkeypatch):
     assert [slot.gpu for slot in make_slots(None, [2, 0])] == ["2", "0"]
     assert [slot.gpu for slot in make_slots(5, [1, 3])] == ["1", "3", "1", "3", "1"]
     assert make_slots(2, [1])[1].environment["CUDA_VISIBLE_DEVICES"] == "1"
+
+
+def test_memory_is_shared_with_those_on_the_same_device(monkeypatch):
+    gpus(monkeypatch, 2)
+    slots = make_slots(3, None)
+    assert [(slot.gpu, slot.sharing) for slot in slots] == [("0", 2), ("1", 1), ("0", 2)]
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(devices, "_free_memory", lambda device: 1001)
+    monkeypatch.setenv(*next(item for item in slots[0].environment.items() if "MEMORY" in item[0]))
+    assert devices.free_memory(cpu) == 500
+    monkeypatch.delenv(devices.SHARED_BY)
+    assert devices.free_memory(cpu) == 1001
 
 
 def test_gpus_are_counted_among_those_that_are_visible(monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 
 import gradient_accounting
 import reproduce
-from engine import progress
+from engine import estimates, progress
 from engine.config import load_configs
 from engine.progress import Progress
 
@@ -38,11 +38,14 @@ def test_who_waits_at_a_terminal_gets_a_guess_at_once(jobs, monkeypatch):
             return True
 
     monkeypatch.setattr(progress.sys, "stderr", Terminal())
-    monkeypatch.setattr(progress.Speeds, "of", lambda self, config: 2.0)
+    calibrations = []
+    monkeypatch.setattr(estimates, "calibrate", lambda *what: calibrations.append(what) or 2.0)
     monkeypatch.setattr(progress, "PASSES", dict.fromkeys(progress.PASSES, lambda run: 60.0))
     with Progress(jobs) as line:
         line.show("training")
         assert line.bar.postfix == "about 8.0 min left"
+        line.show("training still")
+        assert len(calibrations) == 1
 
 
 def test_what_is_done_already_takes_no_time(jobs):

@@ -1,8 +1,11 @@
 """ViT-small against the package vit-pytorch and against attention written out."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models import build_model
 from models.vit_small import LocalitySelfAttention
@@ -107,3 +110,22 @@ def test_dropout_acts_in_training_only():
 def test_patch_must_divide_the_image():
     with pytest.raises(ValueError, match="patch 5 does not divide the image size 28"):
         build_model("vit_small", channels=1, classes=10, image_size=28, seed=0, patch=5)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("tokens", [65, 197, 257])
+def test_fast_attention_in_bf16(tokens, device):
+    """torch chooses a kernel by device and size; each must do what plain arithmetic does."""
+    torch.manual_seed(0)
+    attention = LocalitySelfAttention(tokens, 64, heads=2, dim_head=64, dropout=0.0).to(device)
+    x = torch.randn(3, tokens, 64, device=device)
+    toward, found = torch.randn_like(x), []
+    for kernels in (sdpa_kernel(SDPBackend.MATH), contextlib.nullcontext()):
+        x = x.detach().requires_grad_()
+        attention.zero_grad()
+        with kernels, torch.autocast(device, torch.bfloat16):
+            output = attention(x)
+        (output.float() * toward).sum().backward()
+        found.append([output.detach(), x.grad, *(p.grad for p in attention.parameters())])
+    for plain, fast in zip(*found):
+        assert (fast - plain).float().norm() < 0.02 * plain.float().norm()
