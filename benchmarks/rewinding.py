@@ -2,10 +2,10 @@
 
     python benchmarks/rewinding.py [key.path=value ...] [--rounds 3]
 
-Trains a run, by default of 10 epochs (once, under runs/), and alternates the full grid of rewinding, 11 epochs
-of every group, with the slow way: for each cell load the checkpoint, swap the group, evaluate
-everything. Then an epoch of retraining the last group with an epoch of full training. README.md
-beside this file says how to read it.
+Trains a run, by default of 10 epochs (once, under runs/), and alternates the full grid of
+rewinding, every epoch of every group, with the slow way: for each cell load the checkpoint, swap
+the group, evaluate everything. Then an epoch of retraining the last group with one of training all.
+README.md beside this file says how to read it.
 """
 
 import argparse
