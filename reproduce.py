@@ -7,7 +7,8 @@
     python reproduce.py CONFIG --slurm slurm.time=60     # each run a job of the cluster
 
 Trains and accounts gradients, rewinds, retrains, flips neurons, trains with dropout (where
-`dropout.kind` names one), and draws the figures. `experiments: [rewinding, flipping]` does less.
+`dropout.kind` names one), and draws the figures. `experiments: [rewinding, flipping]` does less;
+`experiments: [dropout]` trains nothing without dropout, unless `dropout.kind` is none.
 What is done is skipped, what was interrupted goes on: the same command, called again and again,
 ends with the same results. Called on several machines with a common file system, it shares the runs
 among them, and whoever ends last draws the figures.
@@ -57,11 +58,13 @@ def make_jobs(configs: Sequence[Config]) -> list[Job]:
     def wanted(config: Config) -> Iterator[tuple[ModuleType, Config]]:
         asked = EXPERIMENTS if config.experiments == "all" else config.experiments
         plain = without_dropout(config)
-        yield gradient_accounting, plain
+        with_dropout = "dropout" in asked and config.dropout.kind != "none"
+        if not with_dropout or set(asked) != {"dropout"}:
+            yield gradient_accounting, plain
         for name in asked:
             if name in ON_PLAIN_RUNS:
                 yield ON_PLAIN_RUNS[name], plain
-        if "dropout" in asked and config.dropout.kind != "none":
+        if with_dropout:
             yield example_tied_dropout, example_tied_dropout.without_accounting(config)
 
     jobs, runs = {}, []

@@ -201,7 +201,9 @@ class Config:
     name: str = option("experiment", text(), "a title for reports")
     output_dir: str = option("runs", text(), "where run directories are made")
     experiments: str | tuple[str, ...] = option(
-        "all", some_of(*EXPERIMENTS), "what reproduce.py does after training and accounting"
+        "all",
+        some_of(*EXPERIMENTS),
+        "what reproduce.py does after training and accounting; [dropout] alone skips these",
     )
     device: str = option(
         "auto", one_of("auto", "cpu", "cuda"), "auto takes the GPU if there is one"

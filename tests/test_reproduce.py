@@ -106,6 +106,13 @@ def test_experiments_are_a_choice(tiny_file):
         assert len(jobs) == expected
 
 
+def test_dropout_alone_trains_nothing_without_it(tiny_file):
+    kinds = "sweep.dropout.kind=[example_tied, none]"
+    jobs = reproduce.make_jobs(load_configs(tiny_file, ["experiments=[dropout]", kinds]))
+    found = [(job.script.__name__, job.run.config.dropout.kind) for job in jobs]
+    assert found == [("example_tied_dropout", "example_tied"), ("gradient_accounting", "none")]
+
+
 @pytest.mark.usefixtures("no_figures")
 def test_out_of_time_stops_cleanly_and_the_same_command_goes_on(tiny_file, capsys):
     overrides = [*SMALL[1:], "train.epochs=5", "experiments=[rewinding]"]
