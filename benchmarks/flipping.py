@@ -9,34 +9,29 @@ pass of the whole model for every neuron, and an accuracy on all remaining examp
 slow examples take turns with the fast ones. README.md beside this file says how to read it.
 """
 
-import argparse
 import copy
 import statistics
-import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from common import REPOSITORY, make_parser
 from torch import Tensor, nn
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
-
-import gradient_accounting  # noqa: E402
-from data import Split, normalize  # noqa: E402
-from engine import reuse  # noqa: E402
-from engine.cli import find_runs  # noqa: E402
-from engine.devices import compute_precision, describe_device, resolve_device  # noqa: E402
-from engine.evaluation import evaluate  # noqa: E402
-from engine.runs import Run  # noqa: E402
-from engine.search import best_gates  # noqa: E402
-from engine.setup import load_final_model, load_split  # noqa: E402
-from models.neurons import neuron_sites  # noqa: E402
-from neuron_flipping import (  # noqa: E402
+import gradient_accounting
+from data import Split, normalize
+from engine import reuse
+from engine.cli import find_runs
+from engine.devices import compute_precision, describe_device, resolve_device
+from engine.evaluation import evaluate
+from engine.runs import Run
+from engine.search import best_gates
+from engine.setup import load_final_model, load_split
+from models.neurons import neuron_sites
+from neuron_flipping import (
     choose_examples,
     compute_flipping,
     draw_rows,
@@ -182,8 +177,7 @@ def measure(run: Run, count: int, slow_count: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    parser = make_parser(__doc__, rounds=None)
     parser.add_argument("--run", help="the directory of a finished run")
     parser.add_argument("--examples", type=int, default=60)
     parser.add_argument("--slow", type=int, default=2)

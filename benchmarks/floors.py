@@ -6,46 +6,40 @@ Counts the FLOPs of matrix products and convolutions, forward and backward, of a
 (plain, accounting, with example-tied dropout), and of evaluation, rewinding and flipping's
 reference gradient on a batch, all on random images of the data set's shape. Measures the machine's
 rate of matrix products in the run's precision and its bandwidth of copies; the floor is what the
-FLOPs, or the bytes that no way of computing can spare, take at these. Prints a table in Markdown.
-README.md beside this file says how to read it.
+FLOPs, or the bytes that no way of computing can spare, take at these. Prints a table in Markdown;
+with `train.compile=true` the two kinds of training are also measured compiled. README.md beside
+this file says how to read it.
 """
 
-import argparse
 import copy
 import statistics
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
+from common import make_parser, quickstart, timed
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
-
-from rewinding import timed  # noqa: E402
-
-from data import Split, normalize  # noqa: E402
-from engine.config import load_configs  # noqa: E402
-from engine.devices import compute_precision, describe_device, resolve_device  # noqa: E402
-from engine.estimates import random_images  # noqa: E402
-from engine.evaluation import evaluate  # noqa: E402
-from engine.reuse import ReferenceGradient  # noqa: E402
-from engine.runs import without_dropout  # noqa: E402
-from engine.settings import Config, DropoutConfig, ModelConfig  # noqa: E402
-from engine.setup import make_model  # noqa: E402
-from engine.training import PlainBackward, make_optimizer, train_epoch  # noqa: E402
-from gradient_accounting import GradientAccountant  # noqa: E402
-from layer_rewinding import compute_predictions  # noqa: E402
-from models import MODELS  # noqa: E402
-from models.inference import folded  # noqa: E402
-from models.layer_groups import StagedModel, layer_groups  # noqa: E402
-from models.neurons import Gates  # noqa: E402
+from data import Split, normalize
+from engine.compiling import compiled
+from engine.devices import compute_precision, describe_device, resolve_device
+from engine.estimates import random_images
+from engine.evaluation import evaluate
+from engine.reuse import ReferenceGradient
+from engine.runs import without_dropout
+from engine.settings import Config, DropoutConfig, ModelConfig
+from engine.setup import make_model
+from engine.training import PlainBackward, make_optimizer, train_epoch
+from gradient_accounting import GradientAccountant
+from layer_rewinding import compute_predictions
+from models import MODELS
+from models.inference import folded
+from models.layer_groups import StagedModel, layer_groups
+from models.neurons import Gates
 
 MATRICES = {"cpu": (256, 512, 1024, 2048), "cuda": (2048, 4096, 8192, 16384)}  # sides
 COPIED = {"cpu": 1 << 26, "cuda": 1 << 30}  # bytes
@@ -73,14 +67,16 @@ class Work:
     run: Callable[[], object]
     nbytes: int
     steps: int = 1
+    plainly: Callable[[], object] | None = None  # the same, not compiled
 
     def flops(self) -> float:
         """Of one step. Attention is counted as its two products; fused kernels hide them."""
         with Counter() as counter, sdpa_kernel(SDPBackend.MATH):
-            self.run()
+            (self.plainly or self.run)()
         return counter.flops / self.steps
 
     def seconds(self, rounds: int, device: torch.device) -> float:
+        self.run()
         return statistics.median(timed(self.run, device)[0] for _ in range(rounds)) / self.steps
 
 
@@ -149,6 +145,12 @@ def pieces(config: Config, device: torch.device, steps: int) -> Iterator[Work]:
     yield Work("training step", plain, images + 4 * weights, steps)
     accounting = training(config, model, split, GradientAccountant(model).backward)
     yield Work("accounting step", accounting, images + 8 * weights, steps)
+    if config.train.compile:
+        with compiled(model, wanted=True) as network:
+            fast = training(config, network, split, PlainBackward().backward)
+            yield Work("training step, compiled", fast, images + 4 * weights, steps, plain)
+            fast = training(config, network, split, GradientAccountant(model).backward)
+            yield Work("accounting step, compiled", fast, images + 8 * weights, steps, accounting)
     tied = replace(config, dropout=DropoutConfig(kind="example_tied"))
     tied = training(tied, make_model(tied, split).to(device), split, PlainBackward().backward)
     yield Work("step with example-tied dropout", tied, images + 4 * weights, steps)
@@ -191,14 +193,11 @@ def measure(config: Config, names: list[str], rounds: int, steps: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    parser = make_parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="in one measured epoch of training")
     given = parser.parse_args()
-    (config,) = load_configs(REPOSITORY / "configs" / "quickstart.yaml", given.overrides)
-    measure(config, given.models, given.rounds, given.steps)
+    measure(quickstart(given.overrides), given.models, given.rounds, given.steps)
 
 
 if __name__ == "__main__":

@@ -8,28 +8,22 @@ parameters are stacked (torch.func): an operation works on all seeds at once. St
 first epoch are left out. README.md beside this file says how to read it.
 """
 
-import argparse
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from common import make_parser, quickstart
 from torch import multiprocessing
 from torch.func import functional_call, grad, stack_module_state, vmap
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
-
-from data import Split, batch_rows, epoch_order, normalize  # noqa: E402
-from engine.config import load_configs  # noqa: E402
-from engine.devices import compute_precision, describe_device, resolve_device  # noqa: E402
-from engine.runs import without_dropout  # noqa: E402
-from engine.settings import Config  # noqa: E402
-from engine.setup import load_split, make_model  # noqa: E402
-from engine.training import PlainBackward, learning_rate, train_epoch  # noqa: E402
+from data import Split, batch_rows, epoch_order, normalize
+from engine.devices import compute_precision, describe_device, resolve_device
+from engine.runs import without_dropout
+from engine.settings import Config
+from engine.setup import load_split, make_model
+from engine.training import PlainBackward, learning_rate, train_epoch
 
 
 def training(config: Config, split: Split) -> Callable[[int], object]:
@@ -136,14 +130,12 @@ def measure(configs: Sequence[Config]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    parser = make_parser(__doc__, rounds=None)
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--epochs", type=int, default=2, help="one more than are timed")
     given = parser.parse_args()
-    (config, *_) = load_configs(REPOSITORY / "configs" / "quickstart.yaml", given.overrides)
+    config = without_dropout(quickstart(given.overrides))
     train = replace(config.train, epochs=given.epochs, peak_epoch=min(1, config.train.peak_epoch))
-    config = without_dropout(config)
     measure([replace(config, seed=seed, train=train) for seed in range(given.seeds)])
 
 

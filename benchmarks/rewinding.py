@@ -8,43 +8,26 @@ the group, evaluate everything. Then an epoch of retraining the last group with 
 README.md beside this file says how to read it.
 """
 
-import argparse
 import copy
 import statistics
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from common import make_parser, print_head, quickstart, ratio, timed
 from torch import Tensor
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
-
-import gradient_accounting  # noqa: E402
-from data import Split, normalize  # noqa: E402
-from engine.config import load_configs  # noqa: E402
-from engine.devices import compute_precision, describe_device, resolve_device  # noqa: E402
-from engine.evaluation import BATCH_SIZE  # noqa: E402
-from engine.runs import Run, without_dropout  # noqa: E402
-from engine.setup import load_final_model, load_split  # noqa: E402
-from engine.training import PlainBackward, train_epoch  # noqa: E402
-from layer_retraining import reset_group, retraining_config  # noqa: E402
-from layer_rewinding import compute_predictions, load_earlier_groups  # noqa: E402
-from models.layer_groups import StagedModel, layer_groups  # noqa: E402
+import gradient_accounting
+from data import Split, normalize
+from engine.devices import compute_precision, resolve_device
+from engine.evaluation import BATCH_SIZE
+from engine.runs import Run, without_dropout
+from engine.setup import load_final_model, load_split
+from engine.training import PlainBackward, train_epoch
+from layer_retraining import reset_group, retraining_config
+from layer_rewinding import compute_predictions, load_earlier_groups
+from models.layer_groups import StagedModel, layer_groups
 
 Grid = dict[int, Tensor]  # epoch -> predictions [groups, n]
-
-
-def timed(work: Callable[[], object], device: torch.device) -> tuple[float, object]:
-    """Seconds and result; on a CPU its own seconds, so that a busy machine does not count."""
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
-    began = clock()
-    result = work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return clock() - began, result
 
 
 @torch.no_grad()
@@ -107,27 +90,20 @@ def measure(run: Run, rounds: int) -> None:
         for epoch, rows in results["slow"].items():
             assert torch.equal(results["fast"][epoch], rows), f"epoch {epoch}: other predictions"
 
-    def ratio(name: str, other: str) -> float:
-        return statistics.median(a / b for a, b in zip(times[name], times[other]))
-
     cells = f"{len(layer_groups(final))} x {run.config.train.epochs + 1}"
-    print(f"{describe_device(device)}, torch {torch.__version__}, {rounds} rounds")
-    print(f"{run.config.model.name} {run.config.model.options}, {split.n} images of {split.shape}")
+    print_head(run.config, split, rounds)
+    slow, last = ratio(times, "slow", "fast"), ratio(times, "last", "full")
     print(f"rewinding {cells:<20} {statistics.median(times['fast']):8.3f} s")
-    print(f"slow way / rewinding           {ratio('slow', 'fast'):8.2f}    (same predictions)")
+    print(f"slow way / rewinding           {slow:8.2f}    (same predictions)")
     print(f"full epoch                     {statistics.median(times['full']):8.3f} s")
-    print(f"retraining last group / full   {ratio('last', 'full'):8.2f}")
+    print(f"retraining last group / full   {last:8.2f}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    parser.add_argument("--rounds", type=int, default=3)
-    given = parser.parse_args()
+    given = make_parser(__doc__, rounds=3).parse_args()
     asked = any(override.startswith("train.epochs=") for override in given.overrides)
     overrides = given.overrides if asked else ["train.epochs=10", *given.overrides]
-    (config,) = load_configs(REPOSITORY / "configs" / "quickstart.yaml", overrides)
-    run = Run.of(without_dropout(config))
+    run = Run.of(without_dropout(quickstart(overrides)))
     gradient_accounting.main(run)
     with compute_precision(run.config.precision, resolve_device(run.config)):
         measure(run, given.rounds)

@@ -7,37 +7,22 @@ of the rounds' ratios; then times what it takes to make the batches of an epoch,
 torchvision-style DataLoader of two workers. README.md beside this file says how to read it.
 """
 
-import argparse
 import statistics
-import sys
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
+from common import make_parser, print_head, quickstart, ratio, take_turns
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
-
-from data import Split, batches, epoch_order  # noqa: E402
-from engine.config import load_configs  # noqa: E402
-from engine.devices import compute_precision, describe_device, resolve_device  # noqa: E402
-from engine.runs import without_dropout  # noqa: E402
-from engine.settings import Config  # noqa: E402
-from engine.setup import load_split, make_model  # noqa: E402
-from engine.training import PlainBackward, train_epoch  # noqa: E402
-from gradient_accounting import GradientAccountant  # noqa: E402
-
-
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    began = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+from data import Split, batches, epoch_order
+from engine.devices import compute_precision, resolve_device
+from engine.runs import without_dropout
+from engine.settings import Config
+from engine.setup import load_split, make_model
+from engine.training import PlainBackward, train_epoch
+from gradient_accounting import GradientAccountant
 
 
 class ImageDataset(Dataset):
@@ -80,32 +65,20 @@ def measure(config: Config, rounds: int) -> None:
     loader = DataLoader(ImageDataset(split), size, shuffle=True, num_workers=2)
     ways["loader"] = lambda: consume((x.to(device), y.to(device)) for x, y, _ in loader)
 
-    for work in ways.values():
-        work()
-    times = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, work in ways.items():
-            times[name].append(seconds(work, device))
-
-    def ratio(name: str) -> float:
-        return statistics.median(a / b for a, b in zip(times[name], times["plain"]))
-
-    print(f"{describe_device(device)}, torch {torch.__version__}, {rounds} rounds")
-    print(f"{config.model.name} {config.model.options}, {split.n} images of {split.shape}")
+    times = take_turns(ways, rounds, device)
+    print_head(config, split, rounds)
+    accounting, feeding, loader = (ratio(times, name, "plain") for name in list(ways)[1:])
     print(f"plain epoch                        {statistics.median(times['plain']):8.3f} s")
-    print(f"accounting / plain                 {ratio('accounting'):8.3f}    (floor 1.667)")
-    print(f"feeding batches / plain epoch      {ratio('feeding'):8.3%}")
-    print(f"DataLoader, 2 workers / plain      {ratio('loader'):8.3%}")
+    print(f"accounting / plain                 {accounting:8.3f}    (floor 1.667)")
+    print(f"feeding batches / plain epoch      {feeding:8.3%}")
+    print(f"DataLoader, 2 workers / plain      {loader:8.3%}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    parser.add_argument("--rounds", type=int, default=5)
-    given = parser.parse_args()
-    (config,) = load_configs(REPOSITORY / "configs" / "quickstart.yaml", given.overrides)
+    given = make_parser(__doc__).parse_args()
+    config = without_dropout(quickstart(given.overrides))
     with compute_precision(config.precision, resolve_device(config)):
-        measure(without_dropout(config), given.rounds)
+        measure(config, given.rounds)
 
 
 if __name__ == "__main__":
