@@ -88,8 +88,9 @@ class DropoutLayer(nn.Module):
 class ExampleTiedDropout(DropoutLayer):
     """The first floor(p_gen * channels) channels for all, the others for some examples each.
 
-    Masks take one byte for every example and memorization channel. Indices are below `n_examples`;
-    `layer` keeps the masks of a model's layers apart. Modes, which `dropout_mode` sets:
+    Masks take one byte for every example and memorization channel, in buffers of which no average
+    can be taken (torch's AveragedModel: use_buffers=False). Indices are below `n_examples`; `layer`
+    keeps the masks of a model's layers apart. Modes, which `dropout_mode` sets:
 
     memorize  each example has its own mask; unseen ones, in eval mode without index, 'expected'
     drop      memorization channels are zero
@@ -120,7 +121,10 @@ class ExampleTiedDropout(DropoutLayer):
     def forward(self, activations: Tensor, index: Tensor | None = None) -> Tensor:
         if self.masks.shape[1] == 0:
             return activations
-        memorization = self._memorization_gate(self.index if index is None else index)
+        index = self.index if index is None else index
+        if index is not None and self.mode == "memorize":
+            _require_one_each(index, len(activations))
+        memorization = self._memorization_gate(index)
         if self.forgotten is not None:
             memorization = memorization * ~self.forgotten
         generalization = memorization.new_ones(len(memorization), self.generalization)
@@ -136,6 +140,21 @@ class ExampleTiedDropout(DropoutLayer):
             raise ValueError("example-tied dropout needs the indices of the examples it trains on")
         on = 0.0 if self.mode == "drop" else self.p_mem
         return torch.full((1, self.masks.shape[1]), on, device=self.masks.device)
+
+
+def _require_one_each(index: Tensor, count: int) -> None:
+    """Raise unless these are whole numbers, one for each example.
+
+    Whether they are negative is not asked where the answer would have to be waited for.
+    """
+    if index.shape != (count,) or index.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"{count} examples need {count} indices, int64 [{count}]; "
+            f"these are {str(index.dtype).removeprefix('torch.')} {list(index.shape)}"
+        )
+    at_hand = index.device.type == "cpu" and not torch.compiler.is_compiling()
+    if at_hand and (index < 0).any():
+        raise ValueError(f"an index of {int(index.min())}: examples are counted from 0")
 
 
 class StandardDropout(DropoutLayer):
@@ -180,12 +199,19 @@ def tied_layers(model: nn.Module) -> list[ExampleTiedDropout]:
 
 
 def insert_dropout(model: nn.Module, layers: Mapping[str, DropoutLayer]) -> None:
-    """Put a layer behind each named module; no weight of the model is renamed."""
+    """Put a layer behind each named module; no weight of the model is renamed.
+
+    The layers become the model's module `inserted_dropout`, the last one of a Sequential.
+    """
+    modules = [model.get_submodule(name) for name in layers]  # all of them, before anything changes
+    for name, layer in layers.items():
+        if not isinstance(layer, DropoutLayer):
+            raise TypeError(f"{name}: {type(layer).__name__} is none of this file's layers")
     if not hasattr(model, "inserted_dropout"):
         model.inserted_dropout = _Inserted()
     model.inserted_dropout.extend(layers.values())
-    for name, layer in layers.items():
-        model.get_submodule(name).register_forward_hook(layer.hook)
+    for module, layer in zip(modules, layers.values()):
+        module.register_forward_hook(layer.hook)
 
 
 @contextmanager

@@ -182,6 +182,37 @@ def test_training_without_knowing_the_examples_is_a_mistake():
         ExampleTiedDropout(10, 60)(torch.ones(2, 10))
 
 
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (torch.tensor([7]), "3 examples need 3 indices, int64 .3.; these are int64 .1."),
+        (torch.tensor(7), "these are int64 ..$"),
+        (torch.tensor([[1], [2], [3]]), "these are int64 .3, 1."),
+        (torch.tensor([1, 0, 1], dtype=torch.uint8), "these are uint8 .3."),
+        (torch.tensor([True, False, True]), "these are bool .3."),
+        (torch.tensor([1, -1, 2]), "an index of -1: examples are counted from 0"),
+    ],
+)
+def test_indices_that_are_not_one_for_each_example_are_a_mistake(index, message):
+    """torch would take each of them for something: one mask for all, a boolean mask, the last."""
+    layer = ExampleTiedDropout(10, n_examples=20)
+    for training in (True, False):
+        with pytest.raises(ValueError, match=message):
+            layer.train(training)(torch.ones(3, 10), index)
+
+
+def test_a_mistake_in_inserting_changes_nothing():
+    model = nn.Sequential(nn.Linear(3, 10), nn.ReLU())
+    tied = ExampleTiedDropout(10, n_examples=20)
+    with pytest.raises(AttributeError):
+        insert_dropout(model, {"0": tied, "7": tied})
+    with pytest.raises(TypeError, match="0: Dropout is none of this file's layers"):
+        insert_dropout(model, {"0": nn.Dropout()})
+    assert len(model) == 2
+    assert not tied_layers(model)
+    assert model(torch.ones(1, 3)).shape == (1, 10)
+
+
 def test_forget_drops_the_neurons_of_the_chosen_for_everybody():
     layer = ExampleTiedDropout(50, 60, p_gen=0.2, p_mem=0.1).eval()
     x = torch.ones(60, 50)
