@@ -72,7 +72,7 @@ def present(
         yield str(drawing)
     findings = find(families)
     tables = [table for make in TABLES if (table := make(families)).measured]
-    for table in [*tables, table_claims(findings, families)]:
+    for table in [*tables, table_claims(findings)]:
         yield f"table: {write_table(table, folder)}"
     if gather:
         yield f"tables of all runs: {keep_results(families, folder)}"

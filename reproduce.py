@@ -8,7 +8,7 @@
 
 Trains and accounts gradients, rewinds, retrains, flips neurons, trains with dropout (where
 `dropout.kind` names one), and draws the figures. `experiments: [rewinding, flipping]` does less;
-`experiments: [dropout]` trains nothing without dropout, unless `dropout.kind` is none.
+`experiments: [dropout]` is what example_tied_dropout.py does, and nothing else.
 What is done is skipped, what was interrupted goes on: the same command, called again and again,
 ends with the same results. Called on several machines with a common file system, it shares the runs
 among them, and whoever ends last draws the figures.
@@ -57,15 +57,16 @@ def make_jobs(configs: Sequence[Config]) -> list[Job]:
 
     def wanted(config: Config) -> Iterator[tuple[ModuleType, Config]]:
         asked = EXPERIMENTS if config.experiments == "all" else config.experiments
-        plain = without_dropout(config)
-        with_dropout = "dropout" in asked and config.dropout.kind != "none"
-        if not with_dropout or set(asked) != {"dropout"}:
-            yield gradient_accounting, plain
+        plain, dropout = without_dropout(config), example_tied_dropout.without_accounting(config)
+        if set(asked) == {"dropout"}:
+            yield example_tied_dropout, dropout
+            return
+        yield gradient_accounting, plain
         for name in asked:
             if name in ON_PLAIN_RUNS:
                 yield ON_PLAIN_RUNS[name], plain
-        if with_dropout:
-            yield example_tied_dropout, example_tied_dropout.without_accounting(config)
+        if "dropout" in asked and config.dropout.kind != "none":
+            yield example_tied_dropout, dropout
 
     jobs, runs = {}, []
     for config in configs:

@@ -23,9 +23,14 @@ def load_human_labels(
     """The labels of one column, int64 [n], from `path` or ROOT/CIFAR-10_human.pt.
 
     The file must belong to the data set: its clean labels are the data set's own. Without a path,
-    an npz that carries noisy_label gives those, and `column` says nothing.
+    an npz that carries noisy_label gives those, and has no columns to choose from.
     """
     if path is None and dataset.noisy_label is not None:
+        if column != COLUMNS[0]:
+            raise DataError(
+                f"{dataset.name}: the file has a noisy_label of its own, and no column {column!r};"
+                " leave data.human_labels.column out"
+            )
         return dataset.noisy_label
     if path is None and dataset.name not in ("cifar10", "npz"):
         raise DataError(f"{dataset.name}: there are no human labels for it, only for CIFAR-10")

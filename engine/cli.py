@@ -15,7 +15,7 @@ from engine.claims import claim
 from engine.config import describe_keys, load_configs
 from engine.errors import RunFailed, UserError
 from engine.runs import Run, each_once, without_dropout
-from engine.settings import Config
+from engine.settings import Config, HumanLabelsConfig
 from engine.stopping import Terminated, ending_on_signals
 
 
@@ -146,9 +146,10 @@ def reporting_ends() -> Iterator[Ending]:
 
 def title(config: Config) -> str:
     """A run in a few words, at the beginning of its line."""
+    own = config.data.name == "npz" and config.data.human_labels == HumanLabelsConfig()
     split = {
         "noise": f"noise {config.data.noise_rate:g}",
-        "human": config.data.human_labels.column,
+        "human": "human labels" if own else config.data.human_labels.column,
         "atypical": "atypical",
     }[config.data.split]
     data = Path(config.data.path).stem if config.data.path else config.data.name

@@ -39,6 +39,7 @@ def schema(section: type = Config, prefix: str = "") -> dict[str, dataclasses.Fi
 
 
 SCHEMA = schema()
+MEASURING = ("rewinding.", "retraining.", "flipping.", "slurm.", "checkpoints.")
 SECTIONS = sorted({key.rpartition(".")[0] for key in SCHEMA} - {""})
 
 
@@ -229,7 +230,8 @@ def _checked(source: str, key: str, value: object) -> object:
         return kind.parse(value)
     except (ValueError, OverflowError):
         hint = nearest(value, kind.choices) if isinstance(value, str) else ""
-        if isinstance(value, list) and key != "seed" and not hint:
+        trained = not key.startswith(MEASURING)  # what only measures has one value at a time
+        if isinstance(value, list) and key != "seed" and trained and not hint:
             hint = f"; to try several, write sweep: {{{key}: [...]}}"
         message = f"{source}: {key}: {_shown(value)} is not allowed: {kind.allowed}{hint}"
         raise UserError(message) from None

@@ -203,7 +203,7 @@ class Config:
     experiments: str | tuple[str, ...] = option(
         "all",
         some_of(*EXPERIMENTS),
-        "what reproduce.py does after training and accounting; [dropout] alone skips these",
+        "what reproduce.py does after training and accounting; [dropout] needs neither",
     )
     device: str = option(
         "auto", one_of("auto", "cpu", "cuda"), "auto takes the GPU if there is one"

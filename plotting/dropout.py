@@ -14,23 +14,29 @@ from plotting.style import CLEAN, NOISY, PAGE, wrapped
 
 FORGOTTEN = "forgotten.csv"
 FORGOTTEN_COLUMNS = ("index", "label", "prediction_after", "typicality")
-EXAMPLES, NEURONS = 24, 64  # of each layer, at the most: more cannot be seen
+EXAMPLES, NEURONS = 24, 64  # of each layer, at the most, evenly spread: more cannot be seen
 ACROSS, DOWN = 8, 3
 
 
 def plot_masks(family: Family) -> Figure:
     """Figure 6: the masks that a model was trained with; each row is an example."""
     split = load_split_at_hand(family.config)
-    layers = tied_layers(make_model(family.config, split))
+    model = make_model(family.config, split)
+    layers = dict(zip(model.dropout_sites(family.config.dropout.sites), tied_layers(model)))
     rows = split.index[:EXAMPLES]
     colors = ListedColormap(["white", CLEAN, NOISY])
     figure, panels = plt.subplots(1, len(layers), figsize=(PAGE, 2.2), sharey=True, squeeze=False)
-    for number, (axes, layer) in enumerate(zip(panels[0], layers)):
+    for axes, (site, layer) in zip(panels[0], layers.items()):
         kept = np.ones((len(rows), layer.generalization), int)
         tied = 2 * layer.masks[rows].numpy().astype(int)
-        shown = np.concatenate([kept, tied], axis=1)[:, :NEURONS]
-        axes.imshow(shown, colors, vmin=0, vmax=2, aspect="auto", interpolation="nearest")
-        axes.set(title=f"layer {number}", xlabel="neuron")
+        gates = np.concatenate([kept, tied], axis=1)
+        channels = gates.shape[1]
+        shown = np.linspace(0, channels - 1, min(channels, NEURONS)).round().astype(int)
+        axes.imshow(
+            gates[:, shown], colors, vmin=0, vmax=2, aspect="auto", interpolation="nearest",
+            extent=(0, channels, len(rows), 0),
+        )  # fmt: skip
+        axes.set(title=site.rpartition("transformer.")[2], xlabel="neuron")
         axes.spines[:].set_visible(True)
     panels[0, 0].set_ylabel("training example")
     words = f"{family.title}: on for everybody (blue), for this example (red), off (white)"

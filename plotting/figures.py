@@ -180,7 +180,7 @@ def draw_all(
         for family in wanted:
             if part := family.having(kind.source):
                 beside = folder / "figures" / family.name if gather else family.folder / "figures"
-                about = f"{family.title}, {part.seeds}"
+                about = f"{part.title}, {part.seeds}"
                 try:
                     paths = draw_figure(kind.plot, part, beside / kind.name, formats)
                 except DataError as error:

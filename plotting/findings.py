@@ -20,8 +20,12 @@ class Finding:
 
     claim: Claim
     about: str
-    n: int
+    families: tuple[Family, ...]
     values: tuple[float, ...]  # one a seed; none where it was not measured
+
+    @property
+    def n(self) -> int:
+        return len(self.values)
 
     @property
     def ours(self) -> str:
@@ -52,7 +56,8 @@ def _judge(claim: Claim, family: Family) -> Finding:
     measured = family.having(claim.source)
     values = claim.measure(measured) if measured else ()
     finite = tuple(float(value) for value in values if np.isfinite(value))
-    return Finding(_of_data_set(claim, family.config), family.title, len(finite), finite)
+    about = (measured or family).title
+    return Finding(_of_data_set(claim, family.config), about, (family,), finite)
 
 
 def _trends(claim: Claim, families: Sequence[Family]) -> Iterator[Finding]:
@@ -69,7 +74,7 @@ def _trends(claim: Claim, families: Sequence[Family]) -> Iterator[Finding]:
         trends = [rank_correlation(settings, own) for own in of_seed if np.isfinite(own).all()]
         values = tuple(trend for trend in trends if np.isfinite(trend))
         about = f"{claim.over} from {settings[0]:g} to {settings[-1]:g}"
-        yield Finding(claim, about, len(values), values)
+        yield Finding(claim, about, tuple(group), values)
 
 
 def _of_data_set(claim: Claim, config: Config) -> Claim:
@@ -83,10 +88,8 @@ def _of_data_set(claim: Claim, config: Config) -> Claim:
     return replace(claim, paper=f"{number:.1%} ({name})")
 
 
-def table_claims(findings: Sequence[Finding], families: Sequence[Family]) -> Table:
+def table_claims(findings: Sequence[Finding]) -> Table:
     """Every claim, the paper's number, ours, of how many runs, and what they were trained on."""
-    everywhere = _hardware(families)
-    of_family = {family.title: _hardware([family]) for family in families}
     rows = [
         (
             finding.claim.text,
@@ -94,7 +97,7 @@ def table_claims(findings: Sequence[Finding], families: Sequence[Family]) -> Tab
             finding.ours,
             str(finding.n or "-"),
             finding.about,
-            of_family.get(finding.about, everywhere),  # a trend is about several families
+            _hardware(finding.families),
         )
         for finding in findings
     ]

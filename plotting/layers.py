@@ -56,7 +56,7 @@ def plot_rewinding_compared(families: Sequence[Family]) -> Figure:
         draw_curves(curves, family, ("clean", "noisy"))
         curves.legend(loc="best")
         curves.set_ylabel("accuracy")
-        curves.set_title(f"{wrapped(family.title, PAGE)}\n({family.seeds})", loc="left")
+        curves.set_title(wrapped(f"{family.title} ({family.seeds})", PAGE / 3), loc="left")
         table = by_group(family, REWINDING, REWINDING_COLUMNS)
         scale = _draw_rewound(rewound, table, names_of(family.config.data.split))
         bar = figure.colorbar(scale, ax=rewound, label="rewound to epoch", pad=0.02)
@@ -75,7 +75,7 @@ def _draw_rewound(panels: Sequence[Axes], table: dict, names: dict[str, str]) ->
         for i in shown.astype(int):
             axes.plot(groups, mean[:, i], "o-", color=scale.to_rgba(epochs[i]))
         axes.set(title=f"{names[kind]} examples", xlabel="layer that is rewound")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set(xticks=groups, xlim=(groups[0] - 0.3, groups[-1] + 0.3))
     return scale
 
 

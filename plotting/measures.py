@@ -47,10 +47,16 @@ def _medians_while_learning(family: Family, values: np.ndarray) -> np.ndarray:
     )
 
 
+def _share(values: np.ndarray, holds: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """[seeds]: of how many of values [seeds, ...] something holds; nan where one has no number."""
+    share = holds(values).mean(1)
+    return np.where(np.isfinite(values).all(1), share, np.nan)
+
+
 def _quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Without clean examples there is nothing to divide by, and no number to show."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return a / b
+    """Without clean examples there is nothing to divide by, without noisy ones nothing to divide:
+    no number either way."""
+    return np.divide(a, b, out=np.full_like(a, np.nan), where=(a > 0) & (b > 0))
 
 
 def _ratios(family: Family) -> np.ndarray:
@@ -77,7 +83,7 @@ def norm_ratio_last(family: Family) -> Values:
 
 
 def norm_ratio_epochs(family: Family) -> Values:
-    return (np.median(_ratios(family), axis=2) >= 2 / 3).mean(1)
+    return _share(np.median(_ratios(family), axis=2), lambda ratios: ratios >= 2 / 3)
 
 
 def mean_norm_ratio(family: Family) -> Values:
@@ -92,7 +98,7 @@ def cosine(family: Family) -> Values:
 
 def cosine_layers(family: Family) -> Values:
     medians = _medians_while_learning(family, read_accounts(family)["cosine"])
-    return np.where(np.isnan(medians[:, 0]), np.nan, (medians < OPPOSED).mean(1))
+    return _share(medians, lambda cosines: cosines < OPPOSED)
 
 
 # ---------------------------------------------------------------- rewinding and retraining
@@ -124,8 +130,7 @@ def kept_by_last_layer(family: Family) -> Values:
 
 
 def layers_that_keep(family: Family) -> Values:
-    kept = _back_before_learning(family)
-    return np.where(np.isnan(kept[:, 0]), np.nan, (kept >= KEPT).mean(1))
+    return _share(_back_before_learning(family), lambda kept: kept >= KEPT)
 
 
 def last_against_others(family: Family) -> Values:
@@ -152,7 +157,7 @@ def _peaks(family: Family) -> np.ndarray:
 
 
 def layers_that_come_back(family: Family) -> Values:
-    return (_peaks(family) >= HIGH).mean(1)
+    return _share(_peaks(family), lambda peaks: peaks >= HIGH)
 
 
 def last_layer_comes_back(family: Family) -> Values:
@@ -212,9 +217,13 @@ def layers_shared(family: Family) -> Values:
         (int(group) for kind in (0, 1) for rows in _of_each_seed(family, kind) for row in rows
          for group in row["groups"].split()), default=0,
     )  # fmt: skip
+    shares = (
+        [_layer_shares(rows, layers) for rows in pair]
+        for pair in zip(_of_each_seed(family, 1), _of_each_seed(family, 0))
+    )
     return [
-        np.minimum(_layer_shares(noisy, layers), _layer_shares(clean, layers)).sum()
-        for noisy, clean in zip(_of_each_seed(family, 1), _of_each_seed(family, 0))
+        np.minimum(noisy, clean).sum() if noisy.any() and clean.any() else np.nan
+        for noisy, clean in shares
     ]
 
 

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from data import DataError
 from engine import files
 from engine.detection import count_neurons
 from engine.runs import Run
@@ -47,10 +48,12 @@ def _histogram(axes: Axes, values: list[float], bins: np.ndarray, kind: str, nam
 def plot_flipping(family: Family) -> Figure:
     """Neurons to flip, accuracy on the rest afterwards, and the layers that the neurons are in."""
     rows = [row for run in family.runs for row in read_searched(run)]
+    if not rows:
+        raise DataError("no example was searched")
     names = names_of(family.config.data.split)
     figure, (counts, after, layers) = plt.subplots(1, 3, figsize=(PAGE, 2.3))
     most = int(max(row["neurons"] for row in rows))
-    steps = np.arange(0.5, most + 1.5, max(1, most // 30))
+    steps = np.arange(-0.5, most + 1.5, max(1, most // 30))
     lowest = min(row["acc_remaining_after"] for row in rows)
     groups = [int(g) for row in rows for g in row["groups"].split()]
     for kind, chosen in _of_both_kinds(rows):

@@ -14,6 +14,7 @@ from engine import files
 from engine.provenance import REPOSITORY
 from plotting.figures import SCRIPTS, Drawing
 from plotting.findings import Finding
+from plotting.measures import LEARNING
 from plotting.runs import Family
 from plotting.tables import Table
 
@@ -22,7 +23,8 @@ EXPERIMENTS = {
     "gradients": (
         "Gradient accounting",
         "How much gradient do clean and memorized examples contribute to each layer while the "
-        "network trains, and do the two agree? (Section 4)",
+        "network trains, and do the two agree? (Section 4) 'While they are learned' are the epochs "
+        f"that end with a mislabeled accuracy between {LEARNING[0]:.0%} and {LEARNING[1]:.0%}.",
     ),
     "rewinding": (
         "Layer rewinding",
@@ -284,7 +286,8 @@ def _what_was_run(families: Sequence[Family]) -> str:
         seeds = ", ".join(str(run.config.seed) for run in family.runs)
         seconds = ", ".join(f"{source.get('seconds', 0):,.0f}" for source in sources)
         rows.append(
-            f"<tr><td>{escape(family.title)}<small>{escape(words)}</small></td>"
+            f"<tr><td>{escape(family.title)}<small>{escape(words)}</small>"
+            f"<small>{escape(_measured_with(family))}</small></td>"
             f"<td>{seeds}</td>"
             f'<td class="number">{seconds}</td>'
             f"<td>{escape(devices)}<small>{escape('; '.join(versions))}</small></td>"
@@ -292,6 +295,13 @@ def _what_was_run(families: Sequence[Family]) -> str:
         )
     header = ("training, and its settings", "seeds", "seconds", "on what, with which versions")
     return '<h2 id="runs">What was run</h2>' + _table(header, rows)
+
+
+def _measured_with(family: Family) -> str:
+    """How its tables were measured, where that is not as by default."""
+    values = (f"{key}={value!s:.60}" for key, value in family.measured_with.items())
+    words = ", ".join(values)
+    return f"measured with {words}" if words else ""
 
 
 def _versions(source: dict) -> str:

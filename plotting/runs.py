@@ -11,10 +11,26 @@ import numpy as np
 
 from engine import files
 from engine.cli import title
-from engine.config import flatten
+from engine.config import SCHEMA, flatten
 from engine.errors import UserError
 from engine.runs import Run
 from engine.settings import Config
+
+# The settings of a table are those of a section of the configuration.
+SECTION_OF = {
+    "layer_rewinding": "rewinding",
+    "layer_retraining": "retraining",
+    "neuron_flipping": "flipping",
+    "mislabel_detection": "flipping",
+    "example_tied_dropout": "dropout",
+    "forgotten": "dropout",
+    "forgotten_typicality": "dropout",
+}
+# With these, another quantity is measured than the paper's, and every title says so.
+REDEFINING = {
+    "rewinding.batchnorm", "flipping.ablate", "flipping.refresh_reference",
+    "flipping.reference_copies", "dropout.rescale", "dropout.batchnorm",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,11 +74,26 @@ class Family:
         sources = [files.read_json(run.provenance_path) for run in self.runs]
         return sorted({str(source.get("device")) for source in sources})
 
+    @property
+    def measured_with(self) -> dict[str, object]:
+        """How the first run's tables were measured, by key path, where that is not the default."""
+        found = {}
+        for stem in SECTION_OF:
+            found |= _unusual(self.runs[0], f"{stem}.csv")
+        return found
+
     def having(self, file_name: str) -> "Family | None":
         """The runs that have this file, measured as the first one's was; None where none has."""
         runs = [run for run in self.runs if (run.directory / file_name).exists()]
-        alike = [run for run in runs if _measured(run, file_name) == _measured(runs[0], file_name)]
-        return replace(self, runs=tuple(alike)) if runs else None
+        if not runs:
+            return None
+        alike = [run for run in runs if measured(run, file_name) == measured(runs[0], file_name)]
+        words = [
+            f", {key}={value}"
+            for key, value in _unusual(runs[0], file_name).items()
+            if key in REDEFINING
+        ]
+        return replace(self, runs=tuple(alike), apart=self.apart + "".join(words))
 
     def rows(self, file_name: str, columns: Sequence[str], text: Sequence[str] = ()) -> list[dict]:
         """The rows of all runs, each of which has the file."""
@@ -108,10 +139,20 @@ def _find_directories(places: Sequence[Path]) -> list[Path]:
     return sorted(filter(None, found.values()))
 
 
-def _measured(run: Run, file_name: str) -> object:
+def measured(run: Run, file_name: str) -> dict[str, object] | None:
     """The settings of a measurement; None for what a training itself writes."""
     source = (run.directory / file_name).with_suffix(".json")
     return files.read_json(source).get("settings") if source.exists() else None
+
+
+def _unusual(run: Run, file_name: str) -> dict[str, object]:
+    """The settings of a measurement by key path, where they are not the defaults."""
+    section = SECTION_OF.get(Path(file_name).stem)
+    settings = measured(run, file_name) or {} if section else {}
+    paths = {f"{section}.{key}": value for key, value in settings.items()}
+    return {
+        key: value for key, value in paths.items() if key in SCHEMA and value != SCHEMA[key].default
+    }
 
 
 def _name_left_out(family: Family) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from engine import files
 from plotting.findings import Finding
-from plotting.runs import Family
+from plotting.runs import Family, measured
 
 NAME = "summary.json"
 SOURCES = "provenance.json"
@@ -24,7 +24,8 @@ def summarize(families: Sequence[Family], findings: Sequence[Finding]) -> dict[s
     runs = []
     for family in families:
         seeds = [run.config.seed for run in family.runs]
-        runs.append({"about": family.title, "seeds": seeds, "settings": family.settings})
+        about = {"about": family.title, "seeds": seeds, "settings": family.settings}
+        runs.append(about | {"measured_with": family.measured_with})
     return {"runs": runs, "claims": [_entry(finding) for finding in findings]}
 
 
@@ -44,16 +45,19 @@ def _entry(finding: Finding) -> dict[str, object]:
 
 def keep_results(families: Sequence[Family], folder: Path) -> Path:
     """Copies of all tables of all runs, and of each run where it came from: settings (no paths),
-    code, versions, machine. Small enough to be kept where the weights are not."""
+    how each table was measured, code, versions, machine. Small enough to be kept where the weights
+    are not."""
     sources = {}
     for family in families:
         for run in family.runs:
             place = Path("tables") / family.name / run.directory.name
+            settings = {"settings": run.settings, "measured_with": {}}
             for table in sorted(run.directory.glob("*.csv")):
                 files.write_text(folder / place / table.name, files.read_text(table))
+                if (own := measured(run, table.name)) is not None:
+                    settings["measured_with"][table.name] = own
             source = files.read_json(run.provenance_path)
             kept = ("git_commit", "git_dirty", "versions", "device", "started", "seconds")
-            settings = {"settings": run.settings}
             sources[str(place)] = settings | {key: source.get(key) for key in kept}
     files.write_json(folder / SOURCES, sources)
     return folder / SOURCES

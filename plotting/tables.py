@@ -160,7 +160,9 @@ def table_auc(families: Sequence[Family]) -> Table:
 def table_stability(families: Sequence[Family]) -> Table:
     """Whether an example's number of neurons is its own, or the training's; what averaging buys.
 
-    Over all choices of k of a family's trainings: the AUC of numbers that are averaged over them.
+    The rank correlation of two trainings' numbers, within clean and within noisy examples: that
+    over both together would also say how much these two differ. And over all choices of k of a
+    family's trainings the AUC of numbers that are averaged over them.
     """
     rows = []
     for family in filter(None, (family.having(FLIPPING) for family in families)):
@@ -168,16 +170,25 @@ def table_stability(families: Sequence[Family]) -> Table:
         n = len(counts)
         if n < 2:
             continue
-        pairs = [rank_correlation(a, b) for a, b in combinations(counts, 2)]
+        alike = [_mean_agreement(counts[:, kind]) for kind in (~memorized, memorized)]
         for k in range(1, n + 1):
             means = [np.mean(chosen, axis=0) for chosen in combinations(counts, k)]
             areas = [compute_area(-m[memorized], -m[~memorized], seed=0).auc for m in means]
-            agreement = f"{np.nanmean(pairs):.2f}" if k == 1 else ""
-            cells = (str(len(memorized)), agreement, f"{k} of {n}", f"{np.mean(areas):.3f}")
-            rows.append((family.title, *cells))
-    header = ("data", "examples", "rank correlation of two trainings", "trainings", "AUC, mean")
+            agreement = alike if k == 1 else ("", "")
+            area = spread([np.mean(areas)], 3, percent=False)
+            rows.append((family.title, str(len(memorized)), *agreement, f"{k} of {n}", area))
+    header = (
+        "data", "examples", "rank correlation of two trainings: clean", "noisy",
+        "trainings", "AUC, mean",
+    )  # fmt: skip
     caption = "Stability of the number of neurons over trainings, and what averaging buys"
     return Table("table_stability", caption, header, tuple(rows))
+
+
+def _mean_agreement(counts: np.ndarray) -> str:
+    """The mean rank correlation of two seeds of [seeds, examples]; a dash where none has one."""
+    pairs = np.array([rank_correlation(a, b) for a, b in combinations(counts, 2)])
+    return spread([pairs[np.isfinite(pairs)].mean()] if np.isfinite(pairs).any() else [], 2, False)
 
 
 def counts_of_all_seeds(family: Family) -> tuple[np.ndarray, np.ndarray]:

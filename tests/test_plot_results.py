@@ -1,6 +1,7 @@
 """Figures come from result files alone, show what is in them, and say what is missing."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -273,13 +274,53 @@ def test_every_seed_that_lacks_a_measurement_is_named(family, tmp_path, capsys):
         assert f"python layer_rewinding.py '{moved}/seed{seed}'" in line
 
 
+def plant_search(family: Family, rows: list[dict], **settings: object) -> None:
+    for run in family.runs:
+        source = {"settings": {"max_neurons": 9} | settings}
+        files.write_json(run.directory / "neuron_flipping.json", source)
+        files.write_csv(run.directory / "neuron_flipping.csv", FLIPPING_COLUMNS, rows)
+
+
 def test_examples_that_flip_at_once_have_no_neurons_to_show(family):
     row = dict.fromkeys(FLIPPING_COLUMNS, 1) | {"neurons": 0, "groups": "", "neurons_ids": ""}
-    for run in family.runs:
-        files.write_json(run.directory / "neuron_flipping.json", {"settings": {"max_neurons": 9}})
-        files.write_csv(run.directory / "neuron_flipping.csv", FLIPPING_COLUMNS, [row])
+    plant_search(family, [row])
     with paper_style():
-        plt.close(plot_flipping(family))
+        figure = plot_flipping(family)
+    bars = [patch.get_height() for patch in figure.axes[0].patches]
+    assert sum(bars) == pytest.approx(1), "and are counted"
+    plt.close(figure)
+
+
+def test_a_run_of_which_nothing_was_searched_ends_no_report(family, capsys):
+    plant_search(family, [])
+    assert plot_results.main([str(family.folder), "--format", "png"]) == 0
+    said = capsys.readouterr().out
+    assert "not drawn: no example was searched" in said
+    assert "report:" in said
+
+
+def test_how_a_table_was_measured_is_said_wherever_it_is_shown(family, tmp_path):
+    row = dict.fromkeys(FLIPPING_COLUMNS, 1) | {"groups": "0", "neurons_ids": "x"}
+    plant_search(family, [row], ablate="weight", noise_copies=5, examples=2)
+    (found,) = find_families([family.folder])
+    assert found.measured_with == {
+        "flipping.max_neurons": 9, "flipping.ablate": "weight", "flipping.examples": 2
+    }  # fmt: skip
+    assert found.having("neuron_flipping.csv").title == f"{found.title}, flipping.ablate=weight"
+    assert found.having("history.csv").title == found.title
+
+    kept = tmp_path / "kept"
+    arguments = [str(family.folder), "--format", "png", "--output", str(kept)]
+    assert plot_results.main(arguments) == 0
+    summary = json.loads((kept / "summary.json").read_text())
+    assert summary["runs"][0]["measured_with"] == found.measured_with
+    by_claim = {entry["claim"]: entry["about"] for entry in summary["claims"]}
+    assert by_claim["flipping.neurons_noisy"].endswith("flipping.ablate=weight")
+    assert not by_claim["gradients.cosine"].endswith("weight")
+    for source in json.loads((kept / "provenance.json").read_text()).values():
+        assert source["measured_with"]["neuron_flipping.csv"]["ablate"] == "weight"
+    report = (kept / "report.html").read_text()
+    assert "flipping.ablate=weight, flipping.examples=2" in report
 
 
 def test_neurons_of_several_widths_are_compared(tiny):

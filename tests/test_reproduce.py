@@ -106,11 +106,11 @@ def test_experiments_are_a_choice(tiny_file):
         assert len(jobs) == expected
 
 
-def test_dropout_alone_trains_nothing_without_it(tiny_file):
+def test_dropout_alone_is_what_its_script_does(tiny_file):
     kinds = "sweep.dropout.kind=[example_tied, none]"
     jobs = reproduce.make_jobs(load_configs(tiny_file, ["experiments=[dropout]", kinds]))
     found = [(job.script.__name__, job.run.config.dropout.kind) for job in jobs]
-    assert found == [("example_tied_dropout", "example_tied"), ("gradient_accounting", "none")]
+    assert found == [("example_tied_dropout", "example_tied"), ("example_tied_dropout", "none")]
 
 
 @pytest.mark.usefixtures("no_figures")

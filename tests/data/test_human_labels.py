@@ -55,6 +55,10 @@ def test_files_of_older_and_newer_numpy_are_read(dataset, tmp_path):
 def test_an_npz_may_carry_its_own_human_labels(tiny_dataset, tmp_path):
     noisy = torch.zeros(60, dtype=torch.int64)
     dataset = dataclasses.replace(tiny_dataset, noisy_label=noisy)
+    with pytest.raises(
+        DataError, match="has a noisy_label of its own, and no column 'worse_label'"
+    ):
+        load_human_labels(dataset, root="nowhere", column="worse_label")
     assert load_human_labels(dataset, root="nowhere", column="aggre_label") is noisy
     path = human_file(tmp_path / "own.pt")
     label = load_human_labels(dataset, root="nowhere", path=path, column="aggre_label")

@@ -150,3 +150,10 @@ def test_the_mistake_of_an_extended_file_names_that_file(write):
 def test_flatten_names_every_key():
     assert flatten(Config())["data.human_labels.column"] == "aggre_label"
     assert flatten(Config()).keys() == SCHEMA.keys()
+
+
+def test_sweeping_is_advised_only_where_it_is_allowed(tiny):
+    for key, advised in (("train.peak_lr", True), ("flipping.examples", False)):
+        with pytest.raises(UserError) as error:
+            tiny(f"{key}=[2,4]")
+        assert ("sweep" in str(error.value)) is advised

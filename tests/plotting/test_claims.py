@@ -11,6 +11,7 @@ from engine.runs import Run
 from plotting import measures
 from plotting.claims import CLAIMS
 from plotting.findings import find, table_claims
+from plotting.neurons import FLIPPING_COLUMNS, FLIPPING_TEXT
 from plotting.runs import Family, alike, families_over
 from plotting.tables import DROPOUT, DROPOUT_COLUMNS, table_stability
 
@@ -207,7 +208,7 @@ def test_the_table_of_claims_says_what_each_was_measured_on(family):
     for run, device in zip(family.runs, ("one GPU", "another")):
         files.write_json(run.provenance_path, {"device": device})
     findings = find([family])
-    table = table_claims(findings, [family])
+    table = table_claims(findings)
     assert len(table.rows) == len(findings) > 10
     ratio = next(row for row in table.rows if row[0].startswith("Gradient norm of all mislabeled"))
     values = measures.norm_ratio(family)
@@ -273,8 +274,41 @@ def test_stability_is_over_all_choices_of_trainings(family):
         ]  # fmt: skip
         return statistics.mean(pairs)
 
+    def slow_agreement(kind: str) -> float:
+        """Pearson's correlation of mean ranks."""
+        pairs = [(tables[0][i][0], tables[1][i][0]) for i in tables[0] if tables[0][i][1] == kind]
+        ranks = [
+            [sum(y < x for y in own) + sum(y == x for y in own) / 2 for x in own]
+            for own in zip(*pairs)
+        ]
+        return np.corrcoef(*ranks)[0, 1]
+
+    assert rows[0][2:4] == tuple(f"{slow_agreement(kind):.2f}" for kind in "01")
+    assert rows[1][2:4] == ("", "")
     both = {i: ((tables[0][i][0] + tables[1][i][0]) / 2, tables[0][i][1]) for i in tables[0]}
     single = statistics.mean(map(slow_area, tables))
-    assert [row[3:] for row in rows] == [
+    assert [row[4:] for row in rows] == [
         ("1 of 2", f"{single:.3f}"), ("2 of 2", f"{slow_area(both):.3f}"),
     ]  # fmt: skip
+
+
+def test_numbers_that_no_example_gave_are_none(family):
+    """Neither of runs without noisy examples, nor of those that learned none of them."""
+    for run in family.runs:
+        accounts = files.read_csv(run.directory / "gradient_accounting.csv", ACCOUNTS)
+        without = [row | {"norm_noisy": 0.0, "cosine": np.nan} for row in accounts]
+        files.write_csv(run.directory / "gradient_accounting.csv", ACCOUNTS, without)
+        columns = ("group", "epoch", "acc_clean", "acc_noisy", "acc_train")
+        retrained = files.read_csv(run.directory / "layer_retraining.csv", columns)
+        without = [row | {"acc_noisy": np.nan} for row in retrained]
+        files.write_csv(run.directory / "layer_retraining.csv", columns, without)
+        path = run.directory / "neuron_flipping.csv"
+        searched = files.read_csv(path, FLIPPING_COLUMNS, FLIPPING_TEXT)
+        files.write_csv(path, FLIPPING_COLUMNS, [r for r in searched if r["memorized"] == 0])
+    verdicts = {finding.claim.name: finding.verdict for finding in find([family])}
+    about_noisy = [
+        name for name in verdicts
+        if name.partition(".")[0] in ("gradients", "retraining", "flipping")
+    ]  # fmt: skip
+    assert len(about_noisy) >= 12
+    assert {verdicts[name] for name in about_noisy} == {"not measured"}

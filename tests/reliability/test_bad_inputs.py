@@ -30,6 +30,7 @@ CONFIGURATIONS = [
     ("data: {noise_rate: true}", [], "data.noise_rate: True is not allowed: a number"),
     ("data: {noise_rate: null}", [], "data.noise_rate: None is not allowed"),
     ("data: {noise_rate: [0.1, 0.2]}", [], "to try several, write sweep: {data.noise_rate: [...]}"),
+    ("flipping: {examples: [2, 4]}", [], "[2, 4] is not allowed: a whole number, 1 or more"),
     ("train: {epochs: 0}", [], "train.epochs: 0 is not allowed: a whole number from 1 to 100000"),
     ("train: {epochs: 2.5}", [], "train.epochs: 2.5 is not allowed: a whole number"),
     ("train: {epochs: '20'}", [], "train.epochs: '20' is not allowed: a whole number"),
