@@ -56,7 +56,7 @@ def plot_rewinding_compared(families: Sequence[Family]) -> Figure:
         draw_curves(curves, family, ("clean", "noisy"))
         curves.legend(loc="best")
         curves.set_ylabel("accuracy")
-        curves.set_title(wrapped(f"{family.title} ({family.seeds})", PAGE / 3), loc="left")
+        curves.set_title(f"{wrapped(family.title, PAGE / 3)}\n({family.seeds})", loc="left")
         table = by_group(family, REWINDING, REWINDING_COLUMNS)
         scale = _draw_rewound(rewound, table, names_of(family.config.data.split))
         bar = figure.colorbar(scale, ax=rewound, label="rewound to epoch", pad=0.02)
