@@ -135,7 +135,7 @@ class ExampleTiedDropout(DropoutLayer):
     def _memorization_gate(self, index: Tensor | None) -> Tensor:
         """[1 or n, memorization channels]"""
         if self.mode == "memorize" and index is not None:
-            return self.masks[index]
+            return self.masks.index_select(0, index)  # which takes no negative index for a last one
         if self.mode == "memorize" and self.training:
             raise ValueError("example-tied dropout needs the indices of the examples it trains on")
         on = 0.0 if self.mode == "drop" else self.p_mem
@@ -143,18 +143,12 @@ class ExampleTiedDropout(DropoutLayer):
 
 
 def _require_one_each(index: Tensor, count: int) -> None:
-    """Raise unless these are whole numbers, one for each example.
-
-    Whether they are negative is not asked where the answer would have to be waited for.
-    """
+    """Raise unless these are whole numbers, one for each example."""
     if index.shape != (count,) or index.dtype not in (torch.int64, torch.int32):
         raise ValueError(
             f"{count} examples need {count} indices, int64 [{count}]; "
             f"these are {str(index.dtype).removeprefix('torch.')} {list(index.shape)}"
         )
-    at_hand = index.device.type == "cpu" and not torch.compiler.is_compiling()
-    if at_hand and (index < 0).any():
-        raise ValueError(f"an index of {int(index.min())}: examples are counted from 0")
 
 
 class StandardDropout(DropoutLayer):

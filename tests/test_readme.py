@@ -59,6 +59,7 @@ def claims_at_small_size() -> list[str]:
     columns = {
         "MNIST, 4,000": "mnist_4000",
         "CIFAR-10 (JPEG), 5,000": "cifar10_jpeg_5000",
+        "CIFAR-10 (JPEG), 20,000": "cifar10_jpeg_20000",
         "CIFAR-10 (JPEG), 50,000": "cifar10_jpeg_50000",
     }
     papers, cells = defaultdict(dict), defaultdict(dict)
