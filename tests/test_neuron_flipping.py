@@ -490,7 +490,7 @@ def test_without_checkpoints_or_without_a_run(run_of, tiny, tiny_file, capsys):
     ],
 )
 def test_other_models(tiny, model):
-    options = {"resnet50": ("data.train_size=48",), "vit_small": VIT}[model]
+    options = {"resnet50": ("model.width=1.0", "data.train_size=48"), "vit_small": VIT}[model]
     run = Run.of(
         tiny(f"model.name={model}", "train.epochs=1", *options, *SMALL[1:3],
              "flipping.examples=1", "flipping.max_neurons=2")
