@@ -181,7 +181,7 @@ def main() -> None:
     parser.add_argument("--run", help="the directory of a finished run")
     parser.add_argument("--examples", type=int, default=60)
     parser.add_argument("--slow", type=int, default=2)
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as folder:
         quickstart = str(REPOSITORY / "configs" / "quickstart.yaml")
         trained = [quickstart, [f"output_dir={folder}", *given.overrides]]

@@ -196,7 +196,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--steps", type=int, default=2, help="in one measured epoch of training")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     measure(quickstart(given.overrides), given.models, given.rounds, given.steps)
 
 

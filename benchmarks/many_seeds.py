@@ -133,7 +133,7 @@ def main() -> None:
     parser = make_parser(__doc__, rounds=None)
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--epochs", type=int, default=2, help="one more than are timed")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     config = without_dropout(quickstart(given.overrides))
     train = replace(config.train, epochs=given.epochs, peak_epoch=min(1, config.train.peak_epoch))
     measure([replace(config, seed=seed, train=train) for seed in range(given.seeds)])

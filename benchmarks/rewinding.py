@@ -100,7 +100,7 @@ def measure(run: Run, rounds: int) -> None:
 
 
 def main() -> None:
-    given = make_parser(__doc__, rounds=3).parse_args()
+    given = make_parser(__doc__, rounds=3).parse_intermixed_args()
     asked = any(override.startswith("train.epochs=") for override in given.overrides)
     overrides = given.overrides if asked else ["train.epochs=10", *given.overrides]
     run = Run.of(without_dropout(quickstart(overrides)))

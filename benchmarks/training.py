@@ -75,7 +75,7 @@ def measure(config: Config, rounds: int) -> None:
 
 
 def main() -> None:
-    given = make_parser(__doc__).parse_args()
+    given = make_parser(__doc__).parse_intermixed_args()
     config = without_dropout(quickstart(given.overrides))
     with compute_precision(config.precision, resolve_device(config)):
         measure(config, given.rounds)
