@@ -135,7 +135,8 @@ class ExampleTiedDropout(DropoutLayer):
     def _memorization_gate(self, index: Tensor | None) -> Tensor:
         """[1 or n, memorization channels]"""
         if self.mode == "memorize" and index is not None:
-            return self.masks.index_select(0, index)  # which takes no negative index for a last one
+            # Unlike masks[index], this takes no negative index for one from the end.
+            return self.masks.index_select(0, index.to(self.masks.device))
         if self.mode == "memorize" and self.training:
             raise ValueError("example-tied dropout needs the indices of the examples it trains on")
         on = 0.0 if self.mode == "drop" else self.p_mem

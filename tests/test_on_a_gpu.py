@@ -154,6 +154,7 @@ def measured(script, trained: Path, place: Path, device: str, *overrides: str) -
     return files.read_csv(table, script.COLUMNS, text=("dropout", "state", "groups", "neurons_ids"))
 
 
+# On the CPU these compare a run with itself, and show that the tests run and that it is repeatable.
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 EXAMPLES = 2 / 64  # two of the clean ones: rounding may move those at the border
 

@@ -125,6 +125,14 @@ def test_masks_are_the_same_on_a_gpu():
     assert torch.equal(found.cpu(), tied_masks(1000, 64, 0.2, 1, 2))
 
 
+@pytest.mark.gpu
+def test_indices_may_come_from_a_loader_on_the_cpu():
+    layer, index = ExampleTiedDropout(10, n_examples=20), torch.tensor([3, 0, 19])
+    expected = layer(torch.ones(3, 10), index)
+    found = layer.cuda()(torch.ones(3, 10, device="cuda"), index)
+    assert torch.equal(found.cpu(), expected)
+
+
 # ---------------------------------------------------------------- modes
 
 
