@@ -1,14 +1,18 @@
-"""What accounting and feeding cost, as ratios measured in one process.
+"""What accounting, feeding and keeping records cost, as ratios measured in one process.
 
     python benchmarks/training.py [key.path=value ...] [--rounds 5]
 
-Alternates an epoch of plain training with an epoch that accounts gradients, and reports the median
-of the rounds' ratios; then times what it takes to make the batches of an epoch, here and with a
-torchvision-style DataLoader of two workers. README.md beside this file says how to read it.
+Alternates an epoch of plain training with an epoch that accounts gradients, with what it takes to
+make the batches of an epoch, here and with a torchvision-style DataLoader of two workers, and with
+what follows every epoch: evaluating all examples, copying what is to be written, and writing it.
+Reports the medians of the rounds' ratios. README.md beside this file says how to read it.
 """
 
 import statistics
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from common import make_parser, print_head, quickstart, ratio, take_turns
@@ -17,11 +21,12 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from data import Split, batches, epoch_order
+from engine import files, resuming
 from engine.devices import compute_precision, resolve_device
-from engine.runs import without_dropout
+from engine.runs import Run, without_dropout
 from engine.settings import Config
 from engine.setup import load_split, make_model
-from engine.training import PlainBackward, train_epoch
+from engine.training import PlainBackward, Record, make_optimizer, train_epoch, write_epoch
 from gradient_accounting import GradientAccountant
 
 
@@ -40,16 +45,27 @@ class ImageDataset(Dataset):
         return self.transform(self.images[row]), self.label[row], row
 
 
-def epoch_of(
-    config: Config, split: Split, model: nn.Module, backward: Callable
-) -> Callable[[], object]:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=config.train.momentum)
-    return lambda: train_epoch(model, optimizer, split, config, 1, backward)
-
-
 def consume(found: Iterator) -> None:
     for _ in found:
         pass
+
+
+def after_epoch(
+    run: Run, split: Split, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> Mapping[str, Callable[[], object]]:
+    """What follows the last epoch of a training, whose record is the longest."""
+    files.write_json(run.provenance_path, {"identity": run.expected})  # or it counts as removed
+    record, epochs = Record(), run.config.train.epochs
+    train_epoch(model, optimizer, split, run.config, 1, PlainBackward().backward)  # for momentum
+    record.measure(model, split, epoch=1, lr=0.0)
+    for rows in (record.history, record.correct, record.loss):
+        rows *= epochs
+    copies = resuming.snapshot(model, optimizer), record.snapshot()
+    return {
+        "evaluating": lambda: Record().measure(model, split, epoch=1, lr=0.0),
+        "copying": lambda: (resuming.snapshot(model, optimizer), record.snapshot()),
+        "writing": lambda: write_epoch(run, epochs, *copies, PlainBackward()),
+    }
 
 
 def measure(config: Config, rounds: int) -> None:
@@ -57,21 +73,34 @@ def measure(config: Config, rounds: int) -> None:
     split = load_split(config).to(device)
     model = make_model(config, split).to(device)
     size = config.train.batch_size
+    still = replace(config, train=replace(config.train, peak_lr=1e-12))  # steps that lead nowhere
+    optimizer = make_optimizer(model.parameters(), still.train)
+
+    def epoch_with(backward: Callable) -> Callable[[], object]:
+        return lambda: train_epoch(model, optimizer, split, still, 1, backward)
+
     ways = {
-        "plain": epoch_of(config, split, model, PlainBackward().backward),
-        "accounting": epoch_of(config, split, model, GradientAccountant(model).backward),
+        "plain": epoch_with(PlainBackward().backward),
+        "accounting": epoch_with(GradientAccountant(model).backward),
         "feeding": lambda: consume(batches(split, size, epoch_order(split.n, config.seed, 1))),
     }
     loader = DataLoader(ImageDataset(split), size, shuffle=True, num_workers=2)
     ways["loader"] = lambda: consume((x.to(device), y.to(device)) for x, y, _ in loader)
 
-    times = take_turns(ways, rounds, device)
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run.of(replace(still, output_dir=Path(folder).as_posix()))
+        ways |= after_epoch(run, split, model, optimizer)
+        times = take_turns(ways, rounds, device)
     print_head(config, split, rounds)
-    accounting, feeding, loader = (ratio(times, name, "plain") for name in list(ways)[1:])
+    share = {name: ratio(times, name, "plain") for name in ways}
+    forward = (split.n + len(split.test_label)) / split.n / 3
     print(f"plain epoch                        {statistics.median(times['plain']):8.3f} s")
-    print(f"accounting / plain                 {accounting:8.3f}    (floor 1.667)")
-    print(f"feeding batches / plain epoch      {feeding:8.3%}")
-    print(f"DataLoader, 2 workers / plain      {loader:8.3%}")
+    print(f"accounting / plain                 {share['accounting']:8.3f}    (floor 1.667)")
+    print(f"feeding batches / plain epoch      {share['feeding']:8.3%}")
+    print(f"DataLoader, 2 workers / plain      {share['loader']:8.3%}")
+    print(f"evaluating every example / plain   {share['evaluating']:8.3%}    (floor {forward:.1%})")
+    print(f"copying what is written / plain    {share['copying']:8.3%}")
+    print(f"writing, in the background / plain {share['writing']:8.3%}")
 
 
 def main() -> None:

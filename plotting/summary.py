@@ -44,9 +44,9 @@ def _entry(finding: Finding) -> dict[str, object]:
 
 
 def keep_results(families: Sequence[Family], folder: Path) -> Path:
-    """Copies of all tables of all runs, and of each run where it came from: settings (no paths),
-    how each table was measured, code, versions, machine. Small enough to be kept where the weights
-    are not."""
+    """Copies of all tables of all runs and over seeds, and of each run where it came from: settings
+    (no paths), how each table was measured, code, versions, machine. Small enough to be kept where
+    the weights are not."""
     sources = {}
     for family in families:
         for run in family.runs:
@@ -59,6 +59,9 @@ def keep_results(families: Sequence[Family], folder: Path) -> Path:
             source = files.read_json(run.provenance_path)
             kept = ("git_commit", "git_dirty", "versions", "device", "started", "seconds")
             sources[str(place)] = settings | {key: source.get(key) for key in kept}
+        over_seeds = [*family.folder.glob("*.csv"), *family.folder.glob("*.json")]
+        for path in over_seeds:  # a JSON file says of which seeds its table is
+            files.write_text(folder / "tables" / family.name / path.name, files.read_text(path))
     files.write_json(folder / SOURCES, sources)
     return folder / SOURCES
 

@@ -302,6 +302,8 @@ def test_a_run_of_which_nothing_was_searched_ends_no_report(family, capsys):
 def test_how_a_table_was_measured_is_said_wherever_it_is_shown(family, tmp_path):
     row = dict.fromkeys(FLIPPING_COLUMNS, 1) | {"groups": "0", "neurons_ids": "x"}
     plant_search(family, [row], ablate="weight", noise_copies=5, examples=2)
+    for name in ("neuron_flipping_mean.csv", "neuron_flipping_mean.json"):
+        (family.folder / name).write_text("over seeds", encoding="utf-8")
     (found,) = find_families([family.folder])
     assert found.measured_with == {
         "flipping.max_neurons": 9, "flipping.ablate": "weight", "flipping.examples": 2
@@ -312,6 +314,8 @@ def test_how_a_table_was_measured_is_said_wherever_it_is_shown(family, tmp_path)
     kept = tmp_path / "kept"
     arguments = [str(family.folder), "--format", "png", "--output", str(kept)]
     assert plot_results.main(arguments) == 0
+    for name in ("neuron_flipping_mean.csv", "neuron_flipping_mean.json"):
+        assert (kept / "tables" / found.name / name).read_text() == "over seeds"
     summary = json.loads((kept / "summary.json").read_text())
     assert summary["runs"][0]["measured_with"] == found.measured_with
     by_claim = {entry["claim"]: entry["about"] for entry in summary["claims"]}
