@@ -198,9 +198,12 @@ def _try(path: Path, own: Holder) -> Holder | None:
         except FileExistsError:
             if found := Holder.of(path):
                 held = found
-                if held.alive(path.parent):
+                if not held.alive(path.parent):
+                    _bury(path, held)
+                elif held.pid:
                     return held
-                _bury(path, held)
+                else:  # its holder is about to write it, or it is damaged
+                    time.sleep(0.01)
     return held
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -110,6 +111,17 @@ def test_a_damaged_claim_is_anybodys_until_it_is_old(tmp_path, content):
     os.utime(path, (0, 0))
     with claim(tmp_path):
         assert holder_of(tmp_path).pid == os.getpid()
+
+
+def test_a_claim_that_is_just_being_made_is_read_when_it_is_written(other, tmp_path):
+    path = tmp_path / "run" / "claim.json"
+    content = path.read_text()
+    path.write_text("")
+    writing = threading.Timer(0.1, path.write_text, [content])
+    writing.start()
+    with pytest.raises(Held, match=f"process {other.pid} on"), claim(tmp_path / "run"):
+        pass
+    writing.join()
 
 
 def test_a_holder_shows_life(tmp_path, monkeypatch):
