@@ -61,6 +61,7 @@ def claims_at_small_size() -> list[str]:
         "CIFAR-10 (JPEG), 5,000": "cifar10_jpeg_5000",
         "CIFAR-10 (JPEG), 20,000": "cifar10_jpeg_20000",
         "CIFAR-10 (JPEG), 50,000": "cifar10_jpeg_50000",
+        "the same, width 0.5": "cifar10_jpeg_50000_half_width",
     }
     papers, cells = defaultdict(dict), defaultdict(dict)
     for column, folder in columns.items():
