@@ -24,7 +24,7 @@ from data import normalize
 from engine import files
 from engine.cli import run_script, title
 from engine.devices import compute_precision, resolve_device
-from engine.evaluation import BATCH_SIZE
+from engine.evaluation import batch_size
 from engine.measurements import Measurement
 from engine.options import listed_epochs
 from engine.runs import HISTORY_COLUMNS, Run, load_weights
@@ -139,7 +139,8 @@ def measure(run: Run, measurement: Measurement) -> None:
     model = load_final_model(run, split, device).eval()
     final, epochs = layer_groups(model), epochs_read(config)
 
-    batches = [slice(start, start + BATCH_SIZE) for start in range(0, split.n, BATCH_SIZE)]
+    size = batch_size(device)
+    batches = [slice(start, start + size) for start in range(0, split.n, size)]
     parts: list[Counts] = [measurement.part(part_key(rows)) or {} for rows in batches]
     missing = {epoch for epoch in epochs for part in parts if epoch not in part}
     earlier = load_earlier_groups(run, model, missing - {last}, config.rewinding.batchnorm)

@@ -19,7 +19,7 @@ from torch import Tensor
 import gradient_accounting
 from data import Split, normalize
 from engine.devices import compute_precision, resolve_device
-from engine.evaluation import BATCH_SIZE
+from engine.evaluation import batch_size
 from engine.runs import Run, without_dropout
 from engine.setup import load_final_model, load_split
 from engine.training import PlainBackward, train_epoch
@@ -40,7 +40,7 @@ def rewind_slowly(run: Run, final: StagedModel, split: Split) -> Grid:
             saved, model = run.read_checkpoint(epoch), copy.deepcopy(final)
             for name, parameter in group.parameters(model).items():
                 parameter.copy_(saved[name])
-            batches = split.images.split(BATCH_SIZE)
+            batches = split.images.split(batch_size(split.images.device))
             rows.append(torch.cat([model(normalize(batch)).argmax(1) for batch in batches]))
         grid[epoch] = torch.stack(rows)
     return grid
@@ -51,7 +51,7 @@ def rewind(run: Run, final: StagedModel, split: Split) -> Grid:
     last, groups = run.config.train.epochs, layer_groups(final)
     earlier = load_earlier_groups(run, final, range(last), "final")
     grid = {epoch: [] for epoch in range(last + 1)}
-    for batch in split.images.split(BATCH_SIZE):
+    for batch in split.images.split(batch_size(split.images.device)):
         own, predicted = compute_predictions(groups, earlier, batch)
         for epoch, rows in (predicted | {last: own.expand(len(groups), -1)}).items():
             grid[epoch].append(rows)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from data import Split, normalize
 from models.dropout import examples
 
-BATCH_SIZE = 500
 Forward = Callable[[Tensor], Tensor]
 
 
@@ -22,6 +21,11 @@ class Outcome:
     loss: Tensor
     correct: Tensor
     prediction: Tensor
+
+
+def batch_size(device: torch.device) -> int:
+    """How many images go forward at once; a CPU's caches hold few."""
+    return 100 if device.type == "cpu" else 500
 
 
 @contextmanager
@@ -41,17 +45,18 @@ def evaluate(
     model: nn.Module,
     images: Tensor,
     label: Tensor,
-    batch_size: int = BATCH_SIZE,
     index: Tensor | None = None,
+    size: int | None = None,
 ) -> Outcome:
     """What becomes of every image (uint8) under its label, in eval mode.
 
     With the `index` of training examples, each goes through example-tied dropout in its own way.
     """
+    size = size or batch_size(label.device)
     losses, predictions = [], []
     with eval_mode(model):
-        for start in range(0, len(label), batch_size):
-            batch = slice(start, start + batch_size)
+        for start in range(0, len(label), size):
+            batch = slice(start, start + size)
             with examples(model, None if index is None else index[batch]):
                 logits = model(normalize(images[batch])).float()
             losses.append(F.cross_entropy(logits, label[batch], reduction="none"))

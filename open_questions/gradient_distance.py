@@ -36,7 +36,7 @@ from data.random_streams import random_stream  # noqa: E402
 from engine.cli import Parser, reporting_ends, run_script, title  # noqa: E402
 from engine.devices import compute_precision, resolve_device  # noqa: E402
 from engine.errors import UserError  # noqa: E402
-from engine.evaluation import BATCH_SIZE, evaluate  # noqa: E402
+from engine.evaluation import batch_size, evaluate  # noqa: E402
 from engine.measurements import Measurement  # noqa: E402
 from engine.rank_correlation import compute_correlation  # noqa: E402
 from engine.runs import Run, load_weights  # noqa: E402
@@ -120,15 +120,15 @@ def compute_distances(features: Tensor, toward: Tensor, split: Split) -> Tensor:
     mean toward itself, and so seem closer than a noisy one, which no mean contains. The unit is the
     root mean square of the clean examples' own distances. nan for classes that have none.
     """
-    clean, classes = ~split.memorized, split.classes
+    clean, classes, size = ~split.memorized, split.classes, batch_size(features.device)
     count = torch.bincount(split.label[clean], minlength=classes).double()
     total = torch.zeros(classes, features.shape[1], dtype=torch.float64, device=features.device)
-    for rows in clean.nonzero().flatten().split(BATCH_SIZE):  # in float64 a batch at a time
+    for rows in clean.nonzero().flatten().split(size):  # in float64 a batch at a time
         total.index_add_(0, split.label[rows], features[rows].double())
 
     def distances(toward: Tensor) -> Tensor:
         parts = []
-        for rows in torch.arange(split.n, device=toward.device).split(BATCH_SIZE):
+        for rows in torch.arange(split.n, device=toward.device).split(size):
             feature, kind = features[rows].double(), toward[rows]
             own = (clean[rows] & (split.label[rows] == kind)).double()[:, None]
             center = (total[kind] - own * feature) / (count[kind, None] - own)

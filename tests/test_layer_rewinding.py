@@ -129,7 +129,7 @@ def test_reduced_precision_uses_each_epochs_own_weights(tiny):
     for group in layer_groups(final):
         for epoch in (0, 1, 2):
             slow_model = swapped(run, final, group, epoch, "final")
-            slow = predict_slowly(slow_model, split.images, 500, "bf16") == split.label
+            slow = predict_slowly(slow_model, split.images, 100, "bf16") == split.label
             expected = mean_by_subset(slow, split.memorized, "acc")
             row = table(run)[group.index, epoch]
             assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-9)
@@ -138,7 +138,7 @@ def test_reduced_precision_uses_each_epochs_own_weights(tiny):
 @pytest.mark.parametrize("batchnorm", ["final", "checkpoint"])
 def test_the_table_of_a_run(tiny, monkeypatch, batchnorm):
     run = trained(tiny(f"rewinding.batchnorm={batchnorm}"))
-    monkeypatch.setattr(layer_rewinding, "BATCH_SIZE", 37)
+    monkeypatch.setattr(layer_rewinding, "batch_size", lambda device: 37)
     layer_rewinding.main(run)
     split = load_split(run.config)
     final = load_final_model(run, split, CPU)
@@ -146,7 +146,7 @@ def test_the_table_of_a_run(tiny, monkeypatch, batchnorm):
     for group in layer_groups(final):
         for epoch in (0, 3):
             model = swapped(run, final, group, epoch, batchnorm)
-            slow = evaluate(model, split.images, split.label, batch_size=37).correct
+            slow = evaluate(model, split.images, split.label, size=37).correct
             expected = mean_by_subset(slow, split.memorized, "acc")
             row = table(run)[group.index, epoch]
             assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-9)
@@ -209,7 +209,7 @@ def test_other_epochs_reuse_the_cells_that_are_there(finished, monkeypatch):
 
 
 def test_killed_at_every_write_and_started_again(finished, monkeypatch):
-    monkeypatch.setattr(layer_rewinding, "BATCH_SIZE", 40)
+    monkeypatch.setattr(layer_rewinding, "batch_size", lambda device: 40)
     layer_rewinding.main(finished)
     path = finished.directory / "layer_rewinding.csv"
     expected = path.read_bytes()
