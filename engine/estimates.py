@@ -191,22 +191,29 @@ def calibrate(config: Config, device: torch.device) -> float:
     model = make_model(config, split).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=config.train.momentum)
 
-    def step(split: Split) -> float:
+    def step(size: int) -> float:
+        part = split.subset(torch.arange(split.n, device=device) < size)
         began = time.perf_counter()
-        train_epoch(model, optimizer, split, config, 1, PlainBackward().backward)
+        train_epoch(model, optimizer, part, config, 1, PlainBackward().backward)
         return time.perf_counter() - began
 
-    def first(size: float) -> Split:
-        return split.subset(torch.arange(split.n, device=device) < max(2, size))
-
+    least, whole = min(2, split.n), split.n
     with compute_precision(config.precision, device):
-        step(first(2))
-        if device.type == "cpu":  # which may take a minute for a whole batch of a large network
-            split = first(2 * CALIBRATION / 4 / step(first(2)))
-        times = [step(split)]
+        step(least)
+        size = whole if device.type == "cuda" else least
+        seconds = smallest = step(size)
+        # A whole batch of a large network may take a CPU a minute.
+        while size < whole and seconds < CALIBRATION:
+            size = min(4 * size, whole)
+            seconds = step(size)
+        times = [seconds]
         while sum(times) < CALIBRATION:
-            times.append(step(split))
-    return statistics.median(times) / (3 * split.n)
+            times.append(step(size))
+    seconds = statistics.median(times)
+    if least < size < whole:  # what a step takes for its weights, more images do not take again
+        seconds += (whole - size) * max(0.0, seconds - smallest) / (size - least)
+        size = whole
+    return seconds / (3 * size)
 
 
 def random_images(config: Config, size: int) -> Split:

@@ -116,6 +116,24 @@ def test_a_larger_network_takes_longer(tiny, monkeypatch):
     assert calibrate(tiny("model.width=0.5"), CPU) > 2 * calibrate(tiny(), CPU)
 
 
+@pytest.mark.parametrize(("each", "largest"), [(1e-4, 128), (0.02, 128), (0.1, 32), (3.0, 2)])
+def test_what_a_step_takes_for_its_weights_is_not_taken_for_every_image(
+    tiny, monkeypatch, each, largest
+):
+    now, sizes = [0.0], []
+
+    def train_epoch(model, optimizer, split, *others):
+        now[0] += 0.4 + each * split.n
+        sizes.append(split.n)
+
+    monkeypatch.setattr(estimates, "train_epoch", train_epoch)
+    monkeypatch.setattr(estimates.time, "perf_counter", lambda: now[0])
+    found = calibrate(tiny("train.batch_size=128"), CPU)
+    assert found == pytest.approx((0.4 / 128 + each) / 3, rel=0.07)
+    assert max(sizes) == largest
+    assert len(sizes) < 12
+
+
 def test_a_gpu_that_is_not_here_takes_an_unknown_time(tiny, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert math.isnan(Speeds(1).of(tiny("device=cuda")))
