@@ -12,6 +12,8 @@ from data import DataError
 from engine import files
 from engine.detection import count_neurons
 from engine.runs import Run
+from engine.settings import ModelConfig
+from models import MODELS, model_options
 from plotting.runs import Family
 from plotting.style import COLORS, DASHES, PAGE, names_of, wrapped
 
@@ -70,7 +72,7 @@ def plot_flipping(family: Family) -> Figure:
     counts.set(xlabel="neurons zeroed to flip it", ylabel="share of examples")
     after.set(xlabel="accuracy on the remaining set")
     layers.set(xlabel="layer", ylabel="share of neurons")
-    after.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    after.xaxis.set_major_formatter(PercentFormatter(1))
     for axes in (counts, after, layers):
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.legend()
@@ -84,7 +86,9 @@ def plot_flipping(family: Family) -> Figure:
 
 def plot_flipping_compared(families: Sequence[Family]) -> Figure:
     """Neurons to flip, and accuracy on the rest afterwards, for models of several sizes."""
-    families = sorted(families, key=lambda family: family.config.model.width)
+    families = sorted(families, key=lambda family: _size(family.config.model))
+    models = [family.config.model for family in families]
+    seeds = [len(family.runs) for family in families]
     figure, (counts, after) = plt.subplots(1, 2, figsize=(PAGE, 2.3))
     names = names_of(families[0].config.data.split)
     for axes, column in ((counts, "neurons"), (after, "acc_remaining_after")):
@@ -97,18 +101,29 @@ def plot_flipping_compared(families: Sequence[Family]) -> Figure:
                 np.arange(len(families)) + place,
                 [np.mean(values) for values in of_seeds],
                 [np.std(values, ddof=1) if len(values) > 1 else 0 for values in of_seeds],
-                fmt="o", color=COLORS[kind], ls=DASHES[kind], capsize=2, label=names[kind],
+                fmt="o" if kind == "clean" else "s", color=COLORS[kind],
+                ls=DASHES[kind] if len({model.name for model in models}) == 1 else "none",
+                capsize=2, label=names[kind],
             )  # fmt: skip
-        models = [family.config.model for family in families]
-        axes.set_xticks(range(len(models)), [f"{m.name}\nwidth {m.width:g}" for m in models])
+        axes.set_xticks(range(len(models)), [_model_label(model) for model in models])
+        axes.margins(x=0.25)
         axes.legend()
     counts.set(ylabel="neurons zeroed to flip it, mean", ylim=(0, None))
     after.set(ylabel="accuracy on the remaining set")
-    after.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    after.yaxis.set_major_formatter(PercentFormatter(1))
     data = families[0].title.partition(f" {models[0].name}")[0]
-    seeds = ", ".join(str(len(family.runs)) for family in families)
-    figure.suptitle(f"{data} (n = {seeds} seeds; bars: a standard deviation)", fontsize=8)
+    n = families[0].seeds if len(set(seeds)) == 1 else f"n = {', '.join(map(str, seeds))} seeds"
+    bars = "; bars: a standard deviation" if max(seeds) > 1 else ""
+    figure.suptitle(f"{data} ({n}{bars})", fontsize=8)
     return figure
+
+
+def _size(model: ModelConfig) -> tuple[float, int]:
+    return model.width, list(MODELS).index(model.name)
+
+
+def _model_label(model: ModelConfig) -> str:
+    return model.name + (f"\nwidth {model.width:g}" if "width" in model_options(model.name) else "")
 
 
 def _each_seed(family: Family, kind: str) -> list[list[dict]]:
