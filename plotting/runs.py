@@ -55,13 +55,21 @@ class Family:
         return self.folder.resolve().name
 
     @property
+    def trained(self) -> str:
+        """The title without what is said of dropout."""
+        return self._title_with("")
+
+    @property
     def title(self) -> str:
-        words, dropout = title(self.config).rpartition(" seed")[0], self.config.dropout
+        dropout = self.config.dropout
         if dropout.kind == "example_tied":
-            words += f", example-tied {dropout.p_gen:g}, {dropout.p_mem:g}"
-        elif dropout.kind != "none":
-            words += f", {dropout.kind} {dropout.p_gen:g}"
-        return words + self.apart
+            return self._title_with(f", example-tied {dropout.p_gen:g}, {dropout.p_mem:g}")
+        if dropout.kind != "none":
+            return self._title_with(f", {dropout.kind} {dropout.p_gen:g}")
+        return self.trained
+
+    def _title_with(self, dropout: str) -> str:
+        return title(self.config).rpartition(" seed")[0] + dropout + self.apart
 
     @property
     def seeds(self) -> str:
@@ -109,7 +117,7 @@ class Family:
 
 
 def find_families(places: Sequence[Path]) -> list[Family]:
-    """The finished runs at or below the given folders."""
+    """The finished runs at or below the given folders, sweeps in the order of their values."""
     runs = [run for run in map(Run.at, _find_directories(places)) if run.finished]
     for run in runs:
         run.require_undamaged()
@@ -121,7 +129,13 @@ def find_families(places: Sequence[Path]) -> list[Family]:
     families = [Family(of[0].directory.parent, tuple(of)) for of in together.values()]
     for family in families:
         _name_left_out(family)
-    return _told_apart(families)
+    return sorted(_told_apart(families), key=lambda family: by_numbers(family.title))
+
+
+def by_numbers(words: str) -> list[str | float]:
+    """A key to sort by that takes the numbers in words for numbers, such as 5,000 or 0.25."""
+    parts = re.split(r"(\d[\d,]*(?:\.\d+)?)", words)  # words and numbers in turn
+    return [float(part.replace(",", "")) if i % 2 else part for i, part in enumerate(parts)]
 
 
 def _find_directories(places: Sequence[Path]) -> list[Path]:

@@ -12,7 +12,7 @@ import numpy as np
 from engine.detection import DETECTION_COLUMNS, compute_area
 from engine.rank_correlation import rank_correlation
 from plotting.neurons import FLIPPING, read_searched
-from plotting.runs import Family
+from plotting.runs import Family, by_numbers
 
 DROPOUT = "example_tied_dropout.csv"
 DROPOUT_COLUMNS = ("dropout", "p_gen", "p_mem", "state", "acc_clean", "acc_noisy", "acc_test")
@@ -121,8 +121,8 @@ def table_2(families: Sequence[Family]) -> Table:
         ours = (spread([row[f"acc_{kind}"] for row in after]) for kind in ("clean", "noisy"))
         paper = PAPER_TABLE_2.get((p.p_gen, p.p_mem), (math.nan, math.nan))
         cells = (*ours, *(spread([value]) for value in paper))
-        rows.append((family.title, f"{p.p_gen:g}", f"{p.p_mem:g}", str(len(family.runs)), *cells))
-    rows.sort(key=lambda row: (row[0], float(row[2]), float(row[1])))
+        rows.append((family.trained, f"{p.p_gen:g}", f"{p.p_mem:g}", str(len(family.runs)), *cells))
+    rows.sort(key=lambda row: (by_numbers(row[0]), float(row[2]), float(row[1])))
     header = ("data", "p_gen", "p_mem", "n", "clean", "noisy", "paper: clean", "paper: noisy")
     caption = "Table 2: accuracy after dropping over p_gen and p_mem (paper: CIFAR-10)"
     return Table("table_2", caption, header, tuple(rows))

@@ -23,10 +23,10 @@ from plotting.figures import KINDS, draw_all
 from plotting.layers import RETRAINING_COLUMNS, by_group, plot_retraining
 from plotting.measures import last_layer_comes_back, layers_that_come_back
 from plotting.neurons import FLIPPING_COLUMNS, plot_flipping, plot_flipping_compared, read_searched
-from plotting.runs import Family, find_families
+from plotting.runs import Family, by_numbers, find_families
 from plotting.style import NOISY, paper_style
 from plotting.tables import KINDS as ACCURACIES
-from plotting.tables import spread
+from plotting.tables import spread, table_2
 from plotting.training import ACCOUNTING_COLUMNS, plot_gradient_norms, plot_learning_curves
 
 
@@ -202,6 +202,23 @@ def test_a_table_holds_ours_beside_the_papers(tiny, tmp_path, capsys):
     found = [f"{100 * row[f'acc_{k}']:.1f}%" for row in (before, after) for k in ACCURACIES]
     assert rows[1].split(",")[-6:] == found
     assert rows[-3].startswith("paper: cifar10,-,99.9%,99.3%,79.3%,90.8%,3.1%,82.7%")
+
+
+def test_rows_and_figures_of_a_sweep_follow_its_values(tiny, tmp_path):
+    """And not the names of directories, which leave out what is as by default."""
+    tied = ("dropout.kind=example_tied", "model.width=0.1", "dropout.forget_draws=1")
+    for share, mem in ((0.4, 0.2), (0.2, 0.2), (0.4, 0.02)):
+        config = tiny(*tied, f"dropout.p_gen={share}", f"dropout.p_mem={mem}", "train.epochs=1")
+        example_tied_dropout.main(Run.of(example_tied_dropout.without_accounting(config)))
+    found = find_families([tmp_path / "runs"])
+    assert [(of.config.dropout.p_gen, of.config.dropout.p_mem) for of in found] == [
+        (0.2, 0.2), (0.4, 0.02), (0.4, 0.2),
+    ]  # fmt: skip
+    data = "glyphs 150 resnet9 width 0.1 noise 0.2"
+    rows = [row[:3] for row in table_2(found).rows]
+    assert rows == [(data, "0.4", "0.02"), (data, "0.2", "0.2"), (data, "0.4", "0.2")]
+    titles = ["mnist 20,000, width 0.25", "mnist 5,000, width 1", "mnist 5,000, width 0.125"]
+    assert sorted(titles, key=by_numbers) == [titles[2], titles[1], titles[0]]
 
 
 def test_spread_of_several_seeds():
