@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from engine.config import flatten
 from engine.runs import HISTORY_COLUMNS
 from plotting.runs import Family
 from plotting.style import COLUMN, PAGE, draw_band, names_of, wrapped
@@ -93,8 +94,10 @@ def plot_gradient_norms_compared(families: Sequence[Family]) -> Figure:
         axes = panels[row, place] if len(models) > 1 else panels.flat[place]
         axes.set_visible(True)
         _draw_norms(axes, family, read_accounts(family), slice(None))
-        model = f"{family.config.model.name}, " if len(models) > 1 else ""
-        axes.set_title(f"{model}noise {family.config.data.noise_rate:.0%} ({family.seeds})")
+        words = f"noise {family.config.data.noise_rate:.0%} ({family.seeds})"
+        if len(models) > 1:
+            words = f"{_name_model(family, families)}, {words}"
+        axes.set_title(wrapped(words, width / across))
     first = next(axes for axes in panels.flat if axes.get_visible())
     first.legend()
     figure.supxlabel("layer", fontsize=8)
@@ -105,6 +108,19 @@ def plot_gradient_norms_compared(families: Sequence[Family]) -> Figure:
 def _model_of(family: Family) -> str:
     """The model and how it is trained: what makes a row of its own."""
     return repr({k: v for k, v in family.settings.items() if k.startswith(("model.", "train."))})
+
+
+def _name_model(family: Family, families: Sequence[Family]) -> str:
+    """Its name, and what tells it from others of that name: 'resnet9, width 0.25'."""
+    own = flatten(family.config)
+    others = [flatten(other.config) for other in families]
+    same = [other for other in others if other["model.name"] == own["model.name"]]
+    apart = [
+        f"{key.partition('.')[2]} {value}"
+        for key, value in own.items()
+        if key.startswith(("model.", "train.")) and len({repr(other[key]) for other in same}) > 1
+    ]
+    return ", ".join([own["model.name"], *apart])
 
 
 def plot_gradient_norms_over_training(family: Family) -> Figure:

@@ -27,7 +27,12 @@ from plotting.runs import Family, by_numbers, find_families
 from plotting.style import NOISY, paper_style
 from plotting.tables import KINDS as ACCURACIES
 from plotting.tables import spread, table_2
-from plotting.training import ACCOUNTING_COLUMNS, plot_gradient_norms, plot_learning_curves
+from plotting.training import (
+    ACCOUNTING_COLUMNS,
+    plot_gradient_norms,
+    plot_gradient_norms_compared,
+    plot_learning_curves,
+)
 
 
 @pytest.fixture
@@ -78,6 +83,20 @@ def test_noise_rates_are_compared_in_one_figure(family, tiny, tmp_path, capsys):
     path = tmp_path / "runs" / "figures" / "gradient_norms_compared_1.png"
     assert together == f"figure 11: {path}"
     assert path.exists()
+
+
+def test_models_that_are_compared_are_told_apart(family, tiny, tmp_path):
+    for overrides in (("model.width=0.1",), ("model.width=0.1", "train.peak_lr=0.05")):
+        gradient_accounting.main(Run.of(tiny(*overrides)))
+    with paper_style():
+        figure = plot_gradient_norms_compared(find_families([tmp_path / "runs"]))
+    titles = {" ".join(axes.get_title().split()) for axes in figure.axes if axes.get_visible()}
+    plt.close(figure)
+    assert titles == {
+        "resnet9, width 0.05, peak_lr 0.1, noise 20% (n = 2 seeds)",
+        "resnet9, width 0.1, peak_lr 0.1, noise 20% (n = 1 seed)",
+        "resnet9, width 0.1, peak_lr 0.05, noise 20% (n = 1 seed)",
+    }
 
 
 def test_a_figure_is_of_the_runs_that_have_its_data(family, capsys):

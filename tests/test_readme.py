@@ -57,17 +57,18 @@ def test_the_table_of_keys_is_that_of_the_code():
 def claims_at_small_size() -> list[str]:
     """Every claim about label noise, as the kept results have it: ours, and of how many seeds."""
     columns = {
-        "MNIST, 4,000": "mnist_4000",
-        "CIFAR-10 (JPEG), 5,000": "cifar10_jpeg_5000",
-        "CIFAR-10 (JPEG), 20,000": "cifar10_jpeg_20000",
-        "CIFAR-10 (JPEG), 50,000": "cifar10_jpeg_50000",
-        "the same, width 0.5": "cifar10_jpeg_50000_half_width",
+        "MNIST, 4,000": ("mnist_4000", "width 0.25"),
+        "the same, width 1": ("mnist_4000_full_width", "resnet9"),
+        "CIFAR-10 (JPEG), 5,000": ("cifar10_jpeg_5000", "width 0.25"),
+        "CIFAR-10 (JPEG), 20,000": ("cifar10_jpeg_20000", "width 0.25"),
+        "CIFAR-10 (JPEG), 50,000": ("cifar10_jpeg_50000", "width 0.25"),
+        "the same, width 0.5": ("cifar10_jpeg_50000_half_width", "width 0.5"),
     }
     papers, cells = defaultdict(dict), defaultdict(dict)
-    for column, folder in columns.items():
+    for column, (folder, model) in columns.items():
         path = REPOSITORY / "results" / folder / "tables" / "table_claims.csv"
         for row in csv.DictReader(path.open(encoding="utf-8", newline="")):
-            if re.search(r" noise 0\.1(,|$)", row["data, model"]):
+            if re.search(rf"{model} noise 0\.1(,|$)", row["data, model"]):
                 papers[row["claim"]][row["paper"]] = None
                 n = "" if row["n"] == "-" else f" ({row['n']})"
                 assert column not in cells[row["claim"]]
