@@ -185,15 +185,20 @@ def _told_apart(families: Sequence[Family]) -> list[Family]:
     told = []
     for family in families:
         same = [other for other in families if other.title == family.title]
-        keys = dict.fromkeys(key for other in same for key in other.settings)
         values = family.settings | flatten(family.config)
         apart = [
             f", {key.removesuffix('.sha256')}={str(values.get(key))[:12]}"
-            for key in keys
-            if len({repr(other.settings.get(key)) for other in same}) > 1
+            for key in differing(same)
         ]
         told.append(replace(family, apart="".join(apart)))
     return told
+
+
+def differing(families: Sequence[Family]) -> list[str]:
+    """The key paths of the settings in which these families are not all alike."""
+    settings = [family.settings for family in families]
+    keys = dict.fromkeys(key for of in settings for key in of)
+    return [key for key in keys if len({repr(of.get(key)) for of in settings}) > 1]
 
 
 def setting_of(family: Family, key: str) -> float:

@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from engine.config import flatten
 from engine.runs import HISTORY_COLUMNS
-from plotting.runs import Family
+from plotting.runs import Family, differing
 from plotting.style import COLUMN, PAGE, draw_band, names_of, wrapped
 
 ACCOUNTING = "gradient_accounting.csv"
@@ -112,15 +112,14 @@ def _model_of(family: Family) -> str:
 
 def _name_model(family: Family, families: Sequence[Family]) -> str:
     """Its name, and what tells it from others of that name: 'resnet9, width 0.25'."""
-    own = flatten(family.config)
-    others = [flatten(other.config) for other in families]
-    same = [other for other in others if other["model.name"] == own["model.name"]]
+    name, values = family.config.model.name, flatten(family.config)
+    keys = differing([other for other in families if other.config.model.name == name])
     apart = [
-        f"{key.partition('.')[2]} {value}"
-        for key, value in own.items()
-        if key.startswith(("model.", "train.")) and len({repr(other[key]) for other in same}) > 1
+        f"{key.partition('.')[2]} {values[key]}"
+        for key in keys
+        if key.startswith(("model.", "train."))
     ]
-    return ", ".join([own["model.name"], *apart])
+    return ", ".join([name, *apart])
 
 
 def plot_gradient_norms_over_training(family: Family) -> Figure:

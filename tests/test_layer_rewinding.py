@@ -17,7 +17,7 @@ from engine import files
 from engine.cli import run_script
 from engine.devices import compute_precision
 from engine.errors import UserError
-from engine.evaluation import eval_mode, evaluate, mean_by_subset
+from engine.evaluation import batch_size, eval_mode, evaluate, mean_by_subset
 from engine.runs import HISTORY_COLUMNS, Run
 from engine.setup import load_final_model, load_split
 from layer_rewinding import COLUMNS, compute_predictions, load_earlier_groups
@@ -107,15 +107,13 @@ def test_predictions_are_those_of_the_slow_way(model, batchnorm):
         for epoch in earlier
     }
     different = 0
-    for batch_size, n in ((12, 12), (5, 12), (1, 2)):
-        found = [
-            compute_predictions(groups, earlier, batch) for batch in images[:n].split(batch_size)
-        ]
+    for size, n in ((12, 12), (5, 12), (1, 2)):
+        found = [compute_predictions(groups, earlier, batch) for batch in images[:n].split(size)]
         own = torch.cat([prediction for prediction, _ in found])
-        assert torch.equal(own, predict_slowly(run.final, images[:n], batch_size, "fp32"))
+        assert torch.equal(own, predict_slowly(run.final, images[:n], size, "fp32"))
         for (group, epoch), model in slow_models.items():
             fast = torch.cat([predicted[epoch][group] for _, predicted in found])
-            assert torch.equal(fast, predict_slowly(model, images[:n], batch_size, "fp32"))
+            assert torch.equal(fast, predict_slowly(model, images[:n], size, "fp32"))
             different += not torch.equal(fast, own)
     assert different > len(groups), "hardly a prediction changes: the comparison shows little"
 
@@ -129,7 +127,7 @@ def test_reduced_precision_uses_each_epochs_own_weights(tiny):
     for group in layer_groups(final):
         for epoch in (0, 1, 2):
             slow_model = swapped(run, final, group, epoch, "final")
-            slow = predict_slowly(slow_model, split.images, 100, "bf16") == split.label
+            slow = predict_slowly(slow_model, split.images, batch_size(CPU), "bf16") == split.label
             expected = mean_by_subset(slow, split.memorized, "acc")
             row = table(run)[group.index, epoch]
             assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-9)
