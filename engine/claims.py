@@ -9,6 +9,7 @@ machine the holder's pid tells, from elsewhere a claim that was long not touched
 import errno
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -28,7 +29,12 @@ from engine.stopping import safe_point
 FILE_NAME = "claim.json"
 BEAT = 10.0  # seconds between signs of life
 DEAD_AFTER = 180.0  # seconds without one, for a holder that cannot be asked directly
+TOKEN_SHOWN = 12  # characters of a claim's token in the names of temporary files
 POLL = 1.0  # seconds between two looks at a claim that is waited for
+
+
+# Folders that this process holds, and what their claims say.
+_own: dict[Path, "Holder"] = {}
 
 
 class Held(RunFailed):
@@ -132,13 +138,13 @@ def holder_of(directory: Path) -> Holder | None:
 def claim(directory: Path, wait: bool = False) -> Iterator[None]:
     """Nobody else who claims this folder works in it meanwhile; Held if somebody does already.
 
-    What killed processes did not finish to write is removed. Folders that are missing are made, and
+    What a dead holder did not finish to write is removed. Folders that are missing are made, and
     removed again if nothing came into them. Where nothing can be written no claim is needed. Only
     the main thread may claim.
     """
     own, path = Holder.me(), directory / FILE_NAME
     with _folder(directory) as was_there:
-        showing_life = _showing_life(path, own)
+        showing_life = _holding(path, own)
         try:
             held = _acquire(path, own, wait)
         except OSError as error:
@@ -148,15 +154,37 @@ def claim(directory: Path, wait: bool = False) -> Iterator[None]:
         if held:
             raise Held(held)
         with showing_life:
-            _remove_leftovers(directory)
             yield
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """What killed processes began to write (see engine/files.py) and gave no name yet."""
-    for temporary in folder.rglob(".*.tmp"):
-        with suppress(OSError):
-            temporary.unlink()
+def temporary_path(path: Path) -> Path:
+    """Name the temporary file that becomes `path`, after the claim under which it is written."""
+    held = _claim_over(path)
+    token = held[1].token if held else uuid.uuid4().hex
+    return path.with_name(f".{path.name}.{token[:TOKEN_SHOWN]}.tmp")
+
+
+def require_held(path: Path) -> None:
+    """Refuse to write below a folder that this process held and lost to another process."""
+    if held := _claim_over(path):
+        folder, own = held
+        if not _is(folder / FILE_NAME, own):
+            raise _lost(folder / FILE_NAME)
+
+
+def _claim_over(path: Path) -> tuple[Path, "Holder"] | None:
+    """Find the innermost folder that this process holds and `path` lies in."""
+    return next(((p, _own[p]) for p in path.absolute().parents if p in _own), None)
+
+
+def _remove_leftovers(folder: Path, dead: "Holder") -> None:
+    """Remove the temporary files that the dead holder of this folder's claim left, and no others."""
+    if re.fullmatch("[0-9a-f]{32}", dead.token):
+        for place, _, names in os.walk(folder):
+            for name in names:
+                if name.startswith(".") and name.endswith(f".{dead.token[:TOKEN_SHOWN]}.tmp"):
+                    with suppress(OSError):
+                        os.unlink(os.path.join(place, name))
 
 
 @contextmanager
@@ -223,6 +251,7 @@ def _bury(path: Path, dead: Holder) -> None:
         return
     try:
         if Holder.of(path) == dead:
+            _remove_leftovers(path.parent, dead)
             path.unlink()
     finally:
         guard.unlink(missing_ok=True)
@@ -233,8 +262,12 @@ def _is(path: Path, own: Holder) -> bool:
     return found is not None and found.token == own.token
 
 
+def _lost(path: Path) -> RunFailed:
+    return RunFailed(f"{path} is gone; now held by {Holder.of(path) or 'nobody'}")
+
+
 @contextmanager
-def _showing_life(path: Path, own: Holder) -> Iterator[None]:
+def _holding(path: Path, own: Holder) -> Iterator[None]:
     """Touch the claim now and then, and remove it in the end.
 
     Who lost it, for having slept too long, must not go on writing.
@@ -252,14 +285,15 @@ def _showing_life(path: Path, own: Holder) -> Iterator[None]:
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
+    _own[path.parent.absolute()] = own
     try:
         yield
     except KeyboardInterrupt:
         if not lost.is_set():
             raise
-        now = Holder.of(path)
-        raise RunFailed(f"{path} is gone; now held by {now or 'nobody'}") from None
+        raise _lost(path) from None
     finally:
+        del _own[path.parent.absolute()]
         end.set()
         thread.join()
         with suppress(OSError):  # what stays behind is a dead process's claim

@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import os
-import uuid
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from data import file_digest
+from engine.claims import require_held, temporary_path
 from engine.errors import UserError
 
 
@@ -26,13 +26,15 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """
     buffer = io.BytesIO()
     write(buffer)
+    require_held(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = temporary_path(path)
     try:
         with naming(path), open(temporary, "wb") as file:
             file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
+        require_held(path)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from engine import claims
+from engine import claims, files
 from engine.claims import Held, Holder, claim, holder_of
 from engine.errors import RunFailed
 
@@ -28,7 +28,7 @@ with claim(Path(sys.argv[1])):
 COUNT = """
 import sys
 from pathlib import Path
-from engine import claims
+from engine import claims, files
 claims.POLL = 0.001
 counter = Path(sys.argv[1])
 for _ in range(int(sys.argv[2])):
@@ -163,12 +163,63 @@ def test_many_at_once_lose_no_count(other, tmp_path):
     assert counter.read_text() == "160"
 
 
-def test_what_a_killed_process_was_writing_is_removed(tmp_path):
-    (tmp_path / "checkpoints").mkdir()
-    half = tmp_path / "checkpoints" / ".epoch_003.pt.1a2b3c4d.tmp"
-    half.touch()
-    with claim(tmp_path):
+def test_only_what_the_dead_holder_was_writing_is_removed(other, tmp_path):
+    """Not a stranger's files, and not those of a living process in a folder below."""
+    run = tmp_path / "run"
+    token = json.loads((run / "claim.json").read_text())["token"]
+    (run / "checkpoints").mkdir()
+    half = run / "checkpoints" / f".epoch_003.pt.{token[:12]}.tmp"
+    others = [run / ".thesis.docx.tmp", run / "checkpoints" / ".epoch_004.pt.0123456789ab.tmp"]
+    for path in [half, *others]:
+        path.touch()
+    other.send_signal(signal.SIGKILL)
+    other.wait()
+    with claim(run):
         assert not half.exists()
+        assert all(path.exists() for path in others)
+
+
+def test_a_claim_on_a_folder_leaves_all_temporary_files_below_it(tmp_path):
+    """A data folder may be a home directory, with trainings below it."""
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    strangers = [tmp_path / ".thesis.docx.tmp", tmp_path / "runs" / "a" / ".record.pt.1a2b3c4d.tmp"]
+    for path in strangers:
+        path.touch()
+    with claim(tmp_path):
+        pass
+    assert all(path.exists() for path in strangers)
+
+
+def test_temporary_files_carry_the_token_of_the_claim(tmp_path, monkeypatch):
+    names = []
+    monkeypatch.setattr(os, "replace", lambda source, path: names.append(Path(source).name))
+    with claim(tmp_path):
+        token = Holder.of(tmp_path / "claim.json").token
+        files.write_text(tmp_path / "parts" / "a.txt", "content")
+    assert names == [f".a.txt.{token[:12]}.tmp"]
+
+
+def test_who_lost_the_claim_writes_nothing_more(tmp_path):
+    with claim(tmp_path):
+        files.write_text(tmp_path / "table.csv", "mine")
+        rewrite(tmp_path / "claim.json", token="of another", pid=1)
+        with pytest.raises(RunFailed, match="is gone; now held by process 1 on"):
+            files.write_text(tmp_path / "table.csv", "late")
+    assert (tmp_path / "table.csv").read_text() == "mine"
+
+
+def test_a_claim_lost_while_a_file_is_written_gives_it_no_name(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def lose(descriptor):
+        rewrite(tmp_path / "claim.json", token="of another", pid=1)
+        fsync(descriptor)
+
+    with claim(tmp_path):
+        monkeypatch.setattr(os, "fsync", lose)
+        with pytest.raises(RunFailed, match="is gone"):
+            files.write_text(tmp_path / "table.csv", "late")
+    assert [path.name for path in tmp_path.iterdir()] == ["claim.json"]
 
 
 def test_nothing_is_left_behind(tmp_path):
