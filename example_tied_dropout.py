@@ -27,15 +27,23 @@ from torch import Tensor, nn
 
 from data import Split, batch_rows, normalize
 from data.random_streams import random_stream
-from engine import files
-from engine.cli import run_script, title
-from engine.devices import compute_precision, resolve_device
-from engine.evaluation import Outcome, eval_mode, evaluate_split, mean_by_subset
-from engine.measurements import Measurement
-from engine.runs import Run
-from engine.settings import Config
-from engine.setup import estimate_disk, load_final_model, load_split, load_typicality, make_model
-from engine.training import PlainBackward, restore_results, train_run
+from engine.config.schema import Config
+from engine.launch.cli import run_script
+from engine.runs import files
+from engine.runs.identity import title
+from engine.runs.measurement import Measurement
+from engine.runs.run import Run
+from engine.training.build import (
+    estimate_disk,
+    load_final_model,
+    load_split,
+    load_typicality,
+    make_model,
+)
+from engine.training.devices import compute_precision, resolve_device
+from engine.training.evaluation import Outcome, eval_mode, evaluate_split, mean_by_subset
+from engine.training.loop import restore_results, train_run
+from engine.training.record import PlainBackward
 from models.dropout import dropout_mode, forget, tied_layers
 
 ACCURACIES = ("acc_clean", "acc_noisy", "acc_test")

@@ -19,12 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from data import Batch
-from engine import files
-from engine.cli import run_script, title
-from engine.devices import resolve_device
-from engine.runs import HISTORY_COLUMNS, Run
-from engine.setup import estimate_disk, load_split, make_model
-from engine.training import PlainBackward, restore_results, train_run
+from engine.launch.cli import run_script
+from engine.runs import files
+from engine.runs.identity import title
+from engine.runs.run import HISTORY_COLUMNS, Run
+from engine.training.build import estimate_disk, load_split, make_model
+from engine.training.devices import resolve_device
+from engine.training.loop import restore_results, train_run
+from engine.training.record import PlainBackward
 from models.layer_groups import layer_groups
 
 FILE_NAME = "gradient_accounting.csv"

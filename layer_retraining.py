@@ -20,16 +20,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import Split, batch_rows
-from engine import files
-from engine.cli import run_script, title
-from engine.devices import compute_precision, derive_seed, resolve_device
+from engine.config.schema import Config
 from engine.errors import RunFailed
-from engine.evaluation import evaluate, mean_by_subset
-from engine.measurements import Measurement
-from engine.runs import Run, load_weights
-from engine.settings import Config
-from engine.setup import load_final_model, load_split
-from engine.training import PlainBackward, make_optimizer, train_epoch
+from engine.launch.cli import run_script
+from engine.runs import files
+from engine.runs.identity import title
+from engine.runs.measurement import Measurement
+from engine.runs.run import Run, load_weights
+from engine.training.build import load_final_model, load_split
+from engine.training.devices import compute_precision, derive_seed, resolve_device
+from engine.training.evaluation import evaluate, mean_by_subset
+from engine.training.loop import make_optimizer, train_epoch
+from engine.training.record import PlainBackward
 from models.layer_groups import LayerGroup, StagedModel, layer_groups
 
 FILE_NAME = "layer_retraining.csv"

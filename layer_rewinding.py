@@ -21,15 +21,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import normalize
-from engine import files
-from engine.cli import run_script, title
-from engine.devices import compute_precision, resolve_device
-from engine.evaluation import batch_size
-from engine.measurements import Measurement
-from engine.options import listed_epochs
-from engine.runs import HISTORY_COLUMNS, Run, load_weights
-from engine.settings import Config
-from engine.setup import load_final_model, load_split
+from engine.config.kinds import listed_epochs
+from engine.config.schema import Config
+from engine.launch.cli import run_script
+from engine.runs import files
+from engine.runs.identity import title
+from engine.runs.measurement import Measurement
+from engine.runs.run import HISTORY_COLUMNS, Run, load_weights
+from engine.training.build import load_final_model, load_split
+from engine.training.devices import compute_precision, resolve_device
+from engine.training.evaluation import batch_size
 from models.dropout import examples, tied_layers
 from models.layer_groups import LayerGroup, StagedModel, layer_groups, run_stages
 

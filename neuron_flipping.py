@@ -25,25 +25,26 @@ from tqdm import tqdm
 
 from data import Split, normalize
 from data.random_streams import random_stream
-from engine import files
-from engine.cli import run_script, title
-from engine.detection import (
+from engine.flipping.cached_passes import Correctness, ReferenceGradient
+from engine.flipping.fold import folded
+from engine.flipping.gates import Gates
+from engine.flipping.search import Candidate, chunk_size, search
+from engine.flipping.second_split import forgetting_measurement, measure_forgetting, read_forgetting
+from engine.launch.cli import run_script
+from engine.runs import files
+from engine.runs.identity import title
+from engine.runs.measurement import Measurement
+from engine.runs.run import Run
+from engine.stats import (
     DETECTION_COLUMNS,
     compute_detection,
     count_neurons,
     first_epoch_for_good,
 )
-from engine.devices import compute_precision, free_memory, resolve_device
-from engine.evaluation import evaluate
-from engine.measurements import Measurement
-from engine.reuse import Correctness, ReferenceGradient
-from engine.runs import Run
-from engine.search import Candidate, chunk_size, search
-from engine.second_split import forgetting_measurement, measure_forgetting, read_forgetting
-from engine.setup import load_final_model, load_split
-from models.inference import folded
+from engine.training.build import load_final_model, load_split
+from engine.training.devices import compute_precision, free_memory, resolve_device
+from engine.training.evaluation import evaluate
 from models.layer_groups import StagedModel
-from models.neurons import Gates
 
 FILE_NAME = "neuron_flipping.csv"
 COLUMNS = (

@@ -26,17 +26,17 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from engine import files
-from engine.cli import Parser, reporting_ends
+from engine.config.kinds import nearest
 from engine.errors import UserError
-from engine.options import nearest
-from engine.stopping import ending_on_signals
+from engine.launch.cli import Parser, reporting_ends
+from engine.runs import files
+from engine.runs.stopping import ending_on_signals
+from plotting.families import Family, find_families
 from plotting.figures import KINDS, Kind, draw_all
-from plotting.findings import find, table_claims
-from plotting.report import write_report
-from plotting.runs import Family, find_families
-from plotting.summary import keep_results, write_summary
-from plotting.tables import TABLES, Table
+from plotting.report.findings import find, table_claims
+from plotting.report.html import write_report
+from plotting.report.summary import keep_results, write_summary
+from plotting.report.tables import TABLES, Table
 
 TITLE = "Where neural networks memorize"
 

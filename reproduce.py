@@ -27,18 +27,19 @@ import layer_retraining
 import layer_rewinding
 import neuron_flipping
 import plot_results
-from engine import slurm
-from engine.cli import Ending, make_parser, reporting_ends
-from engine.config import load_configs
+from engine.config.load import load_configs
+from engine.config.schema import EXPERIMENTS, Config
 from engine.errors import UserError
-from engine.jobs import Job, are_done, by_run
-from engine.processes import Slot, make_slots
-from engine.runs import Run, each_once, without_dropout
-from engine.settings import EXPERIMENTS, Config
-from engine.setup import load_split
-from engine.stopping import OutOfTime, ending_on_signals, time_budget
-from engine.sweeps import LeftToOthers, at_once, collect, foresee, one_after_another
-from plotting.runs import find_families
+from engine.launch import slurm
+from engine.launch.cli import Ending, make_parser, reporting_ends
+from engine.launch.jobs import Job, are_done, by_run
+from engine.launch.local import LeftToOthers, at_once, collect, foresee, one_after_another
+from engine.launch.processes import Slot, make_slots
+from engine.runs.identity import without_dropout
+from engine.runs.run import Run, each_once
+from engine.runs.stopping import OutOfTime, ending_on_signals, time_budget
+from engine.training.build import load_split
+from plotting.families import find_families
 
 QUICKSTART = Path(__file__).resolve().parent / "configs" / "quickstart.yaml"
 ON_PLAIN_RUNS = {

@@ -13,9 +13,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))  # for this module's imports, and those of whoever imports it
 
 from data import Split  # noqa: E402
-from engine.config import load_configs  # noqa: E402
-from engine.devices import describe_device  # noqa: E402
-from engine.settings import Config  # noqa: E402
+from engine.config.load import load_configs  # noqa: E402
+from engine.config.schema import Config  # noqa: E402
+from engine.training.devices import describe_device  # noqa: E402
 
 Times = Mapping[str, list[float]]
 

@@ -14,11 +14,12 @@ import torch
 from common import make_parser, print_head, quickstart, ratio, take_turns
 
 from data import Split
-from engine.devices import compute_precision, resolve_device
-from engine.files import megabytes
-from engine.settings import Config
-from engine.setup import load_split, make_model
-from engine.training import PlainBackward, train_epoch
+from engine.config.schema import Config
+from engine.runs.files import megabytes
+from engine.training.build import load_split, make_model
+from engine.training.devices import compute_precision, resolve_device
+from engine.training.loop import train_epoch
+from engine.training.record import PlainBackward
 from models import build_model
 from models.dropout import ExampleTiedDropout, tied_layers
 

@@ -23,14 +23,15 @@ from torch import Tensor, nn
 
 import gradient_accounting
 from data import Split, normalize
-from engine import reuse
-from engine.cli import find_runs
-from engine.devices import compute_precision, describe_device, resolve_device
-from engine.evaluation import evaluate
-from engine.runs import Run
-from engine.search import best_gates
-from engine.setup import load_final_model, load_split
-from models.neurons import neuron_sites
+from engine.flipping import cached_passes
+from engine.flipping.gates import neuron_sites
+from engine.flipping.search import best_gates
+from engine.launch.cli import find_runs
+from engine.runs.provenance import describe_device
+from engine.runs.run import Run
+from engine.training.build import load_final_model, load_split
+from engine.training.devices import compute_precision, resolve_device
+from engine.training.evaluation import evaluate
 from neuron_flipping import (
     choose_examples,
     compute_flipping,
@@ -81,7 +82,7 @@ class SlowSearch:
         copies, outputs = self.run.config.flipping.noise_copies, []
         size = BATCH // copies * copies
         for part, own in zip(images.split(size), label.split(size // copies)):
-            output = reuse.mean_output(self.model(part), copies)
+            output = cached_passes.mean_output(self.model(part), copies)
             loss = F.cross_entropy(output, own, reduction="sum") / len(label)
             (weight * loss).backward()
             outputs.append(output.detach())
@@ -147,7 +148,7 @@ def measure(run: Run, count: int, slow_count: int) -> None:
     slow_rows = [*rows[:half:every][:slow_count], *rows[half::every][:slow_count]]
     slow_search = clock.around("slow", SlowSearch(run, split, model).search)
     for name in ("ReferenceGradient", "Correctness"):
-        owner = getattr(reuse, name)
+        owner = getattr(cached_passes, name)
         owner._compute = clock.around(name, owner._compute)
 
     turns = {round(len(rows) * (k + 1) / (len(slow_rows) + 1)): r for k, r in enumerate(slow_rows)}

@@ -25,21 +25,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from data import Split, normalize
-from engine.compiling import compiled
-from engine.devices import compute_precision, describe_device, resolve_device
-from engine.estimates import random_images
-from engine.evaluation import evaluate
-from engine.reuse import ReferenceGradient
-from engine.runs import without_dropout
-from engine.settings import Config, DropoutConfig, ModelConfig
-from engine.setup import make_model
-from engine.training import PlainBackward, make_optimizer, train_epoch
+from engine.config.schema import Config, DropoutConfig, ModelConfig
+from engine.flipping.cached_passes import ReferenceGradient
+from engine.flipping.fold import folded
+from engine.flipping.gates import Gates
+from engine.launch.estimates import random_images
+from engine.runs.identity import without_dropout
+from engine.runs.provenance import describe_device
+from engine.training.build import make_model
+from engine.training.compiling import compiled
+from engine.training.devices import compute_precision, resolve_device
+from engine.training.evaluation import evaluate
+from engine.training.loop import make_optimizer, train_epoch
+from engine.training.record import PlainBackward
 from gradient_accounting import GradientAccountant
 from layer_rewinding import compute_predictions
 from models import MODELS
-from models.inference import folded
 from models.layer_groups import StagedModel, layer_groups
-from models.neurons import Gates
 
 MATRICES = {"cpu": (256, 512, 1024, 2048), "cuda": (2048, 4096, 8192, 16384)}  # sides
 COPIED = {"cpu": 1 << 26, "cuda": 1 << 30}  # bytes

@@ -19,11 +19,13 @@ from torch import multiprocessing
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 from data import Split, batch_rows, epoch_order, normalize
-from engine.devices import compute_precision, describe_device, resolve_device
-from engine.runs import without_dropout
-from engine.settings import Config
-from engine.setup import load_split, make_model
-from engine.training import PlainBackward, learning_rate, train_epoch
+from engine.config.schema import Config
+from engine.runs.identity import without_dropout
+from engine.runs.provenance import describe_device
+from engine.training.build import load_split, make_model
+from engine.training.devices import compute_precision, resolve_device
+from engine.training.loop import learning_rate, train_epoch
+from engine.training.record import PlainBackward
 
 
 def training(config: Config, split: Split) -> Callable[[int], object]:

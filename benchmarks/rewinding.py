@@ -18,11 +18,13 @@ from torch import Tensor
 
 import gradient_accounting
 from data import Split, normalize
-from engine.devices import compute_precision, resolve_device
-from engine.evaluation import batch_size
-from engine.runs import Run, without_dropout
-from engine.setup import load_final_model, load_split
-from engine.training import PlainBackward, train_epoch
+from engine.runs.identity import without_dropout
+from engine.runs.run import Run
+from engine.training.build import load_final_model, load_split
+from engine.training.devices import compute_precision, resolve_device
+from engine.training.evaluation import batch_size
+from engine.training.loop import train_epoch
+from engine.training.record import PlainBackward
 from layer_retraining import reset_group, retraining_config
 from layer_rewinding import compute_predictions, load_earlier_groups
 from models.layer_groups import StagedModel, layer_groups

@@ -21,12 +21,15 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from data import Split, batches, epoch_order
-from engine import files, resuming
-from engine.devices import compute_precision, resolve_device
-from engine.runs import Run, without_dropout
-from engine.settings import Config
-from engine.setup import load_split, make_model
-from engine.training import PlainBackward, Record, make_optimizer, train_epoch, write_epoch
+from engine.config.schema import Config
+from engine.runs import files
+from engine.runs.identity import without_dropout
+from engine.runs.run import Run
+from engine.training import resume
+from engine.training.build import load_split, make_model
+from engine.training.devices import compute_precision, resolve_device
+from engine.training.loop import make_optimizer, train_epoch, write_epoch
+from engine.training.record import PlainBackward, Record
 from gradient_accounting import GradientAccountant
 
 
@@ -60,10 +63,10 @@ def after_epoch(
     record.measure(model, split, epoch=1, lr=0.0)
     for rows in (record.history, record.correct, record.loss):
         rows *= epochs
-    copies = resuming.snapshot(model, optimizer), record.snapshot()
+    copies = resume.snapshot(model, optimizer), record.snapshot()
     return {
         "evaluating": lambda: Record().measure(model, split, epoch=1, lr=0.0),
-        "copying": lambda: (resuming.snapshot(model, optimizer), record.snapshot()),
+        "copying": lambda: (resume.snapshot(model, optimizer), record.snapshot()),
         "writing": lambda: write_epoch(run, epochs, *copies, PlainBackward()),
     }
 

@@ -1,1 +1,1 @@
-"""What every script shares: configuration, run directories, training, evaluation, command line."""
+"""What the scripts share, in rooms: config, runs, training, flipping and launch."""

@@ -5,11 +5,11 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
-from engine import files
-from engine.setup import load_split_at_hand, make_model
+from engine.runs import files
+from engine.training.build import load_split_at_hand, make_model
 from models.dropout import tied_layers
 from plotting.examples import draw_sheet
-from plotting.runs import Family
+from plotting.families import Family
 from plotting.style import CLEAN, NOISY, PAGE, wrapped
 
 FORGOTTEN = "forgotten.csv"

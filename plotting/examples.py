@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from data import Split
-from engine.setup import load_split_at_hand
-from plotting.runs import Family
+from engine.training.build import load_split_at_hand
+from plotting.families import Family
 from plotting.style import PAGE
 
 ACROSS, DOWN = 12, 3  # images on each half of a sheet

@@ -9,9 +9,18 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from data import DataError
-from engine import files
+from engine.runs import files
 from plotting.dropout import FORGOTTEN, plot_forgotten, plot_masks
 from plotting.examples import plot_examples
+from plotting.families import Family, alike
+from plotting.gradients import (
+    ACCOUNTING,
+    plot_gradient_cosines,
+    plot_gradient_norms,
+    plot_gradient_norms_compared,
+    plot_gradient_norms_over_training,
+    plot_learning_curves,
+)
 from plotting.layers import (
     RETRAINING,
     REWINDING,
@@ -21,16 +30,7 @@ from plotting.layers import (
     plot_rewinding_map,
 )
 from plotting.neurons import FLIPPING, plot_flipping, plot_flipping_compared
-from plotting.runs import Family, alike
 from plotting.style import paper_style
-from plotting.training import (
-    ACCOUNTING,
-    plot_gradient_cosines,
-    plot_gradient_norms,
-    plot_gradient_norms_compared,
-    plot_gradient_norms_over_training,
-    plot_learning_curves,
-)
 
 
 @dataclass(frozen=True)

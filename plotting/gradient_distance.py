@@ -7,9 +7,9 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from engine import files
-from engine.runs import Run
-from plotting.runs import Family
+from engine.runs import files
+from engine.runs.run import Run
+from plotting.families import Family
 from plotting.style import COLORS, DASHES, PAGE, names_of
 
 FILE_NAME = "gradient_distance.csv"

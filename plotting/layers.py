@@ -10,10 +10,10 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from engine import files
-from plotting.runs import Family
+from engine.runs import files
+from plotting.families import Family
+from plotting.gradients import draw_curves
 from plotting.style import PAGE, draw_band, names_of, wrapped
-from plotting.training import draw_curves
 
 REWINDING = "layer_rewinding.csv"
 REWINDING_COLUMNS = ("group", "epoch", "acc_clean", "acc_noisy", "acc_total")

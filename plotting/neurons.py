@@ -9,12 +9,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from data import DataError
-from engine import files
-from engine.detection import count_neurons
-from engine.runs import Run
-from engine.settings import ModelConfig
+from engine.config.schema import ModelConfig
+from engine.runs import files
+from engine.runs.run import Run
+from engine.stats import count_neurons
 from models import MODELS, model_options
-from plotting.runs import Family
+from plotting.families import Family
 from plotting.style import COLORS, DASHES, PAGE, names_of, wrapped
 
 FLIPPING = "neuron_flipping.csv"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import plot_results
-from engine.config import load_configs
+from engine.config.load import load_configs
 
 TINY = """
 name: tiny
@@ -65,3 +65,11 @@ def tiny(tiny_file):
 def no_figures(monkeypatch):
     """Reports without figures: drawing takes longer than all the rest of a tiny run."""
     monkeypatch.setattr(plot_results, "draw_all", lambda *arguments, **named: iter(()))
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers():
+    """Start every test from the same global generator, and restore its state afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        yield

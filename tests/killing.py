@@ -6,7 +6,8 @@ from types import ModuleType
 
 import pytest
 
-from engine import files, resuming
+from engine.runs import files
+from engine.training import resume
 
 
 class Killed(BaseException):
@@ -42,12 +43,12 @@ def killed_at_write(moment: int, before: bool = False) -> Iterator[None]:
 @contextmanager
 def killed_after_epoch(epoch: int) -> Iterator[None]:
     """A training inside dies when it has saved this epoch."""
-    save = resuming.save_epoch
+    save = resume.save_epoch
 
     def save_and_die(run, number, *rest):
         save(run, number, *rest)
         if number == epoch:
             raise Killed
 
-    with _dying(resuming, "save_epoch", save_and_die):
+    with _dying(resume, "save_epoch", save_and_die):
         yield

@@ -11,13 +11,13 @@ import torch
 import example_tied_dropout
 import gradient_accounting
 from data import normalize
-from engine import files
-from engine.cli import find_runs
-from engine.config import load_configs
+from engine.config.load import load_configs
 from engine.errors import UserError
-from engine.evaluation import Outcome, evaluate_split
-from engine.runs import HISTORY_COLUMNS, Run
-from engine.setup import load_final_model, load_split
+from engine.launch.cli import find_runs
+from engine.runs import files
+from engine.runs.run import HISTORY_COLUMNS, Run
+from engine.training.build import load_final_model, load_split
+from engine.training.evaluation import Outcome, evaluate_split
 from example_tied_dropout import (
     ABLATION_COLUMNS,
     ACCURACIES,

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 import gradient_accounting
 from data import Batch
-from engine import files
-from engine.runs import Run
+from engine.runs import files
+from engine.runs.run import Run
 from gradient_accounting import COLUMNS, GradientAccountant, compute_row
 from models import build_model
 from models.layer_groups import layer_groups

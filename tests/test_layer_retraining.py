@@ -10,11 +10,12 @@ import gradient_accounting
 import layer_retraining
 import layer_rewinding
 from data import batches, epoch_order
-from engine import files, training
-from engine.cli import run_script
-from engine.evaluation import evaluate, mean_by_subset
-from engine.runs import Run
-from engine.setup import load_final_model, load_split
+from engine.launch.cli import run_script
+from engine.runs import files
+from engine.runs.run import Run
+from engine.training import loop
+from engine.training.build import load_final_model, load_split
+from engine.training.evaluation import evaluate, mean_by_subset
 from layer_retraining import COLUMNS, compute_retraining, reset_group, retraining_config
 from models.layer_groups import layer_groups
 from tests.killing import killed_at_write
@@ -90,7 +91,7 @@ def check_one_group(run: Run, index: int, monkeypatch) -> None:
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim, "SGD", spy_on_sgd)
-        patch.setattr(training, "batches", spy_on_batches)
+        patch.setattr(loop, "batches", spy_on_batches)
         patch.setattr(F, "cross_entropy", spy_on_gradients)
         setting.retrain()
 

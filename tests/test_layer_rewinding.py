@@ -13,13 +13,13 @@ import example_tied_dropout
 import gradient_accounting
 import layer_rewinding
 from data import normalize
-from engine import files
-from engine.cli import run_script
-from engine.devices import compute_precision
 from engine.errors import UserError
-from engine.evaluation import batch_size, eval_mode, evaluate, mean_by_subset
-from engine.runs import HISTORY_COLUMNS, Run
-from engine.setup import load_final_model, load_split
+from engine.launch.cli import run_script
+from engine.runs import files
+from engine.runs.run import HISTORY_COLUMNS, Run
+from engine.training.build import load_final_model, load_split
+from engine.training.devices import compute_precision
+from engine.training.evaluation import batch_size, eval_mode, evaluate, mean_by_subset
 from layer_rewinding import COLUMNS, compute_predictions, load_earlier_groups
 from models import build_model
 from models.layer_groups import layer_groups

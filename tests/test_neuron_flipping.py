@@ -15,17 +15,18 @@ import example_tied_dropout
 import gradient_accounting
 import neuron_flipping
 from data import normalize
-from engine import files, reuse
-from engine.cli import run_script
-from engine.detection import DETECTION_COLUMNS, compute_area
 from engine.errors import UserError
-from engine.evaluation import evaluate
-from engine.reuse import Correctness, ReferenceGradient
-from engine.runs import Run
-from engine.search import Candidate, best_gates, search
-from engine.setup import load_final_model, load_split
-from models.inference import folded
-from models.neurons import Gates
+from engine.flipping import cached_passes
+from engine.flipping.cached_passes import Correctness, ReferenceGradient
+from engine.flipping.fold import folded
+from engine.flipping.gates import Gates
+from engine.flipping.search import Candidate, best_gates, search
+from engine.launch.cli import run_script
+from engine.runs import files
+from engine.runs.run import Run
+from engine.stats import DETECTION_COLUMNS, compute_area
+from engine.training.build import load_final_model, load_split
+from engine.training.evaluation import evaluate
 from neuron_flipping import (
     COLUMNS,
     choose_examples,
@@ -121,7 +122,7 @@ def test_same_gates_as_the_slow_search(name, ablate):
 @pytest.mark.parametrize("name", ["resnet9", "vit_small"])
 def test_neither_chunks_nor_memory_show_in_the_results(name, monkeypatch):
     problem = Problem(name)
-    monkeypatch.setattr(reuse, "ROWS", {"cpu": 15})  # so that the reference is cut in pieces
+    monkeypatch.setattr(cached_passes, "ROWS", {"cpu": 15})  # several batches
     expected = problem.search("activation", chunk=1, most=8)
     for chunk, memory in ((3, EVERYTHING), (100, EVERYTHING), (4, 0), (4, 200_000)):
         assert problem.search("activation", chunk, 8, memory) == expected, (chunk, memory)
@@ -133,11 +134,11 @@ def test_a_pass_takes_fewer_images_of_a_larger_model(monkeypatch):
     expected = problem.search("activation", chunk=4, most=8)
     with Gates(problem.model) as gates:
         one = problem.copies[0, :1]
-        each = reuse.bytes_each(problem.model, gates, one)
-        for room, rows in ((3 * each, 3), (1, 1), (1 << 40, reuse.ROWS["cpu"])):
-            monkeypatch.setitem(reuse.PASS_BYTES, "cpu", room)
-            assert reuse.rows_at_once(problem.model, gates, one) == rows
-    monkeypatch.setitem(reuse.PASS_BYTES, "cpu", 1)
+        each = cached_passes.bytes_each(problem.model, gates, one)
+        for room, rows in ((3 * each, 3), (1, 1), (1 << 40, cached_passes.ROWS["cpu"])):
+            monkeypatch.setitem(cached_passes.PASS_BYTES, "cpu", room)
+            assert cached_passes.rows_at_once(problem.model, gates, one) == rows
+    monkeypatch.setitem(cached_passes.PASS_BYTES, "cpu", 1)
     assert problem.search("activation", chunk=4, most=8) == expected
 
 

@@ -17,14 +17,16 @@ import layer_retraining
 import layer_rewinding
 import neuron_flipping
 from data import normalize
-from engine import files, reuse, training
-from engine.config import load_configs
-from engine.evaluation import evaluate_split
-from engine.runs import Run
-from engine.setup import load_split, make_model
+from engine.config.load import load_configs
+from engine.flipping import cached_passes
+from engine.flipping.fold import folded
+from engine.flipping.gates import Gates
+from engine.runs import files
+from engine.runs.run import Run
+from engine.training import loop
+from engine.training.build import load_split, make_model
+from engine.training.evaluation import evaluate_split
 from gradient_accounting import GradientAccountant
-from models.inference import folded
-from models.neurons import Gates
 from tests.conftest import TINY
 
 VIT = (
@@ -69,12 +71,12 @@ def test_a_training_step_never_waits_for_its_device(tiny, monkeypatch, overrides
     split = load_split(config)
     model = make_model(config, split).to(device)
     split = split.to(device)
-    accountant = GradientAccountant(model) if accounting else training.PlainBackward()
-    optimizer = training.make_optimizer(model.parameters(), config.train)
+    accountant = GradientAccountant(model) if accounting else loop.PlainBackward()
+    optimizer = loop.make_optimizer(model.parameters(), config.train)
     looks = []
-    monkeypatch.setattr(training, "_require_finite", lambda *found: looks.append(found))
+    monkeypatch.setattr(loop, "_require_finite", lambda *found: looks.append(found))
     with WaitingCopies() as copies:
-        training.train_epoch(model, optimizer, split, config, 1, accountant.backward)
+        loop.train_epoch(model, optimizer, split, config, 1, accountant.backward)
     assert len(looks) == 2, "at the first of five steps, and after the last"
     assert copies.count == 1, "the epoch's order"
     train, test = evaluate_split(model, split)
@@ -99,16 +101,16 @@ def test_reading_and_mixing_are_errors_there():
 def test_flipping_waits_for_scores_alone(tiny, monkeypatch):
     """Neither the reference batch's gradient nor the accuracy on the others is looked at."""
     config, device = tiny(), torch.device("meta")
-    monkeypatch.setitem(reuse.ROWS, "meta", 32)
-    monkeypatch.setitem(reuse.PASS_BYTES, "meta", 1 << 30)
+    monkeypatch.setitem(cached_passes.ROWS, "meta", 32)
+    monkeypatch.setitem(cached_passes.PASS_BYTES, "meta", 1 << 30)
     split = load_split(config)
     model = folded(make_model(config, split)).to(device)
     images, label = split.images[:40].to(device), split.label[:40].to(device)
     with Gates(model) as gates:
-        reference = reuse.ReferenceGradient(
+        reference = cached_passes.ReferenceGradient(
             model, gates, normalize(images[:, None].expand(-1, 2, -1, -1, -1)), label, memory=1e9
         )
-        correct = reuse.Correctness(model, gates, images, label, memory=1e9)
+        correct = cached_passes.Correctness(model, gates, images, label, memory=1e9)
         with WaitingCopies() as copies:
             for closed in (frozenset(), frozenset({0, 40}), frozenset({gates.count - 1})):
                 assert reference.of(closed).shape == (gates.count,)

@@ -10,10 +10,10 @@ import gradient_accounting
 import layer_rewinding
 import neuron_flipping
 from data import load_dataset
-from engine import files
-from engine.config import load_configs
-from engine.runs import HISTORY_COLUMNS, Run
-from engine.setup import load_split
+from engine.config.load import load_configs
+from engine.runs import files
+from engine.runs.run import HISTORY_COLUMNS, Run
+from engine.training.build import load_split
 from gradient_accounting import COLUMNS
 
 SMALL = Path(__file__).resolve().parents[1] / "configs" / "small"

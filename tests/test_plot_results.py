@@ -15,24 +15,25 @@ import gradient_accounting
 import layer_rewinding
 import neuron_flipping
 import plot_results
-from engine import files, setup
-from engine.runs import Run
-from engine.setup import load_split
+from engine.runs import files
+from engine.runs.run import Run
+from engine.training import build
+from engine.training.build import load_split
 from plotting.examples import choose_examples
+from plotting.families import Family, by_numbers, find_families
 from plotting.figures import KINDS, draw_all
-from plotting.layers import RETRAINING_COLUMNS, by_group, plot_retraining
-from plotting.measures import last_layer_comes_back, layers_that_come_back
-from plotting.neurons import FLIPPING_COLUMNS, plot_flipping, plot_flipping_compared, read_searched
-from plotting.runs import Family, by_numbers, find_families
-from plotting.style import NOISY, paper_style
-from plotting.tables import KINDS as ACCURACIES
-from plotting.tables import spread, table_2
-from plotting.training import (
+from plotting.gradients import (
     ACCOUNTING_COLUMNS,
     plot_gradient_norms,
     plot_gradient_norms_compared,
     plot_learning_curves,
 )
+from plotting.layers import RETRAINING_COLUMNS, by_group, plot_retraining
+from plotting.neurons import FLIPPING_COLUMNS, plot_flipping, plot_flipping_compared, read_searched
+from plotting.report.headline_numbers import last_layer_comes_back, layers_that_come_back
+from plotting.report.tables import KINDS as ACCURACIES
+from plotting.report.tables import spread, table_2
+from plotting.style import NOISY, paper_style
 
 
 @pytest.fixture
@@ -156,7 +157,7 @@ def test_images_that_are_gone_cost_the_figures_of_images_alone(tiny, tmp_path, c
     own = ("data.name=npz", f"data.path={tmp_path / 'own.npz'}", "data.train_size=60")
     gradient_accounting.main(Run.of(tiny(*own, "data.test_size=20")))
     (tmp_path / "own.npz").rename(tmp_path / "elsewhere.npz")
-    setup._load_dataset_once.cache_clear()
+    build._load_dataset_once.cache_clear()
     capsys.readouterr()
     assert plot_results.main([str(tmp_path / "runs"), "--format", "png"]) == 0
     examples, *others, _claims, _summary, report = capsys.readouterr().out.splitlines()
@@ -168,8 +169,8 @@ def test_images_that_are_gone_cost_the_figures_of_images_alone(tiny, tmp_path, c
 def test_nothing_is_downloaded_for_a_figure(tiny, tmp_path, monkeypatch, capsys):
     gradient_accounting.main(Run.of(tiny()))
     config_path = next((tmp_path / "runs").rglob("config.yaml"))
-    monkeypatch.setattr(setup, "at_hand", lambda name, root: False)
-    monkeypatch.setattr(setup, "load_split", None)
+    monkeypatch.setattr(build, "at_hand", lambda name, root: False)
+    monkeypatch.setattr(build, "load_split", None)
     assert plot_results.main([str(config_path.parent), "--figure", "examples"]) == 0
     assert "not drawn: glyphs does not lie below datasets" in capsys.readouterr().out
 

@@ -12,8 +12,8 @@ import pytest
 
 import gradient_accounting
 import reproduce
-from engine.cli import run_script
-from engine.config import describe_keys, load_configs
+from engine.config.load import describe_keys, load_configs
+from engine.launch.cli import run_script
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README, CONFIGURATION = REPOSITORY / "README.md", REPOSITORY / "docs" / "configuration.md"

@@ -12,8 +12,8 @@ import pytest
 
 import gradient_accounting
 import reproduce
-from engine.config import load_configs
-from engine.runs import Run
+from engine.config.load import load_configs
+from engine.runs.run import Run
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))

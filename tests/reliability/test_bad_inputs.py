@@ -17,7 +17,7 @@ import layer_rewinding
 import neuron_flipping
 import plot_results
 import reproduce
-from engine.cli import run_script
+from engine.launch.cli import run_script
 from tests.own_data import good_arrays
 
 MANY = "[" + ", ".join(map(str, range(150))) + "]"

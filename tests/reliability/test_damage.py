@@ -21,7 +21,7 @@ import layer_retraining
 import layer_rewinding
 import neuron_flipping
 import plot_results
-from engine.cli import run_script
+from engine.launch.cli import run_script
 
 CONFIG = """
 device: cpu

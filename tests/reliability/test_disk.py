@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 import gradient_accounting
-from engine import files
-from engine.cli import run_script
-from engine.runs import Run
+from engine.launch.cli import run_script
+from engine.runs import files
+from engine.runs.run import Run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 OVERRIDES = ("model.width=0.1", "train.epochs=4")

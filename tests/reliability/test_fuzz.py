@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 import gradient_accounting
 from data import DataError, Dataset, load_dataset
-from engine.cli import run_script
-from engine.config import SCHEMA, flatten, load_configs, to_yaml
+from engine.config.load import SCHEMA, flatten, load_configs, to_yaml
+from engine.config.schema import impossible
 from engine.errors import UserError
-from engine.settings import impossible
+from engine.launch.cli import run_script
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BASE = """

@@ -14,9 +14,9 @@ import gradient_accounting
 import layer_rewinding
 import plot_results
 import reproduce
-from engine.cli import run_script
-from engine.config import load_configs
-from engine.runs import run_directory
+from engine.config.load import load_configs
+from engine.launch.cli import run_script
+from engine.runs.identity import run_directory
 
 NAMES = [
     "with space", "ünïcödé 名前 🙂", "quote's \"double\" $HOME `x` ;&|", "-dash", "a=b",

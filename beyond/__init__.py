@@ -1,0 +1,1 @@
+"""Measurements that the paper does not have, each run as a module: python -m beyond.NAME CONFIG."""

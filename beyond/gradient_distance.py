@@ -1,0 +1,315 @@
+"""Does an example's gradient norm follow its distance to its class in feature space?
+
+Open: the paper shows that mislabeled examples have large gradients, not which of them, nor why.
+A large distance to the class that one is trained as would be a plain reason.
+
+    python -m beyond.gradient_distance configs/beyond/gradient_distance.yaml
+
+Reads finished runs. At some epochs, in eval mode, it measures for every training example the norm
+of its own gradient, its loss, and how far its feature (what goes into the final linear layer) lies
+from the mean feature of its class. Writes gradient_distance.csv, and the rank correlations of these
+in gradient_distance_summary.csv, into every run; the figure goes beside the seeds' folders.
+
+    --epochs 0,10,20  at these epochs, or 'all'; by default six of those on disk, evenly spread
+    --examples 1000   gradients of as many examples, the same ones for every seed; by default all
+"""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+from data import Split, normalize
+from data.random_streams import random_stream
+from engine.errors import UserError
+from engine.launch.cli import Parser, reporting_ends, run_script
+from engine.runs.identity import title
+from engine.runs.measurement import Measurement
+from engine.runs.run import Run, load_weights
+from engine.stats import compute_correlation
+from engine.training.build import load_final_model, load_split
+from engine.training.devices import compute_precision, resolve_device
+from engine.training.evaluation import batch_size, evaluate
+from models.dropout import examples
+from plotting.families import Family
+from plotting.figures import draw_figure
+from plotting.gradient_distance import (
+    COLUMNS,
+    FILE_NAME,
+    MEASURED,
+    PAIRS,
+    SUMMARY_COLUMNS,
+    SUMMARY_FILE_NAME,
+    Table,
+    middle_and_last,
+    plot_gradient_distance,
+    read_summary,
+    read_table,
+)
+
+EPOCHS = 6  # by default
+LARGEST_CHUNK = 64
+GRADIENTS = 2**28  # numbers that the gradients of a chunk may take: 1 GB
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command's own options say."""
+
+    epochs: list[int] | str | None
+    examples: int | None
+
+
+# ---------------------------------------------------------------- the measurement
+
+
+def compute_gradient_norms(
+    model: nn.Module, images: Tensor, label: Tensor, index: Tensor
+) -> Tensor:
+    """L2 norm [b], over all parameters, of the gradient of each example's own cross-entropy."""
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def loss(parameters: dict, image: Tensor, label: Tensor, index: Tensor) -> Tensor:
+        with examples(model, index[None]):
+            logits = functional_call(model, parameters, normalize(image[None]))
+        return F.cross_entropy(logits.float(), label[None])
+
+    def norm(*example: Tensor) -> Tensor:
+        gradient = grad(loss)(parameters, *example)
+        # Squares of gradients as small as a fitted example's leave the range of float32.
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradient.values()]
+        return torch.stack(norms).norm()
+
+    with sdpa_kernel(SDPBackend.MATH):  # vmap has no rule for the others
+        return vmap(norm)(images, label, index)
+
+
+def chunk_size(model: nn.Module) -> int:
+    """By the model alone: another chunk may round differently."""
+    each = sum(parameter.numel() for parameter in model.parameters())
+    return max(1, min(LARGEST_CHUNK, GRADIENTS // each))
+
+
+def compute_features(model: nn.Module, split: Split) -> tuple[Tensor, Tensor]:
+    """What goes into the final linear layer [n, d], and the losses [n]."""
+    final = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    found = []
+    hook = final.register_forward_pre_hook(lambda layer, inputs: found.append(inputs[0].float()))
+    try:
+        loss = evaluate(model, split.images, split.label, index=split.index).loss
+    finally:
+        hook.remove()
+    return torch.cat(found), loss
+
+
+def compute_distances(features: Tensor, toward: Tensor, split: Split) -> Tensor:
+    """Distance [n] of each feature to the mean of the class `toward`, relative to that class.
+
+    The mean is that of the class's clean examples without the example itself: it would draw the
+    mean toward itself, and so seem closer than a noisy one, which no mean contains. The unit is the
+    root mean square of the clean examples' own distances. nan for classes that have none.
+    """
+    clean, classes, size = ~split.memorized, split.classes, batch_size(features.device)
+    count = torch.bincount(split.label[clean], minlength=classes).double()
+    total = torch.zeros(classes, features.shape[1], dtype=torch.float64, device=features.device)
+    for rows in clean.nonzero().flatten().split(size):  # in float64 a batch at a time
+        total.index_add_(0, split.label[rows], features[rows].double())
+
+    def distances(toward: Tensor) -> Tensor:
+        parts = []
+        for rows in torch.arange(split.n, device=toward.device).split(size):
+            feature, kind = features[rows].double(), toward[rows]
+            own = (clean[rows] & (split.label[rows] == kind)).double()[:, None]
+            center = (total[kind] - own * feature) / (count[kind, None] - own)
+            parts.append((feature - center).norm(dim=1))
+        return torch.cat(parts)
+
+    squares = torch.zeros_like(count)
+    squares.index_add_(0, split.label[clean], distances(split.label)[clean].square())
+    unit = (squares / count).sqrt()
+    return distances(toward) / torch.where(unit > 0, unit, torch.nan)[toward]
+
+
+def compute_epoch(model: nn.Module, split: Split, rows: Tensor, about: str) -> dict[str, Tensor]:
+    """What is measured of the chosen rows: a column each. Classes are made of all examples."""
+    features, loss = compute_features(model, split)
+    found = {
+        "loss": loss,
+        "distance": compute_distances(features, split.label, split),
+        "distance_true": compute_distances(features, split.true_label, split),
+    }
+    norms = []
+    for part in tqdm(rows.split(chunk_size(model)), about, None, unit="chunk"):
+        batch = (values[part] for values in (split.images, split.label, split.index))
+        norms.append(compute_gradient_norms(model, *batch))
+    columns = {name: values[rows] for name, values in found.items()}
+    columns["gradient_norm"] = torch.cat(norms)
+    return {name: values.double().cpu() for name, values in columns.items()}
+
+
+def choose_rows(n: int, count: int | None) -> Tensor:
+    """As many of n rows, ascending; no seed changes them. None: all."""
+    order = random_stream("gradient distance examples").permutation(n)
+    return torch.from_numpy(order[:count]).sort().values
+
+
+def make_rows(epoch: int, split: Split, rows: Tensor, columns: Mapping[str, Tensor]) -> list[dict]:
+    columns = {
+        "example": split.index[rows].tolist(),
+        "memorized": split.memorized[rows].int().tolist(),
+        **{name: columns[name].tolist() for name in MEASURED},
+    }
+    return [{"epoch": epoch, **dict(zip(columns, row))} for row in zip(*columns.values())]
+
+
+def make_summary(table: Table, seed: int) -> list[dict[str, object]]:
+    """Rank correlations at every epoch over the clean, the noisy, and all examples."""
+    noisy, rows = table["memorized"] == 1, []
+    subsets = {"clean": ~noisy, "noisy": noisy, "all": np.ones_like(noisy)}
+    for epoch in np.unique(table["epoch"]):
+        for subset, chosen in subsets.items():
+            here = chosen & (table["epoch"] == epoch)
+            for of, other in PAIRS:
+                found = compute_correlation(table[of][here], table[other][here], seed)
+                names = {"epoch": int(epoch), "subset": subset, "of": of, "with": other}
+                rows.append(names | vars(found))
+    return rows
+
+
+# ---------------------------------------------------------------- a run
+
+
+def chosen_epochs(run: Run, asked: list[int] | str | None) -> list[int]:
+    kept = run.epochs_in("checkpoints")
+    if asked is None:
+        places = np.linspace(0, len(kept) - 1, EPOCHS).round().astype(int)
+        return [kept[place] for place in np.unique(places)]
+    if asked == "all":
+        return kept
+    if missing := set(asked) - set(kept):
+        raise UserError(
+            f"--epochs: {min(missing)} is not allowed: {run.directory} has kept the weights of "
+            f"the epochs {', '.join(map(str, kept))}"
+        )
+    return sorted(set(asked))
+
+
+def make_measurements(run: Run, asked: Asked) -> tuple[Measurement, Measurement]:
+    """The table of examples, and its summary."""
+    settings = {"examples": asked.examples}
+    selection = {"epochs": chosen_epochs(run, asked.epochs)}
+    return (
+        Measurement(run, FILE_NAME, COLUMNS, settings, selection),
+        Measurement(run, SUMMARY_FILE_NAME, SUMMARY_COLUMNS, settings, selection),
+    )
+
+
+def measure(run: Run, measurement: Measurement, device: torch.device) -> None:
+    """Each epoch is a part, and epochs can be added to it later.
+
+    In fp32 whatever the run was trained in: less holds no gradient of a fitted example.
+    """
+    split = load_split(run.config).to(device)
+    model = load_final_model(run, split, device).eval()
+    rows = choose_rows(split.n, measurement.settings["examples"]).to(device)
+    table = []
+    with compute_precision("fp32", device):
+        for epoch in measurement.settings["epochs"]:
+            key = f"epoch_{epoch:03d}"
+            if (columns := measurement.part(key)) is None:
+                load_weights(model, run.read_checkpoint(epoch), run.checkpoint_path(epoch))
+                about = f"{title(run.config)}: gradients, epoch {epoch}"
+                columns = compute_epoch(model, split, rows, about)
+                measurement.save(key, columns)
+            table += make_rows(epoch, split, rows, columns)
+    measurement.finish(table, device)
+
+
+def describe(run: Run) -> str:
+    """The correlations at two epochs in one line, and whatever has no number."""
+    table, parts = read_table(run), []
+    for epoch in dict.fromkeys(middle_and_last(np.unique(table["epoch"]))):
+        found = []
+        for kind in ("clean", "noisy"):
+            (row,) = [r for r in read_summary(run, kind, *PAIRS[0]) if r["epoch"] == epoch]
+            interval = f"{row['rho']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
+            found.append(f"{kind} {interval if np.isfinite(row['rho']) else 'none'}")
+        parts.append(f"epoch {epoch}: {', '.join(found)}")
+    if not table["memorized"].any():
+        parts.append("there are no noisy examples")
+    for column, why in (
+        ("gradient_norm", "the network diverged"),
+        ("distance", "fewer than two clean examples of a class, or all the same, or no numbers"),
+    ):
+        if count := int((~np.isfinite(table[column])).sum()):
+            parts.append(f"{count} of {len(table[column])} without a {column}: {why}")
+    return f"rank correlation of gradient norm with distance: {'; '.join(parts)}"
+
+
+def main(run: Run, asked: Asked) -> str:
+    """Measure one run, unless that is done; its results in one line."""
+    run.require_finished()
+    device = resolve_device(run.config)
+    measurement, summary = make_measurements(run, asked)
+    if not measurement.finished:
+        measure(run, measurement, device)
+    if not summary.finished:
+        summary.finish(make_summary(read_table(run), run.config.seed), device)
+    return f"{title(run.config)}: {describe(run)}"
+
+
+def plan(run: Run, asked: Asked) -> str:
+    """What `main` would do, and the disk that it takes."""
+    if not run.finished:
+        return f"{title(run.config)}: to do after its training, which is {run.state}"
+    both = make_measurements(run, asked)
+    state = "finished" if all(m.finished for m in both) else "to do"
+    return f"{title(run.config)}: {len(both[0].settings['epochs'])} epochs {state}, a few MB"
+
+
+def conclude(runs: Sequence[Run]) -> Iterator[tuple[str, Path]]:
+    """A figure of the runs that differ in their seed alone, beside their folders."""
+    for folder in dict.fromkeys(run.directory.parent for run in runs):
+        family = Family(folder, tuple(run for run in runs if run.directory.parent == folder))
+        paths = draw_figure(
+            plot_gradient_distance, family, folder / "figures" / Path(FILE_NAME).stem
+        )
+        yield f"{family.seeds}: {' '.join(path.name for path in paths)}", folder / "figures"
+
+
+def parse(arguments: Sequence[str] | None) -> tuple[Asked, list[str]]:
+    """This command's own options, and what is left for all commands' ones."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--epochs")
+    parser.add_argument("--examples")
+    given, rest = parser.parse_known_args(arguments)
+    epochs, count = given.epochs, given.examples
+    try:
+        epochs = epochs if epochs in (None, "all") else [int(word) for word in epochs.split(",")]
+    except ValueError:
+        message = f"--epochs: {epochs!r} is not allowed: all, or epochs such as 0,10,20"
+        raise UserError(message) from None
+    if count is not None and not (count.isdecimal() and int(count) > 0):
+        raise UserError(f"--examples: {count!r} is not allowed: a whole number, 1 or more")
+    return Asked(epochs, None if count is None else int(count)), rest
+
+
+def command(arguments: Sequence[str] | None = None) -> int:
+    with reporting_ends() as ending:
+        asked, rest = parse(arguments)
+        work, what = partial(main, asked=asked), partial(plan, asked=asked)
+        ending.status = run_script(__doc__, work, what, rest, conclude=conclude)
+    return ending.status
+
+
+if __name__ == "__main__":
+    sys.exit(command())

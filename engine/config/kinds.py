@@ -1,0 +1,165 @@
+"""One configuration key: its default, its meaning, and which values it takes.
+
+`engine/config/schema.py` declares every key with `option(default, kind, meaning)`. A `Kind` turns
+what YAML gave into the value that the program uses, and says in words what is allowed.
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import Field, dataclass, field
+from itertools import pairwise
+
+ELLIPSIS = "..."  # at the end of a list of epochs: and so on
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A set of allowed values, in words and as a function that raises ValueError outside of it."""
+
+    allowed: str
+    parse: Callable[[object], object]
+    choices: tuple[str, ...] = ()
+
+
+def option(default: object, kind: Kind, meaning: str) -> Field:
+    """A dataclass field that can be validated and documented."""
+    return field(default=default, metadata={"kind": kind, "meaning": meaning})
+
+
+def nearest(word: object, words: Iterable[str]) -> str:
+    """'; did you mean X?' for the closest spelling, or nothing where none is close."""
+    close = difflib.get_close_matches(str(word), list(words), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _require(condition: bool) -> None:
+    if not condition:
+        raise ValueError
+
+
+def _in_range(value: float, least: float | None, most: float | None, above: float | None) -> bool:
+    return (
+        math.isfinite(value)
+        and (least is None or value >= least)
+        and (most is None or value <= most)
+        and (above is None or value > above)
+    )
+
+
+def _range_words(least: float | None, most: float | None, above: float | None) -> str:
+    if least is not None and most is not None:
+        return f" from {least} to {most}"
+    if above is not None:
+        return f" above {above}" + (f", {most} at the most" if most is not None else "")
+    return f", {least} or more" if least is not None else ""
+
+
+def integer(least: int | None = None, most: int | None = None) -> Kind:
+    def parse(value: object) -> int:
+        # YAML's true is Python's True, which is an int; nobody means that.
+        _require(isinstance(value, int) and not isinstance(value, bool))
+        _require(_in_range(value, least, most, None))
+        return value
+
+    return Kind("a whole number" + _range_words(least, most, None), parse)
+
+
+def number(
+    least: float | None = None, most: float | None = None, above: float | None = None
+) -> Kind:
+    def parse(value: object) -> float:
+        _require(isinstance(value, (int, float)) and not isinstance(value, bool))
+        _require(_in_range(value, least, most, above))
+        return float(value)
+
+    return Kind("a number" + _range_words(least, most, above), parse)
+
+
+def flag() -> Kind:
+    def parse(value: object) -> bool:
+        _require(isinstance(value, bool))
+        return value
+
+    return Kind("true or false", parse)
+
+
+def one_of(*choices: str) -> Kind:
+    def parse(value: object) -> str:
+        _require(isinstance(value, str) and value in choices)
+        return value
+
+    return Kind("one of " + ", ".join(choices), parse, choices)
+
+
+def some_of(*choices: str) -> Kind:
+    """'all', or a list of some of the choices, in their own order; the list may be empty."""
+
+    def parse(value: object) -> str | tuple[str, ...]:
+        if value == "all":
+            return "all"
+        _require(isinstance(value, (list, tuple)) and all(item in choices for item in value))
+        return tuple(choice for choice in choices if choice in value)
+
+    allowed = f"all, or a list of some of {', '.join(choices)}"
+    return Kind(allowed, parse, ("all", *choices))
+
+
+def text() -> Kind:
+    def parse(value: object) -> str:
+        _require(isinstance(value, str) and bool(value.strip()) and value.isprintable())
+        return value
+
+    return Kind("text on one line", parse)
+
+
+def epochs(open_ended: bool = False) -> Kind:
+    """Which epochs: 'all', or a list of them, kept sorted and without repeats.
+
+    An open-ended list may end with '...' and then goes on in steps to the last epoch.
+    """
+
+    def parse(value: object) -> str | tuple[int | str, ...]:
+        if value == "all":
+            return "all"
+        _require(isinstance(value, (list, tuple)) and len(value) > 0)
+        listed, rest = list(value), ()
+        if open_ended and listed[-1] == ELLIPSIS:
+            listed, rest = listed[:-1], (ELLIPSIS,)
+        _require(all(type(epoch) is int and epoch >= 0 for epoch in listed))
+        if rest:
+            steps = {b - a for a, b in pairwise(listed)}
+            _require(len(steps) == 1 and min(steps) > 0)
+        return tuple(sorted(set(listed))) + rest
+
+    example = "[0, 5, 10] or [0, 5, ...]" if open_ended else "[0, 5, 10]"
+    return Kind(f"all, or a list of epochs such as {example}", parse, ("all",))
+
+
+def listed_epochs(value: str | tuple[int | str, ...], last: int) -> list[int]:
+    """The epochs that a value of the kind `epochs` means, in a training of `last` epochs."""
+    if value == "all":
+        return list(range(last + 1))
+    if value[-1] != ELLIPSIS:
+        return list(value)
+    first, second = value[:2]
+    return sorted({*range(first, last + 1, second - first), last})
+
+
+def integers(least: int) -> Kind:
+    """A list of different whole numbers, kept as a tuple in its order."""
+
+    def parse(value: object) -> tuple[int, ...]:
+        _require(isinstance(value, (list, tuple)) and len(value) > 0)
+        _require(all(type(item) is int and item >= least for item in value))
+        _require(len(set(value)) == len(value))
+        return tuple(value)
+
+    return Kind(f"a list of different whole numbers, {least} or more each", parse)
+
+
+def optional(kind: Kind) -> Kind:
+    def parse(value: object) -> object:
+        return None if value is None else kind.parse(value)
+
+    return Kind(f"{kind.allowed}, or null", parse, kind.choices)

@@ -1,0 +1,219 @@
+"""A fixed batch under ever other sets of closed gates, and nothing computed twice.
+
+In eval mode examples are independent, so what lies below the lowest closed gate does as it did with
+all gates open: forward passes go on from stored states there. How much is stored depends on the
+memory that is free; what comes out does not, because batches are cut the same way in any case.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from weakref import WeakMethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data import normalize
+from engine.flipping.gates import Gates, Tap
+from models.dropout import examples
+from models.layer_groups import StagedModel, State, layer_groups, run_stages
+
+# What one pass may take at the most, by the kind of device: batches must not depend on the memory
+# that is free. A CPU's caches hold few images.
+ROWS = {"cpu": 80, "cuda": 2048}
+PASS_BYTES = {"cpu": 1 << 31, "cuda": 1 << 32}
+CACHE_BYTES = 1 << 28
+SAVED_PER_TAP = 4  # tensors that autograd keeps for each gated layer, at the most
+
+
+def mean_output(logits: Tensor, copies: int) -> Tensor:
+    """The output of the classifier F_d: mean logits over each example's noisy copies.
+
+    In float64: float32 leaves 1 - p of a confident prediction, and so its gradient, few digits.
+    """
+    return logits.double().unflatten(0, (-1, copies)).mean(1)
+
+
+def _tensors(state: State) -> tuple[Tensor, ...]:
+    return state if isinstance(state, tuple) else (state,)
+
+
+def bytes_each(model: StagedModel, gates: Gates, images: Tensor) -> int:
+    """What autograd keeps of a pass of these images, an estimate."""
+    gates.close([()])
+    model(images)
+    return SAVED_PER_TAP * sum(tap.value.nbytes for tap in gates.take_taps())
+
+
+def rows_at_once(model: StagedModel, gates: Gates, images: Tensor) -> int:
+    """How many images go through a model in one pass: its choice, and the kind of device's."""
+    kind = images.device.type
+    return max(1, min(ROWS[kind], PASS_BYTES[kind] // bytes_each(model, gates, images[:1])))
+
+
+def _remembering(method: Callable[[frozenset[int]], Tensor], most: int) -> Callable:
+    """A method that knows its latest results, and does not keep alive whose method it is.
+
+    What it computes with may fill a GPU, which is not to wait for Python's garbage collector.
+    """
+    weak = WeakMethod(method)
+    return lru_cache(maxsize=most)(lambda closed: weak()(closed))
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+def _split_index(
+    index: Tensor | None, size: int, batches: int, copies: int = 1
+) -> Sequence[Tensor | None]:
+    """The indices of each batch's images, where every example stands `copies` times."""
+    if index is None:
+        return [None] * batches
+    return index.repeat_interleave(copies).split(size * copies)
+
+
+def _nbytes(state: State) -> int:
+    return sum(tensor.nbytes for tensor in _tensors(state))
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A pass with all gates open, kept: the state in front of every group, and the logits."""
+
+    states: list[State]
+    taps: list[Tap]
+
+    @property
+    def nbytes(self) -> int:
+        return SAVED_PER_TAP * sum(tap.value.nbytes for tap in self.taps)
+
+
+class ReferenceGradient:
+    """d/dm of the reference batch's mean loss, for any set of closed gates.
+
+    A set that was asked for before has a known gradient. Below the lowest closed gate the backward
+    pass goes through the graph of the open model.
+    """
+
+    def __init__(
+        self,
+        model: StagedModel,
+        gates: Gates,
+        images: Tensor,
+        label: Tensor,
+        memory: float,
+        index: Tensor | None = None,
+    ) -> None:
+        """Images are normalized and noisy, [n, copies, channels, height, width].
+
+        With their `index`, examples go through example-tied dropout under masks of their own.
+        """
+        self.model, self.groups, self.gates = model, layer_groups(model), gates
+        self.n, self.copies = len(label), images.shape[1]
+        each = max(1, rows_at_once(model, gates, images[0]) // self.copies)
+        self.batches = list(zip(images.split(each), label.split(each)))
+        self.index = _split_index(index, each, len(self.batches), self.copies)
+        self.graphs: list[_Graph] = []
+        gates.close([()])
+        for (batch, _), rows in zip(self.batches, self.index):
+            with examples(model, rows):
+                graph = self._open_graph(batch.flatten(0, 1))
+            memory -= graph.nbytes
+            if memory < 0:
+                break
+            self.graphs.append(graph)
+        known = max(64, CACHE_BYTES // (4 * gates.count))
+        self.of = _remembering(self._compute, known)
+
+    def _open_graph(self, images: Tensor) -> _Graph:
+        states: list[State] = [images]
+        for group in self.groups:
+            states.append(group.forward(states[-1]))
+        return _Graph(states, self.gates.take_taps())
+
+    def _compute(self, closed: frozenset[int]) -> Tensor:
+        self.gates.close([closed])
+        return sum(self._of_batch(i, closed) for i in range(len(self.batches))) / self.n
+
+    def _of_batch(self, batch: int, closed: frozenset[int]) -> Tensor:
+        images, label = self.batches[batch]
+        graph = self.graphs[batch] if batch < len(self.graphs) else None
+        start = self.gates.first_group(closed, default=len(self.groups)) if graph else 0
+        below = _tensors(graph.states[start] if graph else images.flatten(0, 1))
+        leaves = tuple(_leaf(tensor) for tensor in below)
+        with examples(self.model, self.index[batch]):
+            logits = run_stages(self.groups, leaves if len(leaves) > 1 else leaves[0], start)
+        taps = self.gates.take_taps()
+        loss = F.cross_entropy(mean_output(logits, self.copies), label, reduction="sum")
+
+        onwards = [(leaf, tensor) for leaf, tensor in zip(leaves, below) if leaf.requires_grad]
+        wanted = [tap.output for tap in taps] + [leaf for leaf, _ in onwards]
+        gradients = torch.autograd.grad(loss, wanted)
+        found = self.gates.gradients(taps, gradients[: len(taps)], 1)
+        if onwards:
+            lower = [tap for tap in graph.taps if tap.site.group < start]
+            gradients = torch.autograd.grad(
+                [tensor for _, tensor in onwards],
+                [tap.output for tap in lower],
+                gradients[len(taps) :],
+                retain_graph=True,
+            )
+            found += self.gates.gradients(lower, gradients, 1)
+        return found[0]
+
+
+class Correctness:
+    """Which of many images a model gets right, for any set of closed gates; no noise is added."""
+
+    def __init__(
+        self,
+        model: StagedModel,
+        gates: Gates,
+        images: Tensor,
+        label: Tensor,
+        memory: float,
+        index: Tensor | None = None,
+    ) -> None:
+        self.model, self.groups, self.gates = model, layer_groups(model), gates
+        rows = rows_at_once(model, gates, normalize(images[:1]))
+        self.batches = list(zip(images.split(rows), label.split(rows)))
+        self.index = _split_index(index, rows, len(self.batches))
+        gates.close([()])
+        with torch.no_grad():
+            sizes = [_nbytes(state) for state in self._states(0, 0)]
+            self.lowest = self._lowest_stored([len(self.batches) * size for size in sizes], memory)
+            self.states = [self._states(i, self.lowest) for i in range(len(self.batches))]
+        self.of = _remembering(self._compute, 64)
+
+    def _states(self, batch: int, lowest: int) -> list[State]:
+        """The states in front of the groups lowest, lowest + 1, ..., and the logits."""
+        state, states = normalize(self.batches[batch][0]), []
+        with examples(self.model, self.index[batch]):
+            for group in self.groups:
+                states.append(state)
+                state = group.forward(state)
+        return [*states, state][lowest:]
+
+    @staticmethod
+    def _lowest_stored(sizes: Sequence[int], memory: float) -> int:
+        """Upper states are the smaller ones, and those that most sets of gates go on from."""
+        lowest = len(sizes) - 1
+        while lowest > 0 and sum(sizes[lowest - 1 :]) <= memory:
+            lowest -= 1
+        return lowest
+
+    @torch.no_grad()
+    def _compute(self, closed: frozenset[int]) -> Tensor:
+        self.gates.close([closed])
+        start = self.gates.first_group(closed, default=len(self.groups))
+        correct = []
+        for (images, label), rows, states in zip(self.batches, self.index, self.states):
+            with examples(self.model, rows):
+                if start >= self.lowest:
+                    logits = run_stages(self.groups, states[start - self.lowest], start)
+                else:
+                    logits = run_stages(self.groups, normalize(images))
+            correct.append(logits.argmax(1) == label)
+        return torch.cat(correct)

@@ -1,0 +1,249 @@
+"""How long a job will take and how much disk: guesses, good enough to plan with.
+
+Work is counted in passes: one image through the network once, forward; backward counts as two more.
+The seconds of a pass come from finished runs of the same shape on the same device, else from two
+seconds of training on random images. No data are read or downloaded.
+"""
+
+import heapq
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from data import DataError, Split, outline
+from engine.config.kinds import listed_epochs
+from engine.config.schema import Config, ModelConfig
+from engine.errors import UserError
+from engine.runs import files
+from engine.runs.provenance import describe_device
+from engine.runs.run import Run
+from engine.training.build import estimate_disk, make_model, outline_model
+from engine.training.devices import compute_precision, derive_seed, resolve_device
+from engine.training.loop import train_epoch
+from engine.training.record import PlainBackward
+from models.layer_groups import layer_groups
+
+CALIBRATION = 2.0  # seconds
+NEURONS = 5  # that an example flips with: known only afterwards
+
+
+# ---------------------------------------------------------------- passes
+
+
+def training_passes(run: Run) -> float:
+    """The epochs that are left: forward, backward once or (accounting) twice, and evaluation."""
+    train, test = count_examples(run.config)
+    done = 0 if run.finished else max(run.resumable_epochs(), default=0)
+    step = 5 if run.config.train.account_gradients else 3
+    return (run.config.train.epochs - done) * (step * train + train + test)
+
+
+def rewinding_passes(run: Run) -> float:
+    """From the rewound group to the end: half of the network on average; the last epoch is free."""
+    train, _ = count_examples(run.config)
+    epochs = listed_epochs(run.config.rewinding.epochs, run.config.train.epochs)
+    return train * (1 + count_groups(run.config) * (len(epochs) - 1) / 2)
+
+
+def retraining_passes(run: Run) -> float:
+    """Forward, backward through half of the network on average, and evaluation."""
+    train, _ = count_examples(run.config)
+    return count_groups(run.config) * run.config.retraining.epochs * train * 3
+
+
+def flipping_passes(run: Run) -> float:
+    """For each neuron the example and the references, then all others, in half of the network."""
+    settings, (train, _) = run.config.flipping, count_examples(run.config)
+    references = settings.reference_batch * (settings.reference_copies or settings.noise_copies)
+    search = NEURONS * 3 * (settings.noise_copies + references / settings.refresh_reference)
+    passes = min(2 * settings.examples, train) * (search + (settings.remaining or train)) / 2
+    halves = 8 * train * run.config.train.epochs  # trained on in turn, both ways round
+    return passes + halves * settings.second_split
+
+
+def dropout_passes(run: Run) -> float:
+    settings, sizes = run.config.dropout, count_examples(run.config)
+    evaluations = 2
+    if settings.kind == "example_tied":
+        evaluations += 6 + len(settings.forget) * settings.forget_draws
+    return (0 if run.finished else training_passes(run)) + evaluations * sum(sizes)
+
+
+def count_groups(config: Config) -> int:
+    return len(layer_groups(outline_model(config)))
+
+
+def count_examples(config: Config) -> tuple[int, int]:
+    """Training and test examples, the latter about: what is not at hand cannot be counted."""
+    train = outline(config.data.name, config.data.path).train_count
+    return config.data.train_size or train, config.data.test_size or train // 5
+
+
+PASSES: dict[str, Callable[[Run], float]] = {
+    "gradient_accounting": training_passes,
+    "layer_rewinding": rewinding_passes,
+    "layer_retraining": retraining_passes,
+    "neuron_flipping": flipping_passes,
+    "example_tied_dropout": dropout_passes,
+}
+
+
+def disk_of(script: str, run: Run) -> float:
+    """Bytes; all but weights and searches is small."""
+    if script in ("gradient_accounting", "example_tied_dropout"):
+        return estimate_disk(run)
+    return 2 * run.config.flipping.examples * 4096 if script == "neuron_flipping" else 1e6
+
+
+# ---------------------------------------------------------------- seconds
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What decides the time of a pass, on a device."""
+
+    data: tuple[str, str | None]
+    model: ModelConfig
+    batch_size: int
+    precision: str
+    dropout: str
+    compiled: bool
+
+    @classmethod
+    def of(cls, config: Config) -> "Shape":
+        data, train = (config.data.name, config.data.path), config.train
+        kind = config.dropout.kind
+        return cls(data, config.model, train.batch_size, config.precision, kind, train.compile)
+
+
+class Speeds:
+    """Seconds of a pass, with so many threads of a CPU; found out once for every shape."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self.past: dict[tuple[str, str], dict[Shape, list[float]]] = {}
+        self.known: dict[tuple[Shape, str], float] = {}
+
+    def seconds(self, script: str, run: Run) -> float:
+        """Of what a script has still to do on a run."""
+        return PASSES[script](run) * self.of(run.config)
+
+    def of(self, config: Config) -> float:
+        key = Shape.of(config), config.device
+        if key not in self.known:
+            with cpu_threads(self.threads):
+                try:
+                    self.known[key] = self._find_out(config, resolve_device(config))
+                except UserError:  # a GPU is asked for, and this machine has none
+                    self.known[key] = math.nan
+        return self.known[key]
+
+    def _find_out(self, config: Config, device: torch.device) -> float:
+        place = config.output_dir, describe_device(device)
+        if place not in self.past:
+            output_dir = Path(config.output_dir).expanduser()
+            self.past[place] = past_runs(output_dir, describe_device(device))
+        past = self.past[place].get(Shape.of(config))
+        if past:
+            return statistics.median(past)
+        found = calibrate(config, device)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # others are to compute there
+        return found
+
+
+def past_runs(output_dir: Path, device: str) -> dict[Shape, list[float]]:
+    """What finished trainings took on this device, in seconds of a pass."""
+    found: dict[Shape, list[float]] = {}
+    for path in sorted(output_dir.glob("*/*/provenance.json")):
+        with suppress(UserError, DataError):  # a damaged run is for others to complain about
+            run, source = Run.at(path.parent), files.read_json(path)
+            if run.finished and source.get("device") == device:
+                seconds = source["seconds"] / training_passes(run)
+                found.setdefault(Shape.of(run.config), []).append(seconds)
+    return found
+
+
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """What runs inside computes with so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def calibrate(config: Config, device: torch.device) -> float:
+    """Seconds of a pass, from training on a batch of random images again and again.
+
+    A GPU gets several in a row: what begins and ends an epoch takes as long as a step there.
+    """
+    batches = 20 if device.type == "cuda" else 1
+    split = random_images(config, batches * config.train.batch_size).to(device)
+    # Steps so small that they lead nowhere.
+    config = replace(config, train=replace(config.train, peak_lr=1e-12))
+    model = make_model(config, split).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=config.train.momentum)
+
+    def step(size: int) -> float:
+        part = split.subset(torch.arange(split.n, device=device) < size)
+        began = time.perf_counter()
+        train_epoch(model, optimizer, part, config, 1, PlainBackward().backward)
+        return time.perf_counter() - began
+
+    least, whole = min(2, split.n), split.n
+    with compute_precision(config.precision, device):
+        step(least)
+        size = whole if device.type == "cuda" else least
+        seconds = smallest = step(size)
+        # A whole batch of a large network may take a CPU a minute.
+        while size < whole and seconds < CALIBRATION:
+            size = min(4 * size, whole)
+            seconds = step(size)
+        times = [seconds]
+        while sum(times) < CALIBRATION:
+            times.append(step(size))
+    seconds = statistics.median(times)
+    if least < size < whole:  # what a step takes for its weights, more images do not take again
+        seconds += (whole - size) * max(0.0, seconds - smallest) / (size - least)
+        size = whole
+    return seconds / (3 * size)
+
+
+def random_images(config: Config, size: int) -> Split:
+    """As many images of the data set's shape, none of them memorized, and no others to test on."""
+    known = outline(config.data.name, config.data.path)
+    random = torch.Generator().manual_seed(derive_seed("calibration"))
+    images = torch.randint(256, (size, *known.shape), dtype=torch.uint8, generator=random)
+    label, index = torch.arange(size) % known.classes, torch.arange(size)
+    names = tuple(map(str, range(known.classes)))
+    nobody = torch.zeros(size, dtype=torch.bool)
+    return Split(images, label, label, nobody, index, None, images[:0], label[:0], names)
+
+
+# ---------------------------------------------------------------- for people
+
+
+def makespan(seconds: Sequence[float], slots: int) -> float:
+    """When the last piece of work is done, if every slot takes the next one as soon as it can."""
+    ends = [0.0] * slots
+    for piece in seconds:
+        heapq.heapreplace(ends, ends[0] + piece)
+    return max(ends)
+
+
+def duration(seconds: float) -> str:
+    if math.isnan(seconds):
+        return "an unknown time"
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{max(1, round(seconds))} s"

@@ -1,0 +1,47 @@
+"""What a sweep consists of: scripts' work on runs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from engine.errors import RunFailed, UserError
+from engine.runs.run import Run
+
+
+@dataclass(frozen=True)
+class Job:
+    """One script's work on one run."""
+
+    script: ModuleType
+    run: Run
+    trains: bool  # or measures what another job of this run trained
+
+    @property
+    def name(self) -> str:
+        return self.script.__name__.replace("_", " ")
+
+    @property
+    def done(self) -> bool:
+        try:
+            return self.script.is_done(self.run)
+        except UserError:  # a damaged file; whoever needs it says which
+            return False
+
+    def do(self) -> str:
+        """Whatever is not done yet; the results in one line that ends with the run's directory."""
+        if not self.trains and not self.run.finished:
+            raise RunFailed(f"no {self.name}, as the training did not come to its end")
+        return f"{self.name}: {self.script.main(self.run)}  {self.run.directory}"
+
+
+def by_run(jobs: Sequence[Job]) -> dict[Path, list[Job]]:
+    """The jobs of each run's directory, all in their order."""
+    shares: dict[Path, list[Job]] = {}
+    for job in jobs:
+        shares.setdefault(job.run.directory, []).append(job)
+    return shares
+
+
+def are_done(jobs: Sequence[Job]) -> bool:
+    return all(job.done for job in jobs)

@@ -1,0 +1,1 @@
+"""Run directories: identity, files, lock, provenance, and the measurements made on them."""

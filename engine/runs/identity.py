@@ -1,0 +1,131 @@
+"""The identity of a training: the settings that decide its weights, its directory, its title."""
+
+import dataclasses
+import hashlib
+import json
+import re
+from functools import lru_cache
+from pathlib import Path
+
+from data import file_digest
+from engine.config.load import SCHEMA, flatten
+from engine.config.schema import Config, DropoutConfig, HumanLabelsConfig
+from models import MODELS, model_options
+
+# Settings of these sections, and these keys, decide what is trained.
+DECIDING = re.compile(
+    r"seed|precision|(data|model|train)\..+|dropout\.(kind|p_gen|p_mem|sites|seed)"
+)
+# Where a file lies does not matter; what is in it does (see deciding_settings).
+PLACES = ("data.root", "data.path", "data.c_scores", "data.human_labels.path")
+_SPLIT_KEYS = {
+    "noise": ("data.noise_rate", "data.noise_seed"),
+    "human": ("data.human_labels.column",),
+    "atypical": ("data.c_score_threshold",),
+}
+_DROPOUT_KEYS = {
+    "example_tied": ("p_gen", "p_mem", "sites", "seed"),
+    "sparse": ("p_gen", "sites", "seed"),
+    "standard": ("p_gen", "sites"),
+    "none": (),
+}
+
+
+def deciding_settings(config: Config, contents: bool = True) -> dict[str, object]:
+    """The settings that decide a training's weights, those that have no effect left out.
+
+    The contents of data files are settings too, unless they are not asked for.
+
+    A value at its default is left out too (but for the three that name the run), so that a key
+    which a later version adds does not rename the runs of an earlier one.
+    """
+    without_effect = {
+        *PLACES,
+        *(key for kind, keys in _SPLIT_KEYS.items() if kind != config.data.split for key in keys),
+        *(f"model.{key}" for name in MODELS for key in model_options(name)),
+        *(f"dropout.{key}" for keys in _DROPOUT_KEYS.values() for key in keys),
+    }
+    without_effect -= {f"model.{key}" for key in config.model.options}
+    without_effect -= {f"dropout.{key}" for key in _DROPOUT_KEYS[config.dropout.kind]}
+    always = {"data.name", "model.name", "data.split"}
+    settings = {
+        key: value
+        for key, value in flatten(config).items()
+        if DECIDING.fullmatch(key)
+        and key not in without_effect
+        and (key in always or value != SCHEMA[key].default)
+    }
+    for key in PLACES[1:] if contents else ():
+        if (path := flatten(config)[key]) is not None:
+            settings[f"{key}.sha256"] = digest_of(Path(path).expanduser())
+    return settings
+
+
+def digest_of(path: Path) -> str:
+    """What a file holds; the runs of a sweep read a large one once."""
+    try:
+        state = path.stat()
+    except OSError:
+        return file_digest(path)  # which says what is wrong
+    return _digest_once(path, state.st_size, state.st_mtime_ns)
+
+
+@lru_cache
+def _digest_once(path: Path, size: int, changed: int) -> str:
+    return file_digest(path)
+
+
+def identity_of(config: Config) -> str:
+    return _digest(deciding_settings(config))
+
+
+def _digest(settings: dict[str, object]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def run_directory(config: Config) -> Path:
+    """output_dir/<data>-<model>-<split>-<what differs from the defaults>-<digest>/seed<k>
+
+    Dropout of a kind comes right behind the split.
+    """
+    settings = deciding_settings(config)
+    settings.pop("seed", None)
+    data = Path(config.data.path).stem if config.data.path else config.data.name
+    split = {
+        "noise": f"noise{config.data.noise_rate:g}",
+        "human": config.data.human_labels.column,
+        "atypical": f"atypical{config.data.c_score_threshold:g}",
+    }[config.data.split]
+    dropout = [] if config.dropout.kind == "none" else [config.dropout.kind]
+    named = {"data.name", "model.name", "data.split", "dropout.kind"}
+    named |= {*_SPLIT_KEYS[config.data.split][:1]}
+    changed = [
+        f"{key.rpartition('.')[2]}{value}"
+        for key, value in settings.items()
+        if key not in named and not key.endswith(".sha256")
+    ]
+    readable = "-".join([data, config.model.name, split, *dropout, *changed])
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "_", readable).strip(".")[:150]
+    folder = Path(config.output_dir).expanduser() / f"{readable}-{_digest(settings)[:8]}"
+    return folder / f"seed{config.seed}"
+
+
+def without_dropout(config: Config) -> Config:
+    """The plain training that all scripts are about but example_tied_dropout.py."""
+    return dataclasses.replace(config, dropout=DropoutConfig())
+
+
+def title(config: Config) -> str:
+    """Return a run in a few words, for the beginning of its line."""
+    own = config.data.name == "npz" and config.data.human_labels == HumanLabelsConfig()
+    split = {
+        "noise": f"noise {config.data.noise_rate:g}",
+        "human": "human labels" if own else config.data.human_labels.column,
+        "atypical": "atypical",
+    }[config.data.split]
+    data = Path(config.data.path).stem if config.data.path else config.data.name
+    data = data.replace("$", "")  # which would begin a formula in a figure
+    size = f" {config.data.train_size:,}" if config.data.train_size else ""
+    width = config.model.options.get("width", 1)
+    width = "" if width == 1 else f" width {width:g}"
+    return f"{data}{size} {config.model.name}{width} {split} seed {config.seed}"

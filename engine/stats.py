@@ -1,0 +1,133 @@
+"""ROC areas and rank correlations of per-example numbers, with bootstrap intervals."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.random_streams import random_stream
+
+DETECTION_COLUMNS = ("method", "on", "memorized", "clean", "auc", "low", "high")
+RESAMPLES = 1000
+INTERVAL = (2.5, 97.5)  # percentiles
+
+
+@dataclass(frozen=True)
+class Area:
+    """The area under the ROC curve, and its 95% interval."""
+
+    auc: float
+    low: float
+    high: float
+
+
+def compute_area(positive: np.ndarray, negative: np.ndarray, seed: int) -> Area:
+    """How often a positive score is the higher one of a random pair; ties count one half.
+
+    For the interval, positive and negative examples are drawn again with replacement, each as many
+    as there are. nan where either has no examples.
+    """
+    if not len(positive) or not len(negative):
+        return Area(np.nan, np.nan, np.nan)
+    values, place = np.unique(np.concatenate([positive, negative]), return_inverse=True)
+    places = np.split(place.reshape(-1), [len(positive)])
+
+    def area(positive_place: np.ndarray, negative_place: np.ndarray) -> float:
+        above, below = (
+            np.bincount(p, minlength=len(values)) for p in (positive_place, negative_place)
+        )
+        pairs = above * (below.cumsum() - below / 2)
+        return pairs.sum() / (len(positive_place) * len(negative_place))
+
+    draw = random_stream("detection bootstrap", seed)
+    resampled = [
+        area(*(p[draw.integers(len(p), size=len(p))] for p in places)) for _ in range(RESAMPLES)
+    ]
+    return Area(float(area(*places)), *map(float, np.percentile(resampled, INTERVAL)))
+
+
+def compute_detection(
+    scores: Mapping[str, np.ndarray], memorized: np.ndarray, on: str, seed: int
+) -> list[dict[str, object]]:
+    """A row for each method, whose scores are high for examples that it takes to be memorized."""
+    rows = []
+    for method, score in scores.items():
+        area = compute_area(score[memorized], score[~memorized], seed)
+        counts = {"memorized": int(memorized.sum()), "clean": int((~memorized).sum())}
+        rows.append({"method": method, "on": on, **counts, **vars(area)})
+    return rows
+
+
+def count_neurons(row: Mapping[str, float], max_neurons: int) -> float:
+    """Of a search's result; one that gave up counts as one more than the most that were allowed."""
+    return row["neurons"] if row["flipped"] else max_neurons + 1
+
+
+def first_epoch_for_good(states: np.ndarray) -> np.ndarray:
+    """From which epoch on each example's state [epochs, n] stays true, counted from 1.
+
+    One more than there are epochs where it is not true at the end.
+    """
+    epochs = len(states)
+    since = states[::-1].argmin(axis=0)  # epochs at the end for which it was true
+    return epochs + 1 - np.where(states.all(axis=0), epochs, since)
+
+
+# ---------------------------------------------------------------- rank correlation
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Of n examples, with its 95% interval."""
+
+    n: int
+    rho: float
+    low: float
+    high: float
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
+    """Spearman's, with mean ranks for ties; nan where one of them is constant, or has no values."""
+
+    def ranks(values: Sequence[float]) -> np.ndarray:
+        _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+        return (counts.cumsum() - (counts - 1) / 2)[place.reshape(-1)]
+
+    x, y = ranks(x), ranks(y)
+    if len(x) == 0 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return np.nan
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+def compute_correlation(x: np.ndarray, y: np.ndarray, seed: int) -> Correlation:
+    """Of the examples whose two numbers are finite.
+
+    For the interval, examples are drawn again with replacement, as many as there are; a draw in
+    which one of the numbers is constant has no correlation and is left out.
+    """
+    finite = np.isfinite(x) & np.isfinite(y)
+    x, y = x[finite], y[finite]
+    n, rho = len(x), rank_correlation(x, y)
+    if np.isnan(rho):
+        return Correlation(n, rho, np.nan, np.nan)
+    places = [np.unique(values, return_inverse=True)[1].reshape(-1) for values in (x, y)]
+    draw = random_stream("rank correlation bootstrap", seed)
+    drawn = (np.bincount(draw.integers(n, size=n), minlength=n) for _ in range(RESAMPLES))
+    resampled = np.array([_resampled_correlation(places, times) for times in drawn])
+    low, high = np.percentile(resampled[np.isfinite(resampled)], INTERVAL)
+    return Correlation(n, rho, float(low), float(high))
+
+
+def _resampled_correlation(places: Sequence[np.ndarray], times: np.ndarray) -> float:
+    """The rank correlation where each example comes so many times.
+
+    `places` are the examples' places among the different values: nothing is sorted again.
+    """
+    centered = []
+    for place in places:
+        counts = np.bincount(place, times)
+        ranks = (counts.cumsum() - (counts - 1) / 2)[place]
+        centered.append(ranks - (times.sum() + 1) / 2)
+    x, y = centered
+    spread = np.sqrt((times * x * x).sum() * (times * y * y).sum())
+    return (times * x * y).sum() / spread if spread > 0 else np.nan

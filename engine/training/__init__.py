@@ -1,0 +1,1 @@
+"""Training: the loop, its record, resuming, evaluation, building, and devices."""

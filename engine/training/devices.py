@@ -1,0 +1,103 @@
+"""Where a run computes, in which precision, and with which random numbers."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+
+from data.random_streams import random_stream
+from engine.config.schema import Config
+from engine.errors import UserError
+
+SHARED_BY = "MEMORY_SHARED_BY"  # environment variable: how many processes compute on this device
+
+
+def resolve_device(config: Config) -> torch.device:
+    """auto | cpu | cuda as a device that exists, and that computes in the precision asked for."""
+    name = config.device
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: 'cuda' is not allowed: this machine has no usable GPU; use cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu" and config.precision == "tf32":
+        raise UserError("precision: 'tf32' is not allowed: a CPU has none; use fp32 or bf16")
+    return torch.device(name)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that could be allocated now: what results may take, and never depend on.
+
+    Processes that compute side by side each have their share of it.
+    """
+    return _free_memory(device) // int(os.environ.get(SHARED_BY, 1))
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 1 << 31
+
+
+@contextmanager
+def compute_precision(precision: str, device: torch.device) -> Iterator[None]:
+    """fp32, tf32 or bf16 for what runs inside; the settings before are restored.
+
+    fp32 means fp32: the GPU's default of rounding convolutions to TF32 is switched off. bf16 does
+    without autocast's cache, which would keep the weights of the first step for as long as this
+    lasts.
+    """
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [backend.fp32_precision for backend in backends]
+    half = torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+    autocast = half if precision == "bf16" else nullcontext()
+    try:
+        for backend in backends:
+            backend.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+        with autocast:
+            yield
+    finally:
+        for backend, value in zip(backends, before):
+            backend.fp32_precision = value
+
+
+def derive_seed(purpose: str, *numbers: int) -> int:
+    """A seed for torch's generators, such that no two purposes share a stream."""
+    return int(random_stream(purpose, *numbers).integers(2**63))
+
+
+@contextmanager
+def isolated_rng(seed: int, device: torch.device) -> Iterator[None]:
+    """A random stream of its own for layers that draw from torch's global one (ViT's dropout).
+
+    The global state is put back afterwards. Seeding every epoch anew is what lets an interrupted
+    run go on exactly, without storing generator states.
+    """
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_gpu else []):
+        # torch.manual_seed would reseed every GPU's generator, and only this one's is put back.
+        torch.default_generator.manual_seed(seed)
+        if on_gpu:
+            torch.cuda.manual_seed(seed)
+        yield
+
+
+def random_states(device: torch.device) -> dict[str, torch.Tensor]:
+    """Where torch's global streams are now, such that `set_random_states` goes on from there."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_random_states(states: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)

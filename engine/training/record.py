@@ -1,0 +1,103 @@
+"""Measurements of a training, epoch by epoch: accuracies, losses, and accounted gradients."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data import Batch, Split
+from engine.runs import files
+from engine.runs.run import HISTORY_COLUMNS, Run
+from engine.training.evaluation import evaluate_split, mean_by_subset
+
+
+class Accountant(Protocol):
+    """Takes over the backward pass, and has something to say about every epoch."""
+
+    file_name: str
+    columns: tuple[str, ...]
+
+    def backward(self, losses: Tensor, batch: Batch) -> None:
+        """Leave in every parameter's .grad the gradient of losses.mean()."""
+
+    def epoch_rows(self, epoch: int) -> list[dict[str, float]]:
+        """What was accounted since the last call, as rows of the file."""
+
+    @property
+    def sums(self) -> list[Tensor]:
+        """What was summed up since then, to be saved and filled in again within an epoch."""
+
+
+class PlainBackward:
+    """The backward pass of everybody who accounts nothing."""
+
+    file_name = ""
+    columns = ()
+    sums = ()
+
+    def backward(self, losses: Tensor, batch: Batch) -> None:
+        losses.mean().backward()
+
+    def epoch_rows(self, epoch: int) -> list[dict[str, float]]:
+        return []
+
+
+@dataclass
+class Record:
+    """All that a run has measured so far; whole in memory, small on disk."""
+
+    history: list[dict[str, float]] = field(default_factory=list)
+    accounts: list[dict[str, float]] = field(default_factory=list)
+    correct: list[Tensor] = field(default_factory=list)  # per epoch from 1 on: bits, packed
+    loss: list[Tensor] = field(default_factory=list)  # per epoch from 1 on: float16 [n]
+    seconds: float = 0.0
+
+    def measure(self, model: nn.Module, split: Split, epoch: int, lr: float) -> dict[str, float]:
+        """Evaluate every example, and append what comes out."""
+        train, test = evaluate_split(model, split)
+        row = {"epoch": epoch, "lr": lr}
+        row |= mean_by_subset(train.loss, split.memorized, "loss")
+        row["loss_test"] = test.loss.double().mean().item()
+        row |= mean_by_subset(train.correct, split.memorized, "acc")
+        row["acc_test"] = test.correct.double().mean().item()
+        self.history.append(row)
+        if epoch > 0:
+            self.correct.append(torch.from_numpy(np.packbits(train.correct.cpu().numpy())))
+            self.loss.append(train.loss.clamp(max=65504).half().cpu())  # float16's largest
+        return row
+
+    def snapshot(self) -> "Record":
+        """A record to which later epochs add nothing."""
+        return Record(**{name: copy.copy(value) for name, value in vars(self).items()})
+
+    def tables(self, run: Run, accountant: Accountant) -> dict[Path, Callable[[], None]]:
+        """The CSV files that are kept up to date while a run trains, and what writes each."""
+        found = {
+            run.history_path: partial(
+                files.write_csv, run.history_path, HISTORY_COLUMNS, self.history
+            )
+        }
+        if accountant.columns:
+            path = run.directory / accountant.file_name
+            found[path] = partial(files.write_csv, path, accountant.columns, self.accounts)
+        return found
+
+    def results(self, run: Run, accountant: Accountant) -> dict[Path, Callable[[], None]]:
+        """All files but weights that a finished training leaves behind, and what writes each."""
+        examples = {run.examples_path: partial(self.write_examples, run.examples_path)}
+        return self.tables(run, accountant) | examples
+
+    def write_examples(self, path: Path) -> None:
+        bits, loss = torch.stack(self.correct).numpy(), torch.stack(self.loss).numpy()
+        files.write_arrays(
+            path,
+            epoch=np.arange(1, len(bits) + 1),
+            correct=np.unpackbits(bits, axis=1, count=loss.shape[1]).astype(bool),
+            loss=loss,
+        )

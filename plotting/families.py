@@ -1,0 +1,220 @@
+"""Runs as figures need them: those that differ in nothing but the seed belong together."""
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from engine.config.load import SCHEMA, flatten
+from engine.config.schema import Config
+from engine.errors import UserError
+from engine.runs import files
+from engine.runs.identity import title
+from engine.runs.run import Run
+
+# The settings of a table are those of a section of the configuration.
+SECTION_OF = {
+    "layer_rewinding": "rewinding",
+    "layer_retraining": "retraining",
+    "neuron_flipping": "flipping",
+    "mislabel_detection": "flipping",
+    "example_tied_dropout": "dropout",
+    "forgotten": "dropout",
+    "forgotten_typicality": "dropout",
+}
+# With these, another quantity is measured than the paper's, and every title says so.
+REDEFINING = {
+    "rewinding.batchnorm", "flipping.ablate", "flipping.refresh_reference",
+    "flipping.reference_copies", "dropout.rescale", "dropout.batchnorm",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Family:
+    """Runs of the same settings with different seeds, in a folder of their own."""
+
+    folder: Path
+    runs: tuple[Run, ...]
+    apart: str = ""  # settings that tell it from others with the same title
+
+    @property
+    def config(self) -> Config:
+        return self.runs[0].config
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What decided the weights, but for the seed."""
+        return {k: v for k, v in self.runs[0].settings.items() if k != "seed"}
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def trained(self) -> str:
+        """The title without what is said of dropout."""
+        return self._title_with("")
+
+    @property
+    def title(self) -> str:
+        dropout = self.config.dropout
+        if dropout.kind == "example_tied":
+            return self._title_with(f", example-tied {dropout.p_gen:g}, {dropout.p_mem:g}")
+        if dropout.kind != "none":
+            return self._title_with(f", {dropout.kind} {dropout.p_gen:g}")
+        return self.trained
+
+    def _title_with(self, dropout: str) -> str:
+        return title(self.config).rpartition(" seed")[0] + dropout + self.apart
+
+    @property
+    def seeds(self) -> str:
+        """How many runs a figure is about, as its caption says it."""
+        return f"n = {len(self.runs)} seed{'s' if len(self.runs) > 1 else ''}"
+
+    @property
+    def devices(self) -> list[str]:
+        """What the runs were trained on."""
+        sources = [files.read_json(run.provenance_path) for run in self.runs]
+        return sorted({str(source.get("device")) for source in sources})
+
+    @property
+    def measured_with(self) -> dict[str, object]:
+        """How the first run's tables were measured, by key path, where that is not the default."""
+        found = {}
+        for stem in SECTION_OF:
+            found |= _unusual(self.runs[0], f"{stem}.csv")
+        return found
+
+    def having(self, file_name: str) -> "Family | None":
+        """The runs that have this file, measured as the first one's was; None where none has."""
+        runs = [run for run in self.runs if (run.directory / file_name).exists()]
+        if not runs:
+            return None
+        alike = [run for run in runs if measured(run, file_name) == measured(runs[0], file_name)]
+        words = [
+            f", {key}={value}"
+            for key, value in _unusual(runs[0], file_name).items()
+            if key in REDEFINING
+        ]
+        return replace(self, runs=tuple(alike), apart=self.apart + "".join(words))
+
+    def rows(self, file_name: str, columns: Sequence[str], text: Sequence[str] = ()) -> list[dict]:
+        """The rows of all runs, each of which has the file."""
+        paths = [run.directory / file_name for run in self.runs]
+        return [row for path in paths for row in files.read_csv(path, columns, text)]
+
+    def table(self, file_name: str, columns: Sequence[str]) -> dict[str, np.ndarray]:
+        """Column -> values [seeds, rows]; each run has the file."""
+        tables = [files.read_csv(run.directory / file_name, columns) for run in self.runs]
+        if len({len(table) for table in tables}) > 1:
+            raise UserError(f"{self.folder}: the runs' {file_name} differ in length")
+        return {c: np.array([[row[c] for row in table] for table in tables]) for c in columns}
+
+
+def find_families(places: Sequence[Path]) -> list[Family]:
+    """The finished runs at or below the given folders, sweeps in the order of their values."""
+    runs = [run for run in map(Run.at, _find_directories(places)) if run.finished]
+    for run in runs:
+        run.require_undamaged()
+    if not runs:
+        raise UserError(f"{', '.join(map(str, places))}: no finished run there")
+    together: dict[Path, list[Run]] = {}
+    for run in runs:
+        together.setdefault(run.directory.parent.resolve(), []).append(run)
+    families = [Family(of[0].directory.parent, tuple(of)) for of in together.values()]
+    for family in families:
+        _name_left_out(family)
+    return sorted(_told_apart(families), key=lambda family: by_numbers(family.title))
+
+
+def by_numbers(words: str) -> list[str | float]:
+    """A key to sort by that takes the numbers in words for numbers, such as 5,000 or 0.25."""
+    parts = re.split(r"(\d[\d,]*(?:\.\d+)?)", words)  # words and numbers in turn
+    return [float(part.replace(",", "")) if i % 2 else part for i, part in enumerate(parts)]
+
+
+def _find_directories(places: Sequence[Path]) -> list[Path]:
+    """Where runs lie, through links too; each once, by whatever ways it is reached."""
+    found: dict[Path, Path | None] = {}
+    for place in places:
+        if not place.is_dir():
+            raise UserError(f"{place}: no such folder; name a run, or a folder of runs")
+        for root, folders, names in os.walk(place, followlinks=True):
+            if (real := Path(root).resolve()) in found:
+                folders.clear()
+            else:
+                is_run = {"provenance.json", "config.yaml"} <= set(names)
+                found[real] = Path(root) if is_run else None
+    return sorted(filter(None, found.values()))
+
+
+def measured(run: Run, file_name: str) -> dict[str, object] | None:
+    """The settings of a measurement; None for what a training itself writes."""
+    source = (run.directory / file_name).with_suffix(".json")
+    return files.read_json(source).get("settings") if source.exists() else None
+
+
+def _unusual(run: Run, file_name: str) -> dict[str, object]:
+    """The settings of a measurement by key path, where they are not the defaults."""
+    section = SECTION_OF.get(Path(file_name).stem)
+    settings = measured(run, file_name) or {} if section else {}
+    paths = {f"{section}.{key}": value for key, value in settings.items()}
+    return {
+        key: value for key, value in paths.items() if key in SCHEMA and value != SCHEMA[key].default
+    }
+
+
+def _name_left_out(family: Family) -> None:
+    """Say which seeds' measurements differ in their settings from the first one's."""
+    tables = {path.name for run in family.runs for path in run.directory.glob("*.csv")}
+    for name in sorted(tables):
+        shown = family.having(name).runs
+        for run in family.runs:
+            if (path := run.directory / name).exists() and run not in shown:
+                first = shown[0].directory.name
+                print(f"{path}: left out: its settings are not those of {first}", file=sys.stderr)
+
+
+def _told_apart(families: Sequence[Family]) -> list[Family]:
+    """Titles name what runs mostly differ in; where two coincide, all that these differ in."""
+    told = []
+    for family in families:
+        same = [other for other in families if other.title == family.title]
+        values = family.settings | flatten(family.config)
+        apart = [
+            f", {key.removesuffix('.sha256')}={str(values.get(key))[:12]}"
+            for key in differing(same)
+        ]
+        told.append(replace(family, apart="".join(apart)))
+    return told
+
+
+def differing(families: Sequence[Family]) -> list[str]:
+    """The key paths of the settings in which these families are not all alike."""
+    settings = [family.settings for family in families]
+    keys = dict.fromkeys(key for of in settings for key in of)
+    return [key for key in keys if len({repr(of.get(key)) for of in settings}) > 1]
+
+
+def setting_of(family: Family, key: str) -> float:
+    return flatten(family.config)[key]
+
+
+def alike(families: Sequence[Family], ignoring: str, fewest: int) -> list[list[Family]]:
+    """Groups of `fewest` families or more that differ in the settings of this pattern alone."""
+    groups: dict[str, list[Family]] = {}
+    for family in families:
+        same = {k: v for k, v in family.settings.items() if not re.fullmatch(ignoring, k)}
+        groups.setdefault(repr(sorted(same.items())), []).append(family)
+    return [group for group in groups.values() if len(group) >= fewest]
+
+
+def families_over(key: str, families: Sequence[Family], fewest: int = 3) -> list[list[Family]]:
+    """Groups of families that differ in one number alone, ascending by it."""
+    ascending = sorted(families, key=lambda family: setting_of(family, key))
+    return alike(ascending, re.escape(key), fewest)

@@ -1,0 +1,111 @@
+"""What runs say about the paper's claims, and the verdicts."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+
+from engine.config.schema import Config
+from engine.stats import rank_correlation
+from plotting.families import Family, families_over, setting_of
+from plotting.report.claims import CLAIMS, Claim
+from plotting.report.tables import PAPER_TABLE_1, Table, spread
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What runs say about a claim."""
+
+    claim: Claim
+    about: str
+    families: tuple[Family, ...]
+    values: tuple[float, ...]  # one a seed; none where it was not measured
+
+    @property
+    def n(self) -> int:
+        return len(self.values)
+
+    @property
+    def ours(self) -> str:
+        percent = self.claim.percent and not self.claim.over
+        return spread(self.values, 1 if percent else 2, percent)
+
+    @property
+    def verdict(self) -> str:
+        """By the seeds, each on its own."""
+        if not self.values:
+            return "not measured"
+        agreeing = sum(map(self.claim.rule.holds, self.values))
+        if 0 < agreeing < len(self.values):
+            return f"{agreeing} of {len(self.values)} seeds agree"
+        return "agrees" if agreeing else "differs"
+
+
+def find(families: Sequence[Family]) -> list[Finding]:
+    """Every claim about the runs that it concerns, in the paper's order."""
+    found = []
+    for claim in CLAIMS:
+        concerned = [family for family in families if claim.concerns(family.config)]
+        found += _trends(claim, concerned) if claim.over else map(partial(_judge, claim), concerned)
+    return found
+
+
+def _judge(claim: Claim, family: Family) -> Finding:
+    measured = family.having(claim.source)
+    values = claim.measure(measured) if measured else ()
+    finite = tuple(float(value) for value in values if np.isfinite(value))
+    about = (measured or family).title
+    return Finding(_of_data_set(claim, family.config), about, (family,), finite)
+
+
+def _trends(claim: Claim, families: Sequence[Family]) -> Iterator[Finding]:
+    """Rank correlation of the measure with the setting that it is over, for every common seed."""
+    measured = [part for family in families if (part := family.having(claim.source))]
+    for group in families_over(claim.over, measured):
+        settings = [setting_of(family, claim.over) for family in group]
+        each = [
+            dict(zip((run.config.seed for run in family.runs), claim.measure(family)))
+            for family in group
+        ]
+        common = sorted(set.intersection(*map(set, each)))
+        of_seed = [[float(found[seed]) for found in each] for seed in common]
+        trends = [rank_correlation(settings, own) for own in of_seed if np.isfinite(own).all()]
+        values = tuple(trend for trend in trends if np.isfinite(trend))
+        about = f"{claim.over} from {settings[0]:g} to {settings[-1]:g}"
+        yield Finding(claim, about, tuple(group), values)
+
+
+def _of_data_set(claim: Claim, config: Config) -> Claim:
+    """With the number of Table 1 for this data set, where that is the paper's number."""
+    if claim.paper != "Table 1":
+        return claim
+    name = config.data.name if config.data.name in PAPER_TABLE_1 else "cifar10"
+    state, kind = claim.name.split(".")[1].split("_")
+    row = PAPER_TABLE_1[name][("before", "after").index(state)]
+    number = row[("clean", "noisy", "test").index(kind)]
+    return replace(claim, paper=f"{number:.1%} ({name})")
+
+
+def table_claims(findings: Sequence[Finding]) -> Table:
+    """Every claim, the paper's number, ours, of how many runs, and what they were trained on."""
+    rows = [
+        (
+            finding.claim.text,
+            finding.claim.paper,
+            finding.ours,
+            str(finding.n or "-"),
+            finding.about,
+            _hardware(finding.families),
+        )
+        for finding in findings
+    ]
+    header = ("claim", "paper", "ours ± std", "n", "data, model", "hardware")
+    return Table("table_claims", "The paper's claims beside what came out", header, tuple(rows))
+
+
+def _hardware(families: Sequence[Family]) -> str:
+    """How many threads a CPU used changes the time only."""
+    devices = [device for family in families for device in family.devices]
+    return "; ".join(sorted({re.sub(r" \(\d+ threads\)$", "", device) for device in devices}))

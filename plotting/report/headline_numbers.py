@@ -1,0 +1,271 @@
+"""Headline numbers: one for each seed, from result files alone.
+
+'While mislabeled examples are learned' means the epochs that end with a mislabeled accuracy between
+10% and 95%. A number that a run cannot give is nan.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from engine.runs import files
+from engine.stats import DETECTION_COLUMNS, rank_correlation
+from plotting.families import Family
+from plotting.gradients import read_accounts, read_curves
+from plotting.layers import (
+    RETRAINING,
+    RETRAINING_COLUMNS,
+    REWINDING,
+    REWINDING_COLUMNS,
+    by_group,
+)
+from plotting.neurons import read_searched
+from plotting.report.tables import DETECTION, DROPOUT, DROPOUT_COLUMNS
+
+Values = Sequence[float] | np.ndarray
+LEARNING = (0.10, 0.95)
+NOT_YET_LEARNED = 0.20  # the paper's bound for 'before it is memorized'
+KEPT, HIGH = 0.8, 0.7
+OPPOSED = -0.75
+TYPICALITY = "forgotten_typicality.csv"
+TYPICALITY_COLUMNS = (
+    "forgotten", "kept", "mean_forgotten", "mean_kept", "difference", "low", "high",
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------- gradient accounting
+
+
+def _medians_while_learning(family: Family, values: np.ndarray) -> np.ndarray:
+    """[seeds, layers]: medians over epochs of values [seeds, epochs, layers]."""
+    noisy = read_curves(family)["acc_noisy"][:, 1:]
+    learning = (noisy > LEARNING[0]) & (noisy < LEARNING[1])
+    nothing = np.full(values.shape[2], np.nan)
+    return np.array(
+        [np.median(v[when], axis=0) if when.any() else nothing for v, when in zip(values, learning)]
+    )
+
+
+def _share(values: np.ndarray, holds: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """[seeds]: of how many of values [seeds, ...] something holds; nan where one has no number."""
+    share = holds(values).mean(1)
+    return np.where(np.isfinite(values).all(1), share, np.nan)
+
+
+def _quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Without clean examples there is nothing to divide by, without noisy ones nothing to divide:
+    no number either way."""
+    return np.divide(a, b, out=np.full_like(a, np.nan), where=(a > 0) & (b > 0))
+
+
+def _ratios(family: Family) -> np.ndarray:
+    table = read_accounts(family)
+    return _quotient(table["norm_noisy"], table["norm_clean"])
+
+
+def norm_ratio(family: Family) -> Values:
+    return np.median(_medians_while_learning(family, _ratios(family)), axis=1)
+
+
+def norm_ratio_each(family: Family) -> Values:
+    memorized = files.read_arrays(family.runs[0].split_path, "memorized")["memorized"].mean()
+    return np.asarray(norm_ratio(family)) * (1 - memorized) / memorized
+
+
+def norm_ratio_highest(family: Family) -> Values:
+    return _medians_while_learning(family, _ratios(family)).max(1)
+
+
+def norm_ratio_last(family: Family) -> Values:
+    medians = _medians_while_learning(family, _ratios(family))
+    return medians[:, -1] / np.median(medians, axis=1)
+
+
+def norm_ratio_epochs(family: Family) -> Values:
+    return _share(np.median(_ratios(family), axis=2), lambda ratios: ratios >= 2 / 3)
+
+
+def mean_norm_ratio(family: Family) -> Values:
+    """Of norms averaged over all epochs, as Figures 8 and 11 to 14 show them."""
+    table = read_accounts(family)
+    return np.median(_quotient(table["norm_noisy"].mean(1), table["norm_clean"].mean(1)), axis=1)
+
+
+def cosine(family: Family) -> Values:
+    return np.median(_medians_while_learning(family, read_accounts(family)["cosine"]), axis=1)
+
+
+def cosine_layers(family: Family) -> Values:
+    medians = _medians_while_learning(family, read_accounts(family)["cosine"])
+    return _share(medians, lambda cosines: cosines < OPPOSED)
+
+
+# ---------------------------------------------------------------- rewinding and retraining
+
+
+def _rewound(family: Family) -> dict[str, np.ndarray]:
+    return by_group(family, REWINDING, REWINDING_COLUMNS)
+
+
+def _back_before_learning(family: Family) -> np.ndarray:
+    """[seeds, layers]: noisy accuracy kept, as a share of the final one, by each layer alone back
+    at the last rewound epoch before which little was learned; the initialization never counts."""
+    curves, table = read_curves(family), _rewound(family)
+    noisy, epochs = curves["acc_noisy"], table["epoch"]
+    kept = []
+    for learned, rewound in zip(noisy, table["acc_noisy"]):
+        early = [
+            i for i, t in enumerate(epochs)
+            if t > 0 and learned[t] < NOT_YET_LEARNED and np.isfinite(rewound[0, i])
+        ]  # fmt: skip
+        says = early and learned[-1] >= NOT_YET_LEARNED
+        nothing = np.full(len(rewound), np.nan)
+        kept.append(rewound[:, early[-1]] / learned[-1] if says else nothing)
+    return np.array(kept)
+
+
+def kept_by_last_layer(family: Family) -> Values:
+    return _back_before_learning(family)[:, -1]
+
+
+def layers_that_keep(family: Family) -> Values:
+    return _share(_back_before_learning(family), lambda kept: kept >= KEPT)
+
+
+def last_against_others(family: Family) -> Values:
+    noisy = _at_initialization(family, "noisy")
+    return noisy[:, -1] - noisy[:, :-1].mean(1)
+
+
+def critical_layers_alike(family: Family) -> Values:
+    pairs = zip(_at_initialization(family, "clean"), _at_initialization(family, "noisy"))
+    return [rank_correlation(clean, noisy) for clean, noisy in pairs]
+
+
+def _at_initialization(family: Family, kind: str) -> np.ndarray:
+    """[seeds, layers]: accuracy with each layer alone at epoch 0; nan where none was rewound so."""
+    table = _rewound(family)
+    values = table[f"acc_{kind}"][:, :, 0]
+    return values if table["epoch"][0] == 0 else np.full_like(values, np.nan)
+
+
+def _peaks(family: Family) -> np.ndarray:
+    """[seeds, layers]: the highest noisy accuracy after an epoch of retraining."""
+    table = by_group(family, RETRAINING, RETRAINING_COLUMNS)
+    return np.fmax.reduce(table["acc_noisy"][:, :, 1:], axis=2)
+
+
+def layers_that_come_back(family: Family) -> Values:
+    return _share(_peaks(family), lambda peaks: peaks >= HIGH)
+
+
+def last_layer_comes_back(family: Family) -> Values:
+    return _peaks(family)[:, -1]
+
+
+# ---------------------------------------------------------------- neurons
+
+
+def _of_each_seed(family: Family, memorized: int) -> list[list[dict]]:
+    """The searched examples of one kind, seed by seed."""
+    tables = map(read_searched, family.runs)
+    return [[row for row in table if row["memorized"] == memorized] for table in tables]
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return float(np.mean(values)) if values else np.nan
+
+
+def _mean_neurons(family: Family, memorized: int) -> np.ndarray:
+    each = _of_each_seed(family, memorized)
+    return np.array([_mean(row["neurons"] for row in rows) for rows in each])
+
+
+def neurons_noisy(family: Family) -> Values:
+    return _mean_neurons(family, 1)
+
+
+def neurons_ratio(family: Family) -> Values:
+    return _mean_neurons(family, 0) / _mean_neurons(family, 1)
+
+
+def flipped_below_ten(family: Family) -> Values:
+    return [
+        _mean(row["flipped"] == 1 and row["neurons"] < 10 for row in rows)
+        for rows in _of_each_seed(family, 1)
+    ]
+
+
+def remaining_difference(family: Family) -> Values:
+    noisy, clean = (
+        np.array([_mean(row["acc_remaining_after"] for row in rows) for rows in each])
+        for each in (_of_each_seed(family, 1), _of_each_seed(family, 0))
+    )
+    return noisy - clean
+
+
+def _layer_shares(rows: list[dict], layers: int) -> np.ndarray:
+    found = np.array([int(group) for row in rows for group in row["groups"].split()], int)
+    return np.bincount(found, minlength=layers) / max(1, len(found))
+
+
+def layers_shared(family: Family) -> Values:
+    """One less half of the distance between the two histograms over layers."""
+    layers = 1 + max(
+        (int(group) for kind in (0, 1) for rows in _of_each_seed(family, kind) for row in rows
+         for group in row["groups"].split()), default=0,
+    )  # fmt: skip
+    shares = (
+        [_layer_shares(rows, layers) for rows in pair]
+        for pair in zip(_of_each_seed(family, 1), _of_each_seed(family, 0))
+    )
+    return [
+        np.minimum(noisy, clean).sum() if noisy.any() and clean.any() else np.nan
+        for noisy, clean in shares
+    ]
+
+
+def layers_effective(family: Family) -> Values:
+    found = []
+    for rows in _of_each_seed(family, 1):
+        share = _layer_shares(rows, 1)
+        share = share[share > 0]
+        found.append(float(np.exp(-(share * np.log(share)).sum())) if len(share) else np.nan)
+    return found
+
+
+def area(method: str) -> Callable[[Family], Values]:
+    """The AUC of a way to tell mislabeled from clean examples, on those that were searched."""
+
+    def measure(family: Family) -> Values:
+        rows = family.rows(DETECTION, DETECTION_COLUMNS, text=("method", "on"))
+        return [r["auc"] for r in rows if (r["method"], r["on"]) == (method, "searched")]
+
+    return measure
+
+
+# ---------------------------------------------------------------- dropout
+
+
+def accuracy(state: str, kind: str) -> Callable[[Family], Values]:
+    def measure(family: Family) -> Values:
+        rows = family.rows(DROPOUT, DROPOUT_COLUMNS, text=("dropout", "state"))
+        return [row[f"acc_{kind}"] for row in rows if row["state"] == state]
+
+    return measure
+
+
+def gap_change(family: Family) -> Values:
+    gaps = [
+        np.array(accuracy(state, "clean")(family)) - np.array(accuracy(state, "test")(family))
+        for state in ("before", "after")
+    ]
+    return gaps[1] - gaps[0]
+
+
+def forgotten_less_typical(family: Family) -> Values:
+    """Difference of the mean typicalities; nan where nothing was forgotten or none is known."""
+    paths = [run.directory / TYPICALITY for run in family.runs]
+    tables = [files.read_csv(path, TYPICALITY_COLUMNS) if path.exists() else [] for path in paths]
+    return [table[0]["difference"] if table else np.nan for table in tables]

@@ -1,0 +1,333 @@
+"""report.html: one file that shows what was run, what came out, and how that compares to the paper.
+
+Pictures and style are inside of the file, and it needs no script, so it can be mailed and kept.
+"""
+
+import base64
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+
+from engine.runs import files
+from engine.runs.provenance import REPOSITORY
+from plotting.families import Family
+from plotting.figures import SCRIPTS, Drawing
+from plotting.report.findings import Finding
+from plotting.report.headline_numbers import LEARNING
+from plotting.report.tables import Table
+
+NAME = "report.html"
+EXPERIMENTS = {
+    "gradients": (
+        "Gradient accounting",
+        "How much gradient do clean and memorized examples contribute to each layer while the "
+        "network trains, and do the two agree? (Section 4) 'While they are learned' are the epochs "
+        f"that end with a mislabeled accuracy between {LEARNING[0]:.0%} and {LEARNING[1]:.0%}.",
+    ),
+    "rewinding": (
+        "Layer rewinding",
+        "What is lost when one layer of the trained network goes back to an earlier epoch? "
+        "(Section 5.1)",
+    ),
+    "retraining": (
+        "Layer retraining",
+        "One layer starts anew and learns from clean examples only, all others frozen: do the "
+        "memorized examples come back? (Section 5.2)",
+    ),
+    "flipping": (
+        "Neuron flipping",
+        "How many neurons must be switched off until an example's prediction flips, and what does "
+        "that cost all others? (Section 6.1)",
+    ),
+    "dropout": (
+        "Example-tied dropout",
+        "Can memorization be steered into neurons chosen beforehand, and dropped with them? "
+        "(Section 6.2)",
+    ),
+}
+PART_OF = {"atypical": "gradients"}  # claims about atypical examples have no chapter of their own
+
+STYLE = """
+:root { --ink: #1d2733; --soft: #5b6875; --line: #d9dfe5; --paper: #fff; --tint: #f5f7f9;
+  --good: #00664b; --bad: #a04000; }
+* { box-sizing: border-box; }
+body { margin: 0; color: var(--ink); background: var(--paper);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+main, header, footer { max-width: 60rem; margin: 0 auto; padding: 0 1.25rem; }
+header { padding-top: 2.5rem; }
+h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .5rem; }
+h2 { font-size: 1.35rem; margin: 3rem 0 .5rem; padding-top: 1rem;
+  border-top: 2px solid var(--ink); }
+h3 { font-size: 1rem; margin: 2rem 0 .5rem; }
+p.lead { color: var(--soft); margin-top: 0; }
+nav { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; margin: 1rem 0 0; }
+a { color: #0a5a94; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: .875rem; margin: .75rem 0; }
+th, td { text-align: left; vertical-align: top; padding: .4rem .6rem .4rem 0;
+  border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
+th { color: var(--soft); font-weight: 600; overflow-wrap: normal; }
+td.number { white-space: nowrap; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
+td small { color: var(--soft); display: block; }
+.verdict { font-weight: 600; white-space: nowrap; }
+.agrees { color: var(--good); } .agrees::before { content: "\\2713\\00a0"; }
+.differs { color: var(--bad); } .differs::before { content: "\\2260\\00a0"; }
+.mixed { color: var(--bad); } .mixed::before { content: "~\\00a0"; }
+.none { color: var(--soft); font-weight: 400; }
+figure { margin: 1.5rem 0; break-inside: avoid; }
+figure img { max-width: 100%; height: auto; display: block; border: 1px solid var(--line); }
+figcaption { font-size: .875rem; color: var(--soft); margin-top: .4rem; }
+figcaption b { color: var(--ink); }
+code, pre { font: .85em/1.5 ui-monospace, Menlo, Consolas, monospace; }
+pre { background: var(--tint); padding: .6rem .8rem; white-space: pre-wrap;
+  overflow-wrap: anywhere; border-radius: 4px; }
+code { overflow-wrap: anywhere; }
+details { margin: 1rem 0; } summary { cursor: pointer; color: #0a5a94; }
+li { margin: .4rem 0; }
+footer { color: var(--soft); font-size: .85rem; padding-bottom: 3rem; }
+@media (max-width: 40rem) {
+  h1 { font-size: 1.5rem; }
+  table.claims thead { display: none; }
+  table.claims tr { display: block; padding: .6rem 0; border-bottom: 1px solid var(--line); }
+  table.claims td { display: block; border: 0; padding: .1rem 0; white-space: normal; }
+  table.claims td[data-name]::before { content: attr(data-name) ": "; color: var(--soft); }
+}
+@media print {
+  body { font-size: 10pt; } main, header, footer { max-width: none; padding: 0; }
+  nav { display: none; } h2 { break-after: avoid; } tr { break-inside: avoid; }
+  details > *:not(summary) { display: block; }
+}
+"""
+
+
+def write_report(
+    title: str,
+    families: Sequence[Family],
+    findings: Sequence[Finding],
+    drawings: Sequence[Drawing],
+    tables: Sequence[Table],
+    folder: Path,
+) -> Path:
+    """`title` comes from whoever asked: a configuration's name, or none."""
+    body = [
+        _header(title, families, findings),
+        "<main>",
+        _overview(findings),
+        *(
+            _chapter(
+                name,
+                families,
+                [f for f in findings if _chapter_of(f) == name],
+                [d for d in drawings if d.kind.experiment == name],
+            )
+            for name in EXPERIMENTS
+        ),
+        _tables(tables),
+        _what_was_run(families),
+        _deviations(),
+        "</main>",
+        "<footer><p>'Ours' is the mean over seeds ± their standard deviation, n is how many. "
+        "A verdict goes by each seed on its own, and by the rule that stands below the "
+        "claim; the paper's numbers are of networks of full width on all data.</p></footer>",
+    ]
+    page = (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(body)
+        + "\n</body>\n</html>\n"
+    )
+    path = folder / NAME
+    files.write_text(path, page)
+    return path
+
+
+def _chapter_of(finding: Finding) -> str:
+    experiment = finding.claim.experiment
+    return PART_OF.get(experiment, experiment)
+
+
+def _table(header: Sequence[str], rows: Iterable[str], kind: str = "") -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    return (
+        f'<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>'
+        + "\n".join(rows)
+        + "</tbody></table></div>"
+    )
+
+
+# ---------------------------------------------------------------- verdicts
+
+
+def _manner(finding: Finding) -> str:
+    """The verdict as one of four: agrees, differs, mixed, none."""
+    if finding.verdict in ("agrees", "differs"):
+        return finding.verdict
+    return "mixed" if finding.values else "none"
+
+
+def _header(title: str, families: Sequence[Family], findings: Sequence[Finding]) -> str:
+    counts = Counter(map(_manner, findings))
+    said = sum(counts.values()) - counts["none"]
+    links = "".join(f'<a href="#{name}">{words}</a>' for name, (words, _) in EXPERIMENTS.items())
+    runs = sum(len(family.runs) for family in families)
+    return (
+        f"<header><h1>{escape(title)}</h1>"
+        f'<p class="lead">{runs} training{"s" if runs > 1 else ""}, compared with <i>Can Neural '
+        f"Network Memorization Be Localized?</i> (Maini et al., ICML 2023). Of {said} "
+        f"statements that were measured {counts['agrees']} agree with the paper, "
+        f"{counts['differs']} differ, and {counts['mixed']} depend on the seed; "
+        f"{counts['none']} were not measured.</p>"
+        f'<nav>{links}<a href="#tables">Tables</a><a href="#runs">What was run</a>'
+        f'<a href="#deviations">Deviations</a></nav></header>'
+    )
+
+
+def _overview(findings: Sequence[Finding]) -> str:
+    rows = []
+    for name, (words, _) in EXPERIMENTS.items():
+        counts = Counter(_manner(f) for f in findings if _chapter_of(f) == name)
+        cells = "".join(
+            f'<td class="number">{counts[manner] or "-"}</td>'
+            for manner in ("agrees", "differs", "mixed", "none")
+        )
+        rows.append(f'<tr><td><a href="#{name}">{words}</a></td>{cells}</tr>')
+    header = ("experiment", "agrees", "differs", "depends on the seed", "not measured")
+    return "<h2>In short</h2>" + _table(header, rows)
+
+
+def _claims(findings: Sequence[Finding]) -> str:
+    rows = []
+    for finding in findings:
+        claim = finding.claim
+        cells = (
+            f"<td>{escape(claim.text)}<small>Section {escape(claim.where)}; agrees if "
+            f"{escape(claim.rule.words)}; {escape(finding.about)}</small></td>"
+            f'<td data-name="paper">{escape(claim.paper)}</td>'
+            f'<td data-name="ours" class="number">{escape(finding.ours)}</td>'
+            f'<td data-name="n" class="number">{finding.n or "-"}</td>'
+            f'<td class="verdict {_manner(finding)}">{escape(finding.verdict)}</td>'
+        )
+        rows.append(f"<tr>{cells}</tr>")
+    return _table(("claim", "paper", "ours ± std", "n", "verdict"), rows, "claims")
+
+
+# ---------------------------------------------------------------- one experiment
+
+
+def _chapter(
+    name: str,
+    families: Sequence[Family],
+    findings: Sequence[Finding],
+    drawings: Sequence[Drawing],
+) -> str:
+    words, question = EXPERIMENTS[name]
+    parts = [f'<h2 id="{name}">{words}</h2><p class="lead">{question}</p>']
+    parts.append(_claims(findings) if findings else "<p>No run of this kind.</p>")
+    parts += [_figure(drawing) for drawing in drawings if drawing.paths]
+    parts += [f"<p>{escape(str(drawing))}</p>" for drawing in drawings if drawing.lack]
+    if missing := {drawing.command for drawing in drawings if drawing.command}:
+        parts.append(f"<p>Not measured yet; these commands do it:</p>{_commands(missing)}")
+    again = [f"python {SCRIPTS[name]} {run}" for run in _runs_of(name, families)]
+    parts.append(
+        "<details><summary>How to run this again</summary><p>Finished work is kept: delete a "
+        f"result file of a run, and these commands make it again.</p>{_commands(again)}</details>"
+    )
+    return "\n".join(parts)
+
+
+def _runs_of(name: str, families: Sequence[Family]) -> list[Path]:
+    chosen = [f for f in families if (f.config.dropout.kind != "none") == (name == "dropout")]
+    return [run.directory for family in chosen for run in family.runs]
+
+
+def _commands(commands: Iterable[str]) -> str:
+    return f"<pre>{escape(chr(10).join(sorted(commands)))}</pre>"
+
+
+def _figure(drawing: Drawing) -> str:
+    path = next((path for path in drawing.paths if path.suffix == ".png"), None)
+    if path is None:
+        return ""
+    picture = base64.b64encode(path.read_bytes()).decode("ascii")
+    numbers = [number for number in drawing.kind.numbers if number[0].isdigit()]
+    like = f" (compare Figure {', '.join(numbers)} of the paper)" if numbers else ""
+    caption = f"<b>{escape(drawing.about)}{like}.</b> What to look for: {escape(drawing.kind.see)}"
+    return (
+        f'<figure><img alt="{escape(drawing.kind.see)}" src="data:image/png;base64,{picture}">'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
+
+
+# ---------------------------------------------------------------- the end matter
+
+
+def _tables(tables: Sequence[Table]) -> str:
+    parts = ['<h2 id="tables">Tables</h2>']
+    for table in tables:
+        rows = (
+            "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
+            for row in table.rows
+        )
+        parts.append(f"<h3>{escape(table.caption)}</h3>{_table(table.header, rows)}")
+    return "\n".join(parts if tables else [*parts, "<p>No run with dropout, no search.</p>"])
+
+
+def _what_was_run(families: Sequence[Family]) -> str:
+    rows = []
+    for family in families:
+        sources = [files.read_json(run.provenance_path) for run in family.runs]
+        settings = family.settings.items()
+        words = ", ".join(f"{k}={v}" for k, v in settings if not k.endswith(".sha256"))
+        versions = sorted({_versions(source) for source in sources})
+        devices = "; ".join(family.devices)
+        seeds = ", ".join(str(run.config.seed) for run in family.runs)
+        seconds = ", ".join(f"{source.get('seconds', 0):,.0f}" for source in sources)
+        rows.append(
+            f"<tr><td>{escape(family.title)}<small>{escape(words)}</small>"
+            f"<small>{escape(_measured_with(family))}</small></td>"
+            f"<td>{seeds}</td>"
+            f'<td class="number">{seconds}</td>'
+            f"<td>{escape(devices)}<small>{escape('; '.join(versions))}</small></td>"
+            "</tr>"
+        )
+    header = ("training, and its settings", "seeds", "seconds", "on what, with which versions")
+    return '<h2 id="runs">What was run</h2>' + _table(header, rows)
+
+
+def _measured_with(family: Family) -> str:
+    """How its tables were measured, where that is not as by default."""
+    values = (f"{key}={value!s:.60}" for key, value in family.measured_with.items())
+    words = ", ".join(values)
+    return f"measured with {words}" if words else ""
+
+
+def _versions(source: dict) -> str:
+    commit = str(source.get("git_commit") or "unknown commit")[:10]
+    changed = " with changes" if source.get("git_dirty") else ""
+    versions = source.get("versions", {})
+    return ", ".join([*(f"{name} {number}" for name, number in versions.items()), commit + changed])
+
+
+def _deviations() -> str:
+    """The README's own list."""
+    readme = REPOSITORY / "README.md"
+    found = readme.exists() and re.search(
+        r"## Deviations from the paper\n(.*?)\n## ", files.read_text(readme), re.DOTALL
+    )
+    heading = '<h2 id="deviations">Deviations from the paper</h2>'
+    if not found:
+        return f"{heading}<p>See the README.</p>"
+    intro, *items = re.split(r"\n(?=\d+\. )", found.group(1).strip())
+    lines = "\n".join(f"<li>{_inline(re.sub(r'^[0-9]+[.] ', '', item))}</li>" for item in items)
+    return f"{heading}<p>{_inline(intro)}</p><ol>{lines}</ol>"
+
+
+def _inline(markdown: str) -> str:
+    """Bold, code and links of a paragraph."""
+    text = escape(" ".join(markdown.split()), quote=False)
+    text = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", text)
+    text = re.sub(r"`(.+?)`", r"<code>\1</code>", text)
+    return re.sub(r"\[(.+?)\]\(.+?\)", r"\1", text)

@@ -1,0 +1,72 @@
+"""Every headline number beside the paper's, and what is kept of runs when they are deleted."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from engine.runs import files
+from plotting.families import Family, measured
+from plotting.report.findings import Finding
+
+NAME = "summary.json"
+SOURCES = "provenance.json"
+DIGITS = 6  # significant ones: two machines' sums differ in the last ones of all
+
+
+def _rounded(value: float) -> float | None:
+    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+
+
+def summarize(families: Sequence[Family], findings: Sequence[Finding]) -> dict[str, object]:
+    """The same for the same results, on any machine and at any time."""
+    runs = []
+    for family in families:
+        seeds = [run.config.seed for run in family.runs]
+        about = {"about": family.title, "seeds": seeds, "settings": family.settings}
+        runs.append(about | {"measured_with": family.measured_with})
+    return {"runs": runs, "claims": [_entry(finding) for finding in findings]}
+
+
+def _entry(finding: Finding) -> dict[str, object]:
+    values = finding.values
+    return {
+        "claim": finding.claim.name,
+        "about": finding.about,
+        "paper": finding.claim.paper,
+        "mean": _rounded(np.mean(values)) if values else None,
+        "std": _rounded(np.std(values, ddof=1)) if len(values) > 1 else None,
+        "n": finding.n,
+        "agrees_if": finding.claim.rule.words,
+        "verdict": finding.verdict,
+    }
+
+
+def keep_results(families: Sequence[Family], folder: Path) -> Path:
+    """Copies of all tables of all runs and over seeds, and of each run where it came from: settings
+    (no paths), how each table was measured, code, versions, machine. Small enough to be kept where
+    the weights are not."""
+    sources = {}
+    for family in families:
+        for run in family.runs:
+            place = Path("tables") / family.name / run.directory.name
+            settings = {"settings": run.settings, "measured_with": {}}
+            for table in sorted(run.directory.glob("*.csv")):
+                files.write_text(folder / place / table.name, files.read_text(table))
+                if (own := measured(run, table.name)) is not None:
+                    settings["measured_with"][table.name] = own
+            source = files.read_json(run.provenance_path)
+            kept = ("git_commit", "git_dirty", "versions", "device", "started", "seconds")
+            sources[str(place)] = settings | {key: source.get(key) for key in kept}
+        over_seeds = [*family.folder.glob("*.csv"), *family.folder.glob("*.json")]
+        for path in over_seeds:  # a JSON file says of which seeds its table is
+            files.write_text(folder / "tables" / family.name / path.name, files.read_text(path))
+    files.write_json(folder / SOURCES, sources)
+    return folder / SOURCES
+
+
+def write_summary(families: Sequence[Family], findings: Sequence[Finding], folder: Path) -> Path:
+    path = folder / NAME
+    files.write_json(path, summarize(families, findings))
+    return path

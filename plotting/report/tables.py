@@ -1,0 +1,210 @@
+"""Tables 1 to 3, the AUCs, and the stability of searches, as Markdown, CSV and LaTeX."""
+
+import csv
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from engine.stats import DETECTION_COLUMNS, compute_area, rank_correlation
+from plotting.families import Family, by_numbers
+from plotting.neurons import FLIPPING, read_searched
+
+DROPOUT = "example_tied_dropout.csv"
+DROPOUT_COLUMNS = ("dropout", "p_gen", "p_mem", "state", "acc_clean", "acc_noisy", "acc_test")
+KINDS = ("clean", "noisy", "test")
+DETECTION = "mislabel_detection.csv"
+
+# What the paper gives: Table 1 (before and after: clean, noisy, test), Table 3 (clean, noisy) and
+# Table 2 by (p_gen, p_mem), all on 10% noise; in Section 6.1 the AUCs on CIFAR-10.
+PAPER_TABLE_1 = {
+    "cifar10": ((0.999, 0.993, 0.793), (0.908, 0.031, 0.827)),
+    "mnist": ((1.0, 1.0, 0.990), (0.992, 0.001, 0.993)),
+    "svhn": ((0.999, 0.996, 0.895), (0.958, 0.014, 0.896)),
+}
+PAPER_TABLE_2 = {
+    (0.1, 0.1): (0.842, 0.029), (0.2, 0.1): (0.869, 0.028), (0.3, 0.1): (0.871, 0.029),
+    (0.4, 0.1): (0.899, 0.031), (0.5, 0.1): (0.920, 0.039), (0.6, 0.1): (0.930, 0.049),
+    (0.1, 0.2): (0.869, 0.028), (0.2, 0.2): (0.882, 0.030), (0.3, 0.2): (0.908, 0.031),
+    (0.4, 0.2): (0.917, 0.034), (0.5, 0.2): (0.936, 0.047), (0.6, 0.2): (0.950, 0.069),
+}  # fmt: skip
+PAPER_TABLE_3 = {"standard": (1.0, 0.995), "sparse": (1.0, 0.998), "example_tied": (0.908, 0.031)}
+PAPER_AUC = {"neurons": 0.89, "learning time": 0.87, "forgetting time": 0.93}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of words, ready to be written in any form."""
+
+    name: str
+    caption: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    @property
+    def measured(self) -> bool:
+        """Whether it holds more than the paper's own numbers."""
+        return any(not row[0].startswith("paper") for row in self.rows)
+
+    def markdown(self) -> str:
+        lines = [self.header, ("---",) * len(self.header), *self.rows]
+        return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+    def csv(self) -> str:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([self.header, *self.rows])
+        return text.getvalue()
+
+    def latex(self) -> str:
+        def line(cells: Sequence[str]) -> str:
+            words = " & ".join(cells).replace("%", r"\%").replace("_", r"\_").replace("±", r"$\pm$")
+            return words + r" \\" + "\n"
+
+        columns = "l" * len(self.header)
+        body = line(self.header) + "\\hline\n" + "".join(line(row) for row in self.rows)
+        return f"% {self.caption}\n\\begin{{tabular}}{{{columns}}}\n{body}\\end{{tabular}}\n"
+
+
+def spread(values: Sequence[float], digits: int = 1, percent: bool = True) -> str:
+    """Mean, and standard deviation where there are several values; a dash for none."""
+    values = [value * (100 if percent else 1) for value in values if not math.isnan(value)]
+    if not values:
+        return "-"
+    unit = "%" if percent else ""
+    mean = f"{np.mean(values):.{digits}f}"
+    if len(values) == 1:
+        return f"{mean}{unit}"
+    return f"{mean} ± {np.std(values, ddof=1):.{digits}f}{unit}"
+
+
+def _dropout_rows(family: Family, state: str) -> list[dict]:
+    """One row a seed."""
+    rows = family.rows(DROPOUT, DROPOUT_COLUMNS, text=("dropout", "state"))
+    return [row for row in rows if row["state"] == state]
+
+
+def _with_dropout(families: Sequence[Family], *kinds: str) -> list[Family]:
+    wanted = [family for family in families if family.config.dropout.kind in kinds]
+    return [measured for family in wanted if (measured := family.having(DROPOUT))]
+
+
+def table_1(families: Sequence[Family]) -> Table:
+    """Accuracies before and after dropping the memorization neurons."""
+    rows = []
+    for family in _with_dropout(families, "example_tied"):
+        cells = [family.title, str(len(family.runs))]
+        for state in ("before", "after"):
+            found = _dropout_rows(family, state)
+            cells += [
+                spread([row[f"acc_{k}"] for row in found]) for k in ("clean", "noisy", "test")
+            ]
+        rows.append(tuple(cells))
+    for name, states in PAPER_TABLE_1.items():
+        cells = (spread([value]) for state in states for value in state)
+        rows.append((f"paper: {name}", "-", *cells))
+    parts = [
+        f"{state}: {kind}" for state in ("before", "after") for kind in ("clean", "noisy", "test")
+    ]
+    caption = "Table 1: accuracy before and after dropping the memorization neurons"
+    return Table("table_1", caption, ("data", "n", *parts), tuple(rows))
+
+
+def table_2(families: Sequence[Family]) -> Table:
+    """Clean and noisy accuracy after dropping, over p_gen and p_mem."""
+    rows = []
+    for family in _with_dropout(families, "example_tied"):
+        p, after = family.config.dropout, _dropout_rows(family, "after")
+        ours = (spread([row[f"acc_{kind}"] for row in after]) for kind in ("clean", "noisy"))
+        paper = PAPER_TABLE_2.get((p.p_gen, p.p_mem), (math.nan, math.nan))
+        cells = (*ours, *(spread([value]) for value in paper))
+        rows.append((family.trained, f"{p.p_gen:g}", f"{p.p_mem:g}", str(len(family.runs)), *cells))
+    rows.sort(key=lambda row: (by_numbers(row[0]), float(row[2]), float(row[1])))
+    header = ("data", "p_gen", "p_mem", "n", "clean", "noisy", "paper: clean", "paper: noisy")
+    caption = "Table 2: accuracy after dropping over p_gen and p_mem (paper: CIFAR-10)"
+    return Table("table_2", caption, header, tuple(rows))
+
+
+def table_3(families: Sequence[Family]) -> Table:
+    """Example-tied dropout after dropping, beside the baselines."""
+    rows = []
+    for family in _with_dropout(families, "standard", "sparse", "example_tied", "none"):
+        after = _dropout_rows(family, "after")
+        kind = family.config.dropout.kind
+        ours = (spread([row[f"acc_{k}"] for row in after]) for k in ("clean", "noisy"))
+        paper = (spread([value]) for value in PAPER_TABLE_3.get(kind, (math.nan, math.nan)))
+        rows.append((family.title, kind, str(len(family.runs)), *ours, *paper))
+    header = ("data", "method", "n", "clean", "noisy", "paper: clean", "paper: noisy")
+    caption = "Table 3: accuracy of example-tied dropout and its baselines (paper: CIFAR-10)"
+    return Table("table_3", caption, header, tuple(rows))
+
+
+def table_auc(families: Sequence[Family]) -> Table:
+    """How well each score tells memorized from clean examples; on those that were searched."""
+    rows = []
+    for family in filter(None, (family.having(DETECTION) for family in families)):
+        found = family.rows(DETECTION, DETECTION_COLUMNS, text=("method", "on"))
+        for method in (*PAPER_AUC, "summed loss"):
+            areas = [r["auc"] for r in found if (r["method"], r["on"]) == (method, "searched")]
+            if areas:
+                ours, paper = spread(areas, 3, percent=False), PAPER_AUC.get(method, "-")
+                rows.append((family.title, method, str(len(areas)), ours, str(paper)))
+    header = ("data", "score", "n", "AUC", "paper (CIFAR-10)")
+    caption = "AUC of telling memorized from clean examples"
+    return Table("table_auc", caption, header, tuple(rows))
+
+
+def table_stability(families: Sequence[Family]) -> Table:
+    """Whether an example's number of neurons is its own, or the training's; what averaging buys.
+
+    The rank correlation of two trainings' numbers, within clean and within noisy examples: that
+    over both together would also say how much these two differ. And over all choices of k of a
+    family's trainings the AUC of numbers that are averaged over them.
+    """
+    rows = []
+    for family in filter(None, (family.having(FLIPPING) for family in families)):
+        counts, memorized = counts_of_all_seeds(family)
+        n = len(counts)
+        if n < 2:
+            continue
+        alike = [_mean_agreement(counts[:, kind]) for kind in (~memorized, memorized)]
+        for k in range(1, n + 1):
+            means = [np.mean(chosen, axis=0) for chosen in combinations(counts, k)]
+            areas = [compute_area(-m[memorized], -m[~memorized], seed=0).auc for m in means]
+            agreement = alike if k == 1 else ("", "")
+            area = spread([np.mean(areas)], 3, percent=False)
+            rows.append((family.title, str(len(memorized)), *agreement, f"{k} of {n}", area))
+    header = (
+        "data", "examples", "rank correlation of two trainings: clean", "noisy",
+        "trainings", "AUC, mean",
+    )  # fmt: skip
+    caption = "Stability of the number of neurons over trainings, and what averaging buys"
+    return Table("table_stability", caption, header, tuple(rows))
+
+
+def _mean_agreement(counts: np.ndarray) -> str:
+    """The mean rank correlation of two seeds of [seeds, examples]; a dash where none has one."""
+    pairs = np.array([rank_correlation(a, b) for a, b in combinations(counts, 2)])
+    return spread([pairs[np.isfinite(pairs)].mean()] if np.isfinite(pairs).any() else [], 2, False)
+
+
+def counts_of_all_seeds(family: Family) -> tuple[np.ndarray, np.ndarray]:
+    """Neurons [seeds, examples] of the examples that every seed searched, and who is memorized."""
+    tables = [
+        {row["example"]: (row["neurons"], row["memorized"] == 1) for row in read_searched(run)}
+        for run in family.runs
+    ]
+    common = sorted(set.intersection(*map(set, tables)))
+    counts = np.array([[table[example][0] for example in common] for table in tables])
+    return counts, np.array([tables[0][example][1] for example in common], bool)
+
+
+TABLES: tuple[Callable[[Sequence[Family]], Table], ...] = (
+    table_1,
+    table_2,
+    table_3,
+    table_auc,
+    table_stability,
+)

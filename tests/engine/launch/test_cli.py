@@ -1,0 +1,140 @@
+"""The command line as its user meets it: real processes, exit statuses, one line a run."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import gradient_accounting
+from engine.launch.cli import reporting_ends, run_script
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+SCRIPT = REPOSITORY / "gradient_accounting.py"
+
+
+def call(*arguments, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, arguments)],
+        capture_output=True, text=True, timeout=120, **options,
+    )  # fmt: skip
+
+
+def test_a_run_prints_one_line_that_ends_with_its_directory(tiny_file, tmp_path):
+    done = call(tiny_file, "seed=[0,1]", "train.epochs=1")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2
+    for seed, line in enumerate(lines):
+        assert line.startswith(f"glyphs 150 resnet9 width 0.05 noise 0.2 seed {seed}: clean ")
+        directory = Path(line.split()[-1])
+        assert (directory / "history.csv").exists()
+        assert directory.name == f"seed{seed}"
+    again = call(tiny_file, "seed=[0,1]", "train.epochs=1", "--dry-run")
+    assert again.returncode == 0
+    assert all(": finished, " in line for line in again.stdout.splitlines())
+    by_directory = call(lines[0].split()[-1])
+    assert by_directory.stdout == lines[0] + "\n"
+
+
+def test_dry_run_writes_nothing(tiny_file, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    done = call(tiny_file, "--dry-run", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert ": to do, " in done.stdout
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["cifar10", "mnist", "svhn"])
+def test_a_dry_run_needs_no_data(tmp_path, capsys, name):
+    config = tmp_path / "a.yaml"
+    config.write_text(f"data: {{name: {name}, root: {tmp_path / 'empty'}}}\n")
+    arguments = [str(config), "--dry-run"]
+    assert run_script("", gradient_accounting.main, gradient_accounting.plan, arguments) == 0
+    assert re.search(r"seed 0: to do, 5\d\d\.\d MB  runs/", capsys.readouterr().out)
+    assert not (tmp_path / "empty").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee docs"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:1] can't allocate memory: 9 bytes"),
+    ],
+)
+def test_no_memory_is_one_line(capsys, error):
+    with reporting_ends() as ending:
+        raise error
+    assert ending.status == 1
+    line = capsys.readouterr().err
+    assert line.startswith("out of memory: ")
+    assert line.count("\n") == 1
+
+
+def test_what_nobody_expected_is_not_hidden():
+    with pytest.raises(RuntimeError, match="mat1"), reporting_ends():
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+
+def test_a_gpu_that_is_not_there(tiny_file):
+    done = call(tiny_file, "--device", "cuda", env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 2
+    assert done.stderr == (
+        "device: 'cuda' is not allowed: this machine has no usable GPU; use cpu\n"
+    )
+
+
+def test_a_run_that_fails_is_status_1(tiny_file):
+    done = call(tiny_file, "train.peak_lr=1e30")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "/seed0: the loss became" in done.stderr.splitlines()[-1]
+
+
+def test_two_processes_on_the_same_runs(tiny_file, tmp_path, capsys):
+    """The second one leaves alone what the first one works on, and does the rest."""
+    arguments = [str(tiny_file), "seed=[0,1]"]
+    script = ("", gradient_accounting.main, gradient_accounting.plan, arguments)
+    command = [sys.executable, str(SCRIPT), str(tiny_file), "seed=0"]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        claims = []
+        while not (claims and claims[0].stat().st_size):  # there, and written
+            assert first.poll() is None
+            time.sleep(0.002)
+            claims = list(tmp_path.glob("runs/*/seed0/claim.json"))
+        first.send_signal(signal.SIGSTOP)  # alive, and not done before the second one is
+        seed0 = claims[0].parent
+        before = {path: path.stat().st_mtime_ns for path in seed0.rglob("*") if path.is_file()}
+        assert run_script(*script) == 1
+        printed = capsys.readouterr()
+        assert re.search(
+            rf"^{seed0}: held by process {first.pid} on \S+ since 20\S+; wait for it \(--wait\)",
+            printed.err, re.M,
+        )  # fmt: skip
+        line = r"^glyphs 150 resnet9 width 0.05 noise 0.2 seed 1: clean .*/seed1$"
+        assert re.search(line, printed.out)
+        assert {p: p.stat().st_mtime_ns for p in seed0.rglob("*") if p.is_file()} == before
+    finally:
+        first.kill()
+        first.wait()
+    assert run_script(*script) == 0, "a dead process holds nothing"
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_a_second_process_waits_if_asked_to(tiny_file, tmp_path):
+    command = [sys.executable, str(SCRIPT), str(tiny_file), "--wait"]
+    processes = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        for _ in range(2)
+    ]
+    lines = {process.communicate(timeout=120)[0] for process in processes}
+    assert [process.returncode for process in processes] == [0, 0]
+    assert len(lines) == 1
+    assert lines.pop().endswith("/seed0\n")

@@ -1,0 +1,242 @@
+"""Claims: one process at a time in a folder, whatever becomes of the others."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from engine.errors import RunFailed
+from engine.runs import files, locking
+from engine.runs.locking import Held, Holder, holder_of, lock
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+HOLD = """
+import sys, time
+from pathlib import Path
+from engine.runs.locking import lock
+with lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+COUNT = """
+import sys
+from pathlib import Path
+from engine.runs import files, locking
+locking.POLL = 0.001
+counter = Path(sys.argv[1])
+for _ in range(int(sys.argv[2])):
+    with locking.lock(counter.parent / "folder", wait=True):
+        value = int(counter.read_text())
+        counter.write_text(str(value + 1))
+"""
+
+
+def start(code: str, *arguments) -> subprocess.Popen:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.fixture
+def other(tmp_path):
+    """A living process that holds tmp_path/run."""
+    process = start(HOLD, tmp_path / "run")
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def rewrite(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_second_process_learns_who_holds_it(other, tmp_path):
+    with pytest.raises(Held) as caught, lock(tmp_path / "run"):
+        raise AssertionError("both got in")
+    holder = caught.value.by
+    assert holder.pid == other.pid
+    assert str(caught.value).startswith(f"held by process {other.pid} on {holder.host} since 20")
+    assert holder_of(tmp_path / "run") == holder
+    with lock(tmp_path / "another run"):
+        pass
+
+
+@pytest.mark.parametrize("reaped", [True, False], ids=["dead", "dead, its parent does not know"])
+def test_a_dead_process_is_taken_over(other, tmp_path, reaped):
+    other.send_signal(signal.SIGKILL)
+    if reaped:
+        other.wait()
+    else:
+        os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
+    assert (tmp_path / "run" / "claim.json").exists()
+    assert holder_of(tmp_path / "run") is None
+    with lock(tmp_path / "run"):
+        assert holder_of(tmp_path / "run").pid == os.getpid()
+
+
+def test_a_pid_that_became_another_processs_is_a_dead_one(other, tmp_path):
+    path = tmp_path / "run" / "claim.json"
+    rewrite(path, birth="1")
+    with lock(tmp_path / "run"):
+        assert holder_of(tmp_path / "run").pid == os.getpid()
+
+
+def test_another_hosts_process_lives_as_long_as_it_shows_life(other, tmp_path):
+    path = tmp_path / "run" / "claim.json"
+    rewrite(path, machine="another", host="node7", pid=1)
+    with pytest.raises(Held, match=r"process 1 on node7"), lock(tmp_path / "run"):
+        pass
+    long_ago = time.time() - locking.DEAD_AFTER - 1
+    os.utime(path, (long_ago, long_ago))
+    with lock(tmp_path / "run"):
+        assert holder_of(tmp_path / "run").pid == os.getpid()
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[1]", '{"pid": -1}', '{"pid": 1, "host": "two\\nlines"}', '{"pid": "../x"}'],
+)
+def test_a_damaged_claim_is_anybodys_until_it_is_old(tmp_path, content):
+    path = tmp_path / "claim.json"
+    path.write_text(content)
+    with pytest.raises(Held, match="an unknown host"), lock(tmp_path):
+        pass
+    os.utime(path, (0, 0))
+    with lock(tmp_path):
+        assert holder_of(tmp_path).pid == os.getpid()
+
+
+def test_a_claim_that_is_just_being_made_is_read_when_it_is_written(other, tmp_path):
+    path = tmp_path / "run" / "claim.json"
+    content = path.read_text()
+    path.write_text("")
+    writing = threading.Timer(0.1, path.write_text, [content])
+    writing.start()
+    with pytest.raises(Held, match=f"process {other.pid} on"), lock(tmp_path / "run"):
+        pass
+    writing.join()
+
+
+def test_a_holder_shows_life(tmp_path, monkeypatch):
+    monkeypatch.setattr(locking, "BEAT", 0.01)
+    with lock(tmp_path):
+        os.utime(tmp_path / "claim.json", (0, 0))
+        deadline = time.monotonic() + 10
+        while Holder.of(tmp_path / "claim.json").seen < 1:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_who_lost_the_claim_stops_and_leaves_the_others_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(locking, "BEAT", 0.05)
+
+    def sleep_too_long():
+        with lock(tmp_path):
+            rewrite(tmp_path / "claim.json", token="of another", pid=1)
+            time.sleep(10)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores it
+    try:
+        with pytest.raises(RunFailed, match="is gone; now held by process 1 on"):
+            sleep_too_long()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert Holder.of(tmp_path / "claim.json").token == "of another"
+
+
+def test_many_at_once_lose_no_count(other, tmp_path):
+    """Also when the first of them finds a dead process's claim."""
+    counter = tmp_path / "counter"
+    counter.write_text("0")
+    (tmp_path / "run").rename(tmp_path / "folder")
+    other.send_signal(signal.SIGKILL)
+    other.wait()
+    processes = [start(COUNT, counter, 40) for _ in range(4)]
+    assert [process.wait(timeout=60) for process in processes] == [0] * 4
+    assert counter.read_text() == "160"
+
+
+def test_only_what_the_dead_holder_was_writing_is_removed(other, tmp_path):
+    """Not a stranger's files, and not those of a living process in a folder below."""
+    run = tmp_path / "run"
+    token = json.loads((run / "claim.json").read_text())["token"]
+    (run / "checkpoints").mkdir()
+    half = run / "checkpoints" / f".epoch_003.pt.{token[:12]}.tmp"
+    others = [run / ".thesis.docx.tmp", run / "checkpoints" / ".epoch_004.pt.0123456789ab.tmp"]
+    for path in [half, *others]:
+        path.touch()
+    other.send_signal(signal.SIGKILL)
+    other.wait()
+    with lock(run):
+        assert not half.exists()
+        assert all(path.exists() for path in others)
+
+
+def test_a_claim_on_a_folder_leaves_all_temporary_files_below_it(tmp_path):
+    """A data folder may be a home directory, with trainings below it."""
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    strangers = [tmp_path / ".thesis.docx.tmp", tmp_path / "runs" / "a" / ".record.pt.1a2b3c4d.tmp"]
+    for path in strangers:
+        path.touch()
+    with lock(tmp_path):
+        pass
+    assert all(path.exists() for path in strangers)
+
+
+def test_temporary_files_carry_the_token_of_the_claim(tmp_path, monkeypatch):
+    names = []
+    monkeypatch.setattr(os, "replace", lambda source, path: names.append(Path(source).name))
+    with lock(tmp_path):
+        token = Holder.of(tmp_path / "claim.json").token
+        files.write_text(tmp_path / "parts" / "a.txt", "content")
+    assert names == [f".a.txt.{token[:12]}.tmp"]
+
+
+def test_who_lost_the_claim_writes_nothing_more(tmp_path):
+    with lock(tmp_path):
+        files.write_text(tmp_path / "table.csv", "mine")
+        rewrite(tmp_path / "claim.json", token="of another", pid=1)
+        with pytest.raises(RunFailed, match="is gone; now held by process 1 on"):
+            files.write_text(tmp_path / "table.csv", "late")
+    assert (tmp_path / "table.csv").read_text() == "mine"
+
+
+def test_a_claim_lost_while_a_file_is_written_gives_it_no_name(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def lose(descriptor):
+        rewrite(tmp_path / "claim.json", token="of another", pid=1)
+        fsync(descriptor)
+
+    with lock(tmp_path):
+        monkeypatch.setattr(os, "fsync", lose)
+        with pytest.raises(RunFailed, match="is gone"):
+            files.write_text(tmp_path / "table.csv", "late")
+    assert [path.name for path in tmp_path.iterdir()] == ["claim.json"]
+
+
+def test_nothing_is_left_behind(tmp_path):
+    with pytest.raises(ZeroDivisionError), lock(tmp_path / "runs" / "a" / "seed0"):
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
+    with lock(tmp_path / "runs" / "a" / "seed0"):
+        (tmp_path / "runs" / "a" / "kept").touch()
+    assert [path.name for path in (tmp_path / "runs" / "a").iterdir()] == ["kept"]
+
+
+def test_where_nothing_can_be_written_no_claim_is_needed(tmp_path, monkeypatch):
+    def refuse(self, path):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Holder, "write", refuse)
+    with lock(tmp_path):
+        assert not list(tmp_path.iterdir())
+    with pytest.raises(OSError, match="Read-only"), lock(tmp_path / "new"):
+        pass

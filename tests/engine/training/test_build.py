@@ -1,0 +1,99 @@
+"""What measurements begin with: the final model of a finished run, or one clear line."""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import gradient_accounting
+from data import DataError
+from engine.errors import UserError
+from engine.runs import locking
+from engine.runs.locking import FILE_NAME as CLAIM
+from engine.runs.locking import holder_of
+from engine.runs.run import Run
+from engine.training import build, loop
+from engine.training.build import load_final_model, load_split
+
+CPU = torch.device("cpu")
+
+
+def test_one_process_downloads_and_others_wait(tiny, tmp_path, monkeypatch):
+    config = tiny("data.name=mnist", f"data.root={tmp_path}/data")
+    root = Path(config.data.root)
+    seen = []
+
+    def load(*_, **__):
+        seen.append(holder_of(root))
+        raise DataError("no network")
+
+    monkeypatch.setattr(build, "_load_dataset_once", load)
+    with pytest.raises(DataError):
+        load_split(config)
+    assert seen[0].pid == os.getpid(), "files are missing: nobody else may download them"
+    monkeypatch.setattr(build, "at_hand", lambda name, root: True)
+    with pytest.raises(DataError):
+        load_split(config)
+    assert seen[1:] == [None]
+    root.mkdir(parents=True)
+    (root / CLAIM).write_text("{}")  # somebody else's, who may be at work
+    monkeypatch.setattr(locking.time, "sleep", lambda _: (root / CLAIM).unlink())
+    with pytest.raises(DataError):
+        load_split(config)
+    assert seen[2].pid == os.getpid(), "it waited"
+
+
+def complaint(run: Run) -> str:
+    with pytest.raises(UserError) as caught:
+        load_final_model(run, load_split(run.config), CPU)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_final_model_is_the_last_checkpoint(tiny):
+    run = Run.of(tiny("train.epochs=1"))
+    gradient_accounting.main(run)
+    model = load_final_model(run, load_split(run.config), CPU)
+    for name, value in run.read_checkpoint(1).items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_a_missing_run_names_the_command_that_trains_it(tiny, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x.py", "a b.yaml", "seed=[0, 1]", "--epochs", "0,1"])
+    command = shlex.join(["gradient_accounting.py", "a b.yaml", "seed=[0, 1]"])
+    assert f"no such run; `python {command}` trains it" in complaint(Run.of(tiny()))
+
+
+def test_a_half_finished_run_names_the_command_that_finishes_it(tiny, monkeypatch):
+    def die(*_):
+        raise KeyboardInterrupt
+
+    run = Run.of(tiny())
+    monkeypatch.setattr(sys, "argv", ["gradient_accounting.py", "tiny.yaml"])
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Record, "tables", die)
+        with pytest.raises(KeyboardInterrupt):
+            gradient_accounting.main(run)
+    monkeypatch.setattr(sys, "argv", ["layer_rewinding.py", "other.yaml"])
+    assert complaint(run).endswith(
+        "its training is interrupted after epoch 0; "
+        "`python gradient_accounting.py tiny.yaml` finishes it"
+    )
+
+
+def test_a_run_on_other_examples_is_refused(tiny):
+    run = Run.of(tiny("train.epochs=1"))
+    gradient_accounting.main(run)
+    other = load_split(tiny("data.noise_seed=1"))
+    with pytest.raises(UserError, match="is not what the data set gives now"):
+        load_final_model(run, other, CPU)
+
+
+def test_an_epoch_that_was_not_kept_names_those_that_were(tiny):
+    run = Run.of(tiny("checkpoints.keep=[0]"))
+    gradient_accounting.main(run)
+    with pytest.raises(UserError, match="no such file; the epochs kept are 0, 3"):
+        run.read_checkpoint(2)

@@ -1,0 +1,149 @@
+"""The report is one whole page: everything in it, readable at any width, true to the results."""
+
+import json
+import re
+import shutil
+import subprocess
+from html import unescape
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import example_tied_dropout
+import gradient_accounting
+import layer_rewinding
+import plot_results
+from engine.config.load import load_configs
+from engine.runs.run import Run
+from tests.conftest import TINY
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+in_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: chromium)")
+# A phone and a laptop: each shows the page in a frame of its width, and says what it looks like.
+WIDTHS = (360, 1280)
+PROBE = """<script>addEventListener("load", () => {
+  const broken = [...document.images].filter(i => !i.complete || !i.naturalWidth).length;
+  const wide = document.documentElement.scrollWidth - innerWidth;
+  parent.postMessage({width: innerWidth, images: document.images.length, broken, wide}, "*");
+});</script></body>"""
+FRAMES = """<html><body><pre id="said"></pre>{frames}<script>
+addEventListener("message", event => {{
+  document.getElementById("said").textContent += JSON.stringify(event.data) + "\\n";
+}});</script></body></html>"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A report of a plain run, rewound, and one with example-tied dropout."""
+    place = tmp_path_factory.mktemp("report")
+    config = place / "tiny.yaml"
+    config.write_text(TINY + f"output_dir: {place / 'runs'}\nrewinding: {{epochs: [0, 1, 2]}}\n")
+    (plain,) = load_configs(config)
+    gradient_accounting.main(Run.of(plain))
+    layer_rewinding.main(Run.of(plain))
+    dropout = ["dropout.kind=example_tied", "model.width=0.1", "dropout.forget_draws=1"]
+    (tied,) = load_configs(config, dropout)
+    example_tied_dropout.main(Run.of(example_tied_dropout.without_accounting(tied)))
+    assert plot_results.main([str(place / "runs"), "--format", "png"]) == 0
+    return place / "runs"
+
+
+@pytest.fixture
+def page(folder) -> str:
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def run_chromium(*arguments: str) -> subprocess.CompletedProcess:
+    command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    return subprocess.run(
+        [*command, "--enable-logging=stderr", *arguments],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+
+
+def test_nothing_in_it_comes_from_elsewhere(page):
+    sources = re.findall(r"""(?:src|href)=["']([^"']*)""", page)
+    assert sources
+    assert all(source.startswith(("data:image/png;base64,", "#")) for source in sources)
+    assert "@import" not in page
+    assert "url(" not in page
+    assert "<script" not in page
+
+
+def test_every_link_leads_somewhere(page):
+    anchors = set(re.findall(r'href="#([^"]+)"', page))
+    assert anchors <= set(re.findall(r'id="([^"]+)"', page))
+    assert {"gradients", "rewinding", "retraining", "flipping", "dropout"} <= anchors
+
+
+def test_it_says_what_the_summary_says(folder, page):
+    summary = json.loads((folder / "summary.json").read_text())
+    rows = re.findall(r'<tr><td>.*?class="verdict \w+">([^<]*)</td></tr>', page)
+    assert sorted(map(unescape, rows)) == sorted(c["verdict"] for c in summary["claims"])
+    measured = {c["claim"] for c in summary["claims"] if c["n"]}
+    assert {"gradients.norm_ratio_epochs", "rewinding.not_last", "dropout.after_noisy"} <= measured
+    assert "layer_retraining.py" in page, "the command for what is missing"
+
+
+def test_the_summary_is_the_same_for_the_same_results(folder):
+    before = (folder / "summary.json").read_bytes()
+    assert plot_results.main([str(folder), "--format", "png"]) == 0
+    assert (folder / "summary.json").read_bytes() == before
+
+
+def test_results_can_be_kept_apart_from_their_runs(folder, tmp_path, capsys):
+    before = {path for path in folder.rglob("*") if path.is_file()}
+    kept = tmp_path / "kept"
+    assert plot_results.main([str(folder), "--output", str(kept), "--format", "png"]) == 0
+    assert {path for path in folder.rglob("*") if path.is_file()} == before
+    sources = json.loads((kept / "provenance.json").read_text())
+    assert len(sources) == 2
+    for place, source in sources.items():
+        tables = sorted(path.name for path in (kept / place).iterdir())
+        run = folder / Path(place).parent.name / Path(place).name
+        assert tables == sorted(path.name for path in run.glob("*.csv"))
+        for name in tables:
+            assert (kept / place / name).read_text() == (run / name).read_text()
+        assert source["versions"]["torch"]
+        assert source["settings"]["data.name"] == "glyphs"
+        assert str(tmp_path.parent) not in json.dumps(source), "no path of this machine"
+    assert (kept / "summary.json").read_bytes() == (folder / "summary.json").read_bytes()
+    assert list((kept / "figures").glob("*/gradient_norms.png"))
+
+
+def test_it_lists_the_deviations_of_the_readme(page):
+    assert "<b>Schedule.</b>" in page
+    assert page.count("<li>") >= 16
+
+
+@in_browser
+def test_a_browser_shows_it_whole(folder, page, tmp_path):
+    (tmp_path / "probe.html").write_text(page.replace("</body>", PROBE), encoding="utf-8")
+    frames = "".join(
+        f'<iframe src="probe.html" width="{width}" height="900"></iframe>' for width in WIDTHS
+    )
+    (tmp_path / "frames.html").write_text(FRAMES.format(frames=frames), encoding="utf-8")
+    shown = run_chromium("--virtual-time-budget=20000", "--dump-dom",
+                         f"file://{tmp_path / 'frames.html'}")  # fmt: skip
+    said = re.search(r'<pre id="said">(.*?)</pre>', shown.stdout, re.DOTALL).group(1)
+    found = {entry["width"]: entry for entry in map(json.loads, said.strip().splitlines())}
+    assert set(found) == set(WIDTHS)
+    for entry in found.values():
+        assert entry["images"] == page.count("<img ") >= 8
+        assert entry["broken"] == 0
+        assert entry["wide"] <= 0, f"cut off by {entry['wide']} pixels"
+    assert "CONSOLE" not in shown.stderr
+
+
+@in_browser
+@pytest.mark.parametrize("width", [500, 1280])
+def test_a_screenshot_is_not_cut_off(folder, tmp_path, width):
+    path = tmp_path / "page.png"
+    run_chromium(f"--window-size={width},4000", f"--screenshot={path}",
+                 f"file://{folder / 'report.html'}")  # fmt: skip
+    pixels = np.asarray(Image.open(path).convert("L"))
+    assert pixels.shape == (4000, width)
+    assert pixels.std() > 5, "an empty page"
+    assert (pixels[:, -8:] > 250).all(), "something reaches the right edge"
