@@ -19,75 +19,58 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 
-import example_tied_dropout
-import gradient_accounting
-import layer_retraining
-import layer_rewinding
-import neuron_flipping
 import plot_results
 from engine.config.load import load_configs
-from engine.config.schema import EXPERIMENTS, Config
+from engine.config.schema import OF_THE_PAPER, Config
 from engine.errors import UserError
 from engine.launch import slurm
 from engine.launch.cli import Ending, make_parser, reporting_ends
+from engine.launch.experiments import load_experiments
 from engine.launch.jobs import Job, are_done, by_run
 from engine.launch.local import LeftToOthers, at_once, collect, foresee, one_after_another
 from engine.launch.processes import Slot, make_slots
-from engine.runs.identity import without_dropout
+from engine.runs.experiment import Experiment
 from engine.runs.run import Run, each_once
 from engine.runs.stopping import OutOfTime, ending_on_signals, time_budget
 from engine.training.build import load_split
 from plotting.families import find_families
 
 QUICKSTART = Path(__file__).resolve().parent / "configs" / "quickstart.yaml"
-ON_PLAIN_RUNS = {
-    "rewinding": layer_rewinding,
-    "retraining": layer_retraining,
-    "flipping": neuron_flipping,
-}
-READS = {  # the epochs whose weights a script takes from disk, besides the last one's
-    layer_rewinding: layer_rewinding.epochs_read,
-    layer_retraining: lambda config: [0],
-}
 
 
 def make_jobs(configs: Sequence[Config]) -> list[Job]:
-    """Run by run, each script once; configurations that ask for the same work share it."""
+    """Run by run, each experiment once; configurations that ask for the same work share it."""
+    known = load_experiments()
 
-    def wanted(config: Config) -> Iterator[tuple[ModuleType, Config]]:
-        asked = EXPERIMENTS if config.experiments == "all" else config.experiments
-        plain, dropout = without_dropout(config), example_tied_dropout.without_accounting(config)
-        if set(asked) == {"dropout"}:
-            yield example_tied_dropout, dropout
-            return
-        yield gradient_accounting, plain
+    def wanted(config: Config) -> Iterator[Experiment]:
+        asked = OF_THE_PAPER if config.experiments == "all" else config.experiments
+        if set(asked) != {"dropout"}:
+            yield known["gradients"]
+        elif config.dropout.kind == "none":
+            yield known["dropout"]
         for name in asked:
-            if name in ON_PLAIN_RUNS:
-                yield ON_PLAIN_RUNS[name], plain
-        if "dropout" in asked and config.dropout.kind != "none":
-            yield example_tied_dropout, dropout
+            if name != "dropout" or config.dropout.kind != "none":
+                yield known[name]
 
     jobs, runs = {}, []
     for config in configs:
-        for script, own in wanted(config):
-            runs.append(run := Run.of(own))
-            require_weights(script, run)
-            trains = script not in ON_PLAIN_RUNS.values()
-            jobs.setdefault((script.__name__, run.directory), Job(script, run, trains))
+        for experiment in wanted(config):
+            runs.append(run := Run.of(experiment.training(config)))
+            require_weights(experiment, run)
+            jobs.setdefault((experiment.key, run.directory), Job(experiment, run))
     each_once(runs)
     return list(jobs.values())
 
 
-def require_weights(script: ModuleType, run: Run) -> None:
+def require_weights(experiment: Experiment, run: Run) -> None:
     """Refuse, before anything is trained, to measure on epochs that the training will not keep."""
-    read = READS.get(script, lambda config: [])
-    missing = [epoch for epoch in read(run.config) if not run.kept(epoch)]
+    missing = [epoch for epoch in experiment.epochs_read(run.config) if not run.kept(epoch)]
     if missing and not run.finished:
         kept = list(run.config.checkpoints.keep)
+        script = experiment.name.replace(" ", "_")
         raise UserError(
-            f"checkpoints.keep: {kept} is not enough: {script.__name__} reads the weights of "
+            f"checkpoints.keep: {kept} is not enough: {script} reads the weights of "
             f"epochs {missing}; keep them, or name in `experiments` what is to be done without it"
         )
 
@@ -152,9 +135,10 @@ def submit(jobs: Sequence[Job], configs: Sequence[Config], given: argparse.Names
 
 def conclude(jobs: Sequence[Job], folder: Path, title: str) -> None:
     """What several runs show together: means over seeds, figures, tables, and the report."""
-    flipped = [job.run for job in jobs if job.script is neuron_flipping]
-    for result, place in neuron_flipping.conclude(flipped):
-        print(f"{result}  {place}")
+    for experiment in dict.fromkeys(job.experiment for job in jobs):
+        runs = [job.run for job in jobs if job.experiment is experiment]
+        for result, place in experiment.conclude(runs):
+            print(f"{result}  {place}")
     directories = list(dict.fromkeys(job.run.directory for job in jobs))
     if directories:
         *_, summary, report = plot_results.present(find_families(directories), folder, title=title)
@@ -200,7 +184,7 @@ def folder_of(what: str, configs: Sequence[Config], config_file: str) -> Path:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = make_parser(__doc__, default_config=str(QUICKSTART))
+    parser = make_parser(__doc__, [""], default_config=str(QUICKSTART))
     parser.add_argument(
         "--time-budget", type=float, metavar="SECONDS", help="stop cleanly after so long"
     )

@@ -106,7 +106,7 @@ def main() -> None:
     asked = any(override.startswith("train.epochs=") for override in given.overrides)
     overrides = given.overrides if asked else ["train.epochs=10", *given.overrides]
     run = Run.of(without_dropout(quickstart(overrides)))
-    gradient_accounting.main(run)
+    gradient_accounting.EXPERIMENT.main(run)
     with compute_precision(run.config.precision, resolve_device(run.config)):
         measure(run, given.rounds)
 

@@ -7,7 +7,6 @@ import numpy as np
 
 from data.random_streams import random_stream
 
-DETECTION_COLUMNS = ("method", "on", "memorized", "clean", "auc", "low", "high")
 RESAMPLES = 1000
 INTERVAL = (2.5, 97.5)  # percentiles
 

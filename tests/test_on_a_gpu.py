@@ -21,7 +21,6 @@ from engine.config.load import load_configs
 from engine.flipping import cached_passes
 from engine.flipping.fold import folded
 from engine.flipping.gates import Gates
-from engine.runs import files
 from engine.runs.run import Run
 from engine.training import loop
 from engine.training.build import load_split, make_model
@@ -135,7 +134,7 @@ def trained(tmp_path_factory) -> Path:
     path = folder / "trained.yaml"
     path.write_text(TINY + f"output_dir: {folder / 'runs'}\n")
     (config,) = load_configs(path, TRAINED)
-    gradient_accounting.main(Run.of(config))
+    gradient_accounting.EXPERIMENT.main(Run.of(config))
     (config,) = load_configs(path, (*TRAINED, *TIED))
     run = Run.of(example_tied_dropout.without_accounting(config))
     example_tied_dropout.train(run, torch.device("cpu"))
@@ -151,9 +150,8 @@ def measured(script, trained: Path, place: Path, device: str, *overrides: str) -
         config = script.without_accounting(config)
     run = Run.of(config)
     assert run.finished
-    script.main(run)
-    table = run.directory / f"{script.__name__}.csv"
-    return files.read_csv(table, script.COLUMNS, text=("dropout", "state", "groups", "neurons_ids"))
+    script.EXPERIMENT.main(run)
+    return script.EXPERIMENT.tables[0].read(run.directory)
 
 
 # On the CPU these compare a run with itself, and show that the tests run and that it is repeatable.
@@ -200,8 +198,7 @@ def test_the_same_gradients_are_accounted(tiny, tmp_path, device):
     for name in ("cpu", device):
         place = (f"output_dir={tmp_path / str(len(tables))}", f"device={name}")
         run = Run.of(tiny("train.epochs=1", *place))
-        gradient_accounting.main(run)
-        table = run.directory / gradient_accounting.FILE_NAME
-        tables.append(files.read_csv(table, gradient_accounting.COLUMNS))
+        gradient_accounting.EXPERIMENT.main(run)
+        tables.append(gradient_accounting.ACCOUNTS.read(run.directory))
     for ours, others in zip(*tables, strict=True):
         assert others == {name: pytest.approx(value, rel=0.01) for name, value in ours.items()}

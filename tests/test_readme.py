@@ -132,6 +132,6 @@ def test_your_own_data(tmp_path, monkeypatch, capsys):
     assert script == "gradient_accounting.py"
     small = ["train.epochs=2", "train.peak_epoch=1", "model.width=0.1", "device=cpu"]
     arguments = [str(REPOSITORY / config), *overrides, *small]
-    status = run_script("", gradient_accounting.main, gradient_accounting.plan, arguments)
+    status = run_script(gradient_accounting.EXPERIMENT, "", arguments)
     assert status == 0, capsys.readouterr().err
     assert (tmp_path / capsys.readouterr().out.split()[-1] / "history.csv").exists()

@@ -23,7 +23,16 @@ from models import MODELS, model_options
 
 DATASETS = ("cifar10", "mnist", "svhn", "glyphs", "npz")
 HUMAN_COLUMNS = ("aggre_label", "random_label1", "random_label2", "random_label3", "worse_label")
-EXPERIMENTS = ("rewinding", "retraining", "flipping", "dropout")
+# The experiments by name, and the module that declares each; the first one trains for the others.
+EXPERIMENTS = {
+    "gradients": "gradient_accounting",
+    "rewinding": "layer_rewinding",
+    "retraining": "layer_retraining",
+    "flipping": "neuron_flipping",
+    "dropout": "example_tied_dropout",
+    "gradient_distance": "beyond.gradient_distance",
+}
+OF_THE_PAPER = ("rewinding", "retraining", "flipping", "dropout")
 
 
 @dataclass(frozen=True)
@@ -185,6 +194,16 @@ class DropoutConfig:
 
 
 @dataclass(frozen=True)
+class GradientDistanceConfig:
+    epochs: str | tuple[int, ...] | None = option(
+        None, optional(epochs()), "epochs to measure at; null: six of those on disk, evenly spread"
+    )
+    examples: int | None = option(
+        None, optional(integer(1)), "measure a fixed random subset of the training examples"
+    )
+
+
+@dataclass(frozen=True)
 class SlurmConfig:
     partition: str | None = option(None, optional(text()), "null: the cluster's own choice")
     account: str | None = option(None, optional(text()), "who pays; null: the user's own")
@@ -202,8 +221,8 @@ class Config:
     output_dir: str = option("runs", text(), "where run directories are made")
     experiments: str | tuple[str, ...] = option(
         "all",
-        some_of(*EXPERIMENTS),
-        "what reproduce.py does after training and accounting; [dropout] needs neither",
+        some_of(*list(EXPERIMENTS)[1:]),
+        "measurements that reproduce.py makes after training; all: the paper's four",
     )
     device: str = option(
         "auto", one_of("auto", "cpu", "cuda"), "auto takes the GPU if there is one"
@@ -222,6 +241,9 @@ class Config:
     retraining: RetrainingConfig = dataclasses.field(default_factory=RetrainingConfig)
     flipping: FlippingConfig = dataclasses.field(default_factory=FlippingConfig)
     dropout: DropoutConfig = dataclasses.field(default_factory=DropoutConfig)
+    gradient_distance: GradientDistanceConfig = dataclasses.field(
+        default_factory=GradientDistanceConfig
+    )
     slurm: SlurmConfig = dataclasses.field(default_factory=SlurmConfig)
 
 

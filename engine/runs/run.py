@@ -29,12 +29,7 @@ from engine.runs.identity import (
     identity_of,
     run_directory,
 )
-
-HISTORY_COLUMNS = (
-    "epoch", "lr",
-    "loss_clean", "loss_noisy", "loss_total", "loss_test",
-    "acc_clean", "acc_noisy", "acc_total", "acc_test",
-)  # fmt: skip
+from engine.runs.tables import HISTORY
 
 _AGAIN = "the script that trained this run makes it again"
 
@@ -193,7 +188,7 @@ class Run:
 
     @property
     def history_path(self) -> Path:
-        return self.directory / "history.csv"
+        return HISTORY.path(self.directory)
 
     @property
     def examples_path(self) -> Path:

@@ -234,7 +234,8 @@ def train_run(
 
 def restore_results(run: Run, accountant: Accountant) -> None:
     """What of a finished training's results was deleted, made again from its record."""
-    missing = run.missing_results(accountant.file_name)
+    accounts = accountant.table.name if accountant.table else ""
+    missing = run.missing_results(accounts)
     if missing and run.record_path.exists():
         content = run.read_own(run.record_path, run.config.train.epochs)
         record = Record(**{name: content[name] for name in vars(Record())})
@@ -247,7 +248,7 @@ def restore_results(run: Run, accountant: Accountant) -> None:
         # Another version of NumPy may write the same arrays in other bytes.
         if (digests := source.get("files", {}) | _digests(again)) != source.get("files"):
             files.write_json(run.provenance_path, source | {"files": digests})
-    run.require_intact(accountant.file_name)
+    run.require_intact(accounts)
 
 
 def _digests(paths: Iterable[Path]) -> dict[str, str]:

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from data import Batch, Split
 from engine.runs import files
-from engine.runs.run import HISTORY_COLUMNS, Run
+from engine.runs.run import Run
+from engine.runs.tables import HISTORY, ResultTable
 from engine.training.evaluation import evaluate_split, mean_by_subset
 
 
 class Accountant(Protocol):
     """Takes over the backward pass, and has something to say about every epoch."""
 
-    file_name: str
-    columns: tuple[str, ...]
+    table: ResultTable | None
 
     def backward(self, losses: Tensor, batch: Batch) -> None:
         """Leave in every parameter's .grad the gradient of losses.mean()."""
@@ -37,8 +37,7 @@ class Accountant(Protocol):
 class PlainBackward:
     """The backward pass of everybody who accounts nothing."""
 
-    file_name = ""
-    columns = ()
+    table = None
     sums = ()
 
     def backward(self, losses: Tensor, batch: Batch) -> None:
@@ -78,14 +77,10 @@ class Record:
 
     def tables(self, run: Run, accountant: Accountant) -> dict[Path, Callable[[], None]]:
         """The CSV files that are kept up to date while a run trains, and what writes each."""
-        found = {
-            run.history_path: partial(
-                files.write_csv, run.history_path, HISTORY_COLUMNS, self.history
-            )
-        }
-        if accountant.columns:
-            path = run.directory / accountant.file_name
-            found[path] = partial(files.write_csv, path, accountant.columns, self.accounts)
+        found = {run.history_path: partial(HISTORY.write, run.directory, self.history)}
+        if accountant.table:
+            path = accountant.table.path(run.directory)
+            found[path] = partial(accountant.table.write, run.directory, self.accounts)
         return found
 
     def results(self, run: Run, accountant: Accountant) -> dict[Path, Callable[[], None]]:

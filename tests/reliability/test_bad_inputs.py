@@ -232,7 +232,7 @@ def complaint(tmp_path, monkeypatch, capsys):
         if script in (plot_results, reproduce):
             status = script.main(arguments)
         else:
-            status = run_script("", script.main, script.plan, arguments)
+            status = run_script(script.EXPERIMENT, "", arguments)
         printed = capsys.readouterr()
         assert status == 2, printed
         assert printed.out == ""

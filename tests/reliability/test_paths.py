@@ -32,7 +32,7 @@ experiments: []
 
 
 def call(script, *arguments: str) -> int:
-    return run_script("", script.main, script.plan, list(arguments))
+    return run_script(script.EXPERIMENT, "", list(arguments))
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ def test_under_example_tied_dropout_every_example_has_its_own_mask(tiny):
 
 def test_an_order_that_is_done_is_not_trained_again(tiny, monkeypatch):
     run = Run.of(tiny("train.epochs=2"))
-    gradient_accounting.main(run)
+    gradient_accounting.EXPERIMENT.main(run)
     split, calls = load_split(run.config), []
     compute = second_split.compute_forgetting
 

@@ -55,7 +55,7 @@ def test_a_dry_run_needs_no_data(tmp_path, capsys, name):
     config = tmp_path / "a.yaml"
     config.write_text(f"data: {{name: {name}, root: {tmp_path / 'empty'}}}\n")
     arguments = [str(config), "--dry-run"]
-    assert run_script("", gradient_accounting.main, gradient_accounting.plan, arguments) == 0
+    assert run_script(gradient_accounting.EXPERIMENT, "", arguments) == 0
     assert re.search(r"seed 0: to do, 5\d\d\.\d MB  runs/", capsys.readouterr().out)
     assert not (tmp_path / "empty").exists()
 
@@ -100,7 +100,7 @@ def test_a_run_that_fails_is_status_1(tiny_file):
 def test_two_processes_on_the_same_runs(tiny_file, tmp_path, capsys):
     """The second one leaves alone what the first one works on, and does the rest."""
     arguments = [str(tiny_file), "seed=[0,1]"]
-    script = ("", gradient_accounting.main, gradient_accounting.plan, arguments)
+    script = (gradient_accounting.EXPERIMENT, "", arguments)
     command = [sys.executable, str(SCRIPT), str(tiny_file), "seed=0"]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:

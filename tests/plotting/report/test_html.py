@@ -41,11 +41,11 @@ def folder(tmp_path_factory) -> Path:
     config = place / "tiny.yaml"
     config.write_text(TINY + f"output_dir: {place / 'runs'}\nrewinding: {{epochs: [0, 1, 2]}}\n")
     (plain,) = load_configs(config)
-    gradient_accounting.main(Run.of(plain))
-    layer_rewinding.main(Run.of(plain))
+    gradient_accounting.EXPERIMENT.main(Run.of(plain))
+    layer_rewinding.EXPERIMENT.main(Run.of(plain))
     dropout = ["dropout.kind=example_tied", "model.width=0.1", "dropout.forget_draws=1"]
     (tied,) = load_configs(config, dropout)
-    example_tied_dropout.main(Run.of(example_tied_dropout.without_accounting(tied)))
+    example_tied_dropout.EXPERIMENT.main(Run.of(example_tied_dropout.without_accounting(tied)))
     assert plot_results.main([str(place / "runs"), "--format", "png"]) == 0
     return place / "runs"
 
