@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 
+import example_tied_dropout
 import gradient_accounting
 import reproduce
 from engine.config.load import describe_keys, load_configs
 from engine.launch.cli import run_script
+from engine.runs.run import Run
+from tests.conftest import TINY
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "results"
@@ -309,3 +312,39 @@ def test_your_own_data(tmp_path, monkeypatch, capsys):
     status = run_script("", gradient_accounting.main, gradient_accounting.plan, arguments)
     assert status == 0, capsys.readouterr().err
     assert (tmp_path / capsys.readouterr().out.split()[-1] / "history.csv").exists()
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory) -> Path:
+    """Return a folder with a run RUN and a run TIED with example-tied dropout, of the same data."""
+    place = tmp_path_factory.mktemp("python")
+    config = place / "tiny.yaml"
+    config.write_text(
+        TINY + f"output_dir: {place / 'runs'}\nretraining: {{epochs: 2, peak_epoch: 1}}\n"
+    )
+    (plain,) = load_configs(config)
+    tied = ["dropout.kind=example_tied", "model.width=0.1", "dropout.forget_draws=1"]
+    tied = example_tied_dropout.without_accounting(load_configs(config, tied)[0])
+    gradient_accounting.main(Run.of(plain))
+    example_tied_dropout.main(Run.of(tied))
+    Run.of(plain).directory.rename(place / "RUN")
+    Run.of(tied).directory.rename(place / "TIED")
+    return place
+
+
+def test_the_examples_in_python(two_runs, monkeypatch):
+    """The page's blocks run as written, and what they find agrees with the files of the run."""
+    monkeypatch.chdir(two_runs)
+    names: dict = {}
+    for block in blocks(REPOSITORY / "docs" / "python.md", "python"):
+        exec(block, names)
+    split, last = names["split"], names["history"][-1]
+    assert names["outcome"].correct.double().mean().item() == pytest.approx(last["acc_total"])
+    assert len(names["accounts"]) == len(names["correct"]) == 9
+    with (two_runs / "TIED" / "example_tied_dropout.csv").open() as file:
+        before, after = csv.DictReader(file)
+    for state, outcome in ((before, names["before"]), (after, names["after"])):
+        clean = outcome.correct[~split.memorized].double().mean().item()
+        assert clean == pytest.approx(float(state["acc_clean"]))
+    assert [row["epoch"] for row in names["curve"]] == [0, 1, 2]
+    assert names["found"]["example"] in split.index
