@@ -256,7 +256,7 @@ def test_every_command_names_a_script_and_a_configuration_that_are_there(command
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_configuration_begins_with_its_purpose_command_cost_and_expectation(path):
     head = path.read_text(encoding="utf-8").partition("\nname:")[0]
-    for word in ("#   python ", "# Hardware: ", "Duration", "Disk: ", "# Expect: "):
+    for word in ("#   python ", "Hardware: ", "Duration", "Disk: ", "Expect: "):
         assert word in head, f"{path.name} does not say: {word}"
     assert f"configs/{path.relative_to(REPOSITORY / 'configs')}" in head
 
