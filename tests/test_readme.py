@@ -192,6 +192,7 @@ def test_the_claims_are_those_of_the_kept_summaries():
                 expected.setdefault(claim["claim"], {})[column] = claim
     assert list(rows) == list(expected)
     assert len({row[0] for row in rows.values()}) == len(rows)
+    assert f"[All {len(rows)} claims" in README.read_text(encoding="utf-8")
     for name, (_, _, paper, *cells) in rows.items():
         found = expected[name]
         assert paper == "; ".join(dict.fromkeys(claim["paper"] for claim in found.values()))
@@ -272,6 +273,13 @@ def test_links_lead_somewhere(page):
         assert path.exists(), target
         if anchor:
             assert anchor in anchors(path), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_every_row_of_a_table_stands_on_its_own(page):
+    rows = re.findall(r"^\|(?!-)(.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    unclear = re.compile(r"\s*(the same|and|so|there|ditto|it)\b", re.IGNORECASE)
+    assert not [row for row in rows if unclear.match(row)]
 
 
 def anchors(page: Path) -> set[str]:
