@@ -294,6 +294,15 @@ def test_every_page_of_docs_is_linked_from_the_readme():
         assert f"(docs/{page.name})" in text
 
 
+def test_every_measurement_beyond_the_paper_is_listed():
+    page = REPOSITORY / "docs" / "measurements.md"
+    listed = {row[0].strip("`") for row in table_below(page, "## Beyond the paper")}
+    scripts = [
+        path for path in (REPOSITORY / "beyond").glob("*.py") if "__main__" in path.read_text()
+    ]
+    assert listed == {f"beyond.{path.stem}" for path in scripts}
+
+
 WORKFLOW = REPOSITORY / ".github" / "workflows" / "tests.yml"
 
 
