@@ -298,15 +298,13 @@ def _versions(source: dict) -> str:
 
 
 def _deviations() -> str:
-    """The README's own list."""
-    readme = REPOSITORY / "README.md"
-    found = readme.exists() and re.search(
-        r"## Deviations from the paper\n(.*?)\n## ", files.read_text(readme), re.DOTALL
-    )
+    """Return the section with the numbered list of docs/deviations.md."""
+    page = REPOSITORY / "docs" / "deviations.md"
     heading = '<h2 id="deviations">Deviations from the paper</h2>'
-    if not found:
-        return f"{heading}<p>See the README.</p>"
-    intro, *items = re.split(r"\n(?=\d+\. )", found.group(1).strip())
+    if not page.exists():
+        return f"{heading}<p>See docs/deviations.md of the code.</p>"
+    _, text = files.read_text(page).split("\n", 1)  # its title
+    intro, *items = re.split(r"\n(?=[0-9]+[.] )", text.strip())
     lines = "\n".join(f"<li>{_inline(re.sub(r'^[0-9]+[.] ', '', item))}</li>" for item in items)
     return f"{heading}<p>{_inline(intro)}</p><ol>{lines}</ol>"
 
