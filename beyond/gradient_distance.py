@@ -87,7 +87,7 @@ def chunk_size(model: nn.Module) -> int:
 
 
 def compute_features(model: nn.Module, split: Split) -> tuple[Tensor, Tensor]:
-    """What goes into the final linear layer [n, d], and the losses [n]."""
+    """Return the inputs of the final linear layer [n, d], and the losses [n]."""
     final = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
     found = []
     hook = final.register_forward_pre_hook(lambda layer, inputs: found.append(inputs[0].float()))
@@ -127,7 +127,7 @@ def compute_distances(features: Tensor, toward: Tensor, split: Split) -> Tensor:
 
 
 def compute_epoch(model: nn.Module, split: Split, rows: Tensor, about: str) -> dict[str, Tensor]:
-    """What is measured of the chosen rows: a column each. Classes are made of all examples."""
+    """Measure the chosen rows, a column for each number; class means are of all examples."""
     features, loss = compute_features(model, split)
     found = {
         "loss": loss,
@@ -144,7 +144,7 @@ def compute_epoch(model: nn.Module, split: Split, rows: Tensor, about: str) -> d
 
 
 def choose_rows(n: int, count: int | None) -> Tensor:
-    """As many of n rows, ascending; no seed changes them. None: all."""
+    """Return `count` of n rows, ascending, the same for every seed; None: all rows."""
     order = random_stream("gradient distance examples").permutation(n)
     return torch.from_numpy(order[:count]).sort().values
 

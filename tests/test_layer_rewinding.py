@@ -180,7 +180,7 @@ def test_without_noisy_examples_their_accuracy_is_nan(tiny):
 
 
 def spy_on_counts(monkeypatch) -> list[tuple[int, ...]]:
-    """Which epochs each batch is measured at."""
+    """Record the epochs that each batch is measured at."""
     calls, compute = [], layer_rewinding.compute_counts
 
     def spy(final, earlier, *rest):

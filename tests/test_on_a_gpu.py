@@ -1,4 +1,4 @@
-"""What a GPU is asked to do: what a CPU does, and without waiting at every step.
+"""A GPU computes what a CPU computes, and no training step waits for it.
 
 Waiting and stray tensors show without a GPU too: torch's 'meta' device knows shapes only, so that
 reading a value from it, or mixing it with values of the CPU, is an error.
@@ -83,7 +83,7 @@ def test_a_training_step_never_waits_for_its_device(tiny, monkeypatch, overrides
 
 
 def test_reading_and_mixing_are_errors_there():
-    """What the test above relies on."""
+    """The meta device fails where a value is read, which the test above relies on."""
     value = torch.ones(3, device="meta")
     for wait in (value.tolist, value[0].item, value.cpu, value.nonzero, lambda: bool(value[0])):
         with pytest.raises((NotImplementedError, RuntimeError)):

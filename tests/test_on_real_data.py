@@ -1,4 +1,4 @@
-"""What the paper's phenomena look like on real images, at a size that two CPU cores can do."""
+"""The paper's phenomena on real images, at a size that two CPU cores can do."""
 
 from pathlib import Path
 

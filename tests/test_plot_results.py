@@ -200,7 +200,7 @@ def test_layers_that_stop_early_do_not_mix(family):
 
 
 def test_a_search_counts_as_it_was_measured(family):
-    """How many neurons were allowed is the measurement's, not what the run was begun with."""
+    """The limit of neurons is the measurement's, not the one that the run was started with."""
     for run in family.runs:
         few = ("flipping.max_neurons=1", "flipping.examples=4", "flipping.reference_batch=8")
         neuron_flipping.EXPERIMENT.main(Run.at(run.directory, few))

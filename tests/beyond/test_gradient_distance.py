@@ -54,7 +54,7 @@ def slow_norms(model, images, label, index) -> list[float]:
 
 
 def slow_distances(features, toward, split) -> list[float]:
-    """Every mean anew, for every example."""
+    """Compute every mean again for every example."""
 
     features, label, clean = (
         features.double().numpy(),
@@ -181,7 +181,7 @@ def measured(run: Run, *options: str) -> tuple[list[dict], list[dict]]:
 
 
 def test_the_tables_of_a_run(tiny, capsys):
-    """Of one that was trained in reduced precision, which measuring is not."""
+    """The run was trained in reduced precision; the measurement is in full precision."""
     run = trained(tiny, "precision=bf16")
     table, summary = measured(run)
     split = load_split(run.config)

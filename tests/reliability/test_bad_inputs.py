@@ -223,7 +223,7 @@ SCRIPTS = {
 
 @pytest.fixture
 def complaint(tmp_path, monkeypatch, capsys):
-    """What a script says about bad input, after checking that it does nothing else."""
+    """Return the message of a script about bad input; check that it does nothing else."""
     monkeypatch.chdir(tmp_path)
 
     def complaint(name: str, arguments: list[str]) -> str:

@@ -46,7 +46,7 @@ def test_asking_for_more_takes_longer(tiny):
 
 @pytest.fixture
 def finished(tiny):
-    """What a finished training of 30 seconds leaves behind, as far as estimates look at it."""
+    """Make the files of a finished training of 30 seconds that estimates read."""
 
     def make(*overrides: str, **provenance) -> Run:
         run = Run.of(tiny(*overrides))

@@ -1,4 +1,4 @@
-"""What measurements begin with: the final model of a finished run, or one clear line."""
+"""Measurements start from the final model of a finished run, or end with one clear line."""
 
 import os
 import shlex

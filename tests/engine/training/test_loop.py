@@ -27,7 +27,7 @@ from tests.killing import killed_after_epoch, killed_at_write
 
 
 def contents(run: Run) -> dict[str, object]:
-    """What must not depend on interruptions: every table's bytes and the final weights."""
+    """Return what must not depend on interruptions: every table's bytes and the final weights."""
     found = {path.name: path.read_bytes() for path in run.directory.glob("*.csv")}
     for name, array in files.read_arrays(run.examples_path, "epoch", "correct", "loss").items():
         found[name] = array.tobytes()
