@@ -43,7 +43,6 @@ from engine.training.build import (
 from engine.training.devices import compute_precision, resolve_device
 from engine.training.evaluation import Outcome, eval_mode, evaluate_split, mean_by_subset
 from engine.training.loop import restore_results, train_run
-from engine.training.record import PlainBackward
 from models.dropout import dropout_mode, forget, tied_layers
 
 ACCURACIES = ("acc_clean", "acc_noisy", "acc_test")
@@ -288,7 +287,7 @@ def main(run: Run) -> str:
     device = resolve_device(run.config)
     if not run.finished:
         train(run, device)
-    restore_results(run, PlainBackward())
+    restore_results(run)
     run.discard(run.resumable_epochs())
     found = tables(run)
     if not all(table.finished for table in found.values()):

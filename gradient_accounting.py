@@ -109,15 +109,15 @@ class GradientAccountant:
 
 def main(run: Run) -> str:
     """Train and account one run, unless it is finished; its results in one line."""
-    accounting = run.config.train.account_gradients
+    accounting = GradientAccountant if run.config.train.account_gradients else PlainBackward
     if run.finished:
-        restore_results(run, GradientAccountant if accounting else PlainBackward)
+        restore_results(run, accounting)
         run.discard(run.resumable_epochs())
     else:
         device = resolve_device(run.config)
         split = load_split(run.config).to(device)
         model = make_model(run.config, split).to(device)
-        train_run(run, split, model, device, GradientAccountant(model) if accounting else None)
+        train_run(run, split, model, device, accounting)
     last = files.read_csv(run.history_path, HISTORY_COLUMNS)[-1]
     return (
         f"{title(run.config)}: clean {last['acc_clean']:.2%}, noisy {last['acc_noisy']:.2%}, "
