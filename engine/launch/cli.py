@@ -2,7 +2,6 @@
 
 import argparse
 import io
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from data import DataError
 from engine.config.load import describe_keys, load_configs
 from engine.config.schema import Config
 from engine.errors import RunFailed, UserError
+from engine.launch.memory import free_memory_of, out_of_memory
 from engine.runs.identity import without_dropout
 from engine.runs.locking import lock
 from engine.runs.run import Run, each_once
@@ -103,12 +103,20 @@ class Ending:
 
     @contextmanager
     def one_of_several(self, directory: Path) -> Iterator[None]:
-        """A run that fails is reported, and the others go on: they may do better."""
+        """Report a run that fails, or that runs out of memory, and continue with the others."""
         try:
             yield
         except RunFailed as error:
-            tqdm.write(f"{directory}: {error}", file=sys.stderr)  # on a line without a bar
-            self.status = 1
+            self._report(directory, str(error))
+        except (MemoryError, RuntimeError) as error:
+            if (reason := out_of_memory(error)) is None:
+                raise
+            free_memory_of(error)
+            self._report(directory, reason)
+
+    def _report(self, directory: Path, reason: str) -> None:
+        tqdm.write(f"{directory}: {reason}", file=sys.stderr)  # on a line without a bar
+        self.status = 1
 
 
 @contextmanager
@@ -124,16 +132,9 @@ def reporting_ends() -> Iterator[Ending]:
         print(error, file=sys.stderr)
         ending.status = 2
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search(
-            "(out of|allocate) memory", str(error)
-        ):
+        if (reason := out_of_memory(error)) is None:
             raise
-        reason = str(error).strip().partition("\n")[0].partition(". ")[0]
-        print(
-            f"out of memory: {reason}; a smaller model, train.batch_size or data.train_size may "
-            "help",
-            file=sys.stderr,
-        )
+        print(reason, file=sys.stderr)
         ending.status = 1
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
