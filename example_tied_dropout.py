@@ -30,7 +30,7 @@ from data.random_streams import random_stream
 from engine.config.schema import Config
 from engine.launch.cli import run_script
 from engine.runs import files
-from engine.runs.identity import title
+from engine.runs.identity import measuring_precision, measuring_settings, title
 from engine.runs.measurement import Measurement
 from engine.runs.run import Run
 from engine.training.build import (
@@ -187,15 +187,16 @@ def compute_unlearning(model: nn.Module, split: Split, rows: Tensor) -> dict[str
 def tables(run: Run) -> dict[str, Measurement]:
     """What is measured on a run; all but the first need neurons that are tied to examples."""
     dropout = run.config.dropout
-    state = {"rescale": dropout.rescale, "batchnorm": dropout.batchnorm}
+    measured = measuring_settings(run.config)
+    state = {"rescale": dropout.rescale, "batchnorm": dropout.batchnorm} | measured
     draws = {"forget": dropout.forget, "forget_draws": dropout.forget_draws}
     found = {"main": Measurement(run, "example_tied_dropout.csv", COLUMNS, state)}
     if dropout.kind == "example_tied":
         found |= {
             "forgotten": Measurement(run, "forgotten.csv", FORGOTTEN_COLUMNS, state),
             "typicality": Measurement(run, "forgotten_typicality.csv", TYPICALITY_COLUMNS, state),
-            "ablation": Measurement(run, "dropout_ablation.csv", ABLATION_COLUMNS, {}),
-            "unlearning": Measurement(run, "unlearning.csv", UNLEARNING_COLUMNS, {}, draws),
+            "ablation": Measurement(run, "dropout_ablation.csv", ABLATION_COLUMNS, measured),
+            "unlearning": Measurement(run, "unlearning.csv", UNLEARNING_COLUMNS, measured, draws),
         }
     return found
 
@@ -240,7 +241,7 @@ def measure(run: Run, device: torch.device) -> None:
     split = load_split(config).to(device)
     model = load_final_model(run, split, device)
     scores = load_typicality(config, split)
-    with compute_precision(config.precision, device):
+    with compute_precision(precision := measuring_precision(config, device), device):
         before, test_before = evaluate_split(model, split)
         with dropped(model, split, config.dropout.rescale, config.dropout.batchnorm):
             after, test_after = evaluate_split(model, split)
@@ -254,7 +255,7 @@ def measure(run: Run, device: torch.device) -> None:
         }
         for name, table in tables(run).items():
             if not table.finished:
-                table.finish(rows_of[name](table), device)
+                table.finish(rows_of[name](table), device, precision)
 
 
 # ---------------------------------------------------------------- a run

@@ -32,7 +32,7 @@ from engine.flipping.search import Candidate, chunk_size, search
 from engine.flipping.second_split import forgetting_measurement, measure_forgetting, read_forgetting
 from engine.launch.cli import run_script
 from engine.runs import files
-from engine.runs.identity import title
+from engine.runs.identity import measuring_precision, measuring_settings, title
 from engine.runs.measurement import Measurement
 from engine.runs.run import Run
 from engine.stats import (
@@ -158,7 +158,7 @@ def compute_flipping(
 
 
 def search_measurement(run: Run) -> Measurement:
-    settings = asdict(run.config.flipping)
+    settings = asdict(run.config.flipping) | measuring_settings(run.config)
     del settings["second_split"]
     return Measurement(run, FILE_NAME, COLUMNS, settings, {"examples": settings.pop("examples")})
 
@@ -167,7 +167,7 @@ def measure(run: Run, split: Split, device: torch.device) -> None:
     """Search every chosen example that was not searched before, and write the table."""
     measurement = search_measurement(run)
     model = load_final_model(run, split, device).eval().requires_grad_(False)
-    with compute_precision(run.config.precision, device):
+    with compute_precision(precision := measuring_precision(run.config, device), device):
         outcome = evaluate(model, split.images, split.label, index=split.index)
         correct = outcome.correct.cpu()
         rows = choose_examples(split, correct, run.config.flipping.examples)
@@ -189,7 +189,7 @@ def measure(run: Run, split: Split, device: torch.device) -> None:
                 known.append(result["neurons"])
                 bar.set_postfix_str(f"mean neurons {np.mean(known):.1f}", refresh=False)
                 bar.update()
-    measurement.finish(found.values(), device)
+    measurement.finish(found.values(), device, precision)
 
 
 # ---------------------------------------------------------------- detection, over one or many runs

@@ -31,7 +31,7 @@ from engine.config.load import load_configs
 from engine.config.schema import EXPERIMENTS, Config
 from engine.errors import UserError
 from engine.launch import slurm
-from engine.launch.cli import Ending, make_parser, reporting_ends
+from engine.launch.cli import Ending, announce, make_parser, reporting_ends
 from engine.launch.jobs import Job, are_done, by_run
 from engine.launch.local import LeftToOthers, at_once, collect, foresee, one_after_another
 from engine.launch.processes import Slot, make_slots
@@ -100,9 +100,20 @@ def only(jobs: Sequence[Job], directory: Path) -> list[Job]:
 
 
 def command(given: argparse.Namespace, *more: str) -> list[str]:
-    """This very command, but for how it spreads its work."""
+    """Return this command without the options that spread its work."""
     wait = ["--wait"] if given.wait else []
     return [sys.executable, str(Path(__file__)), given.config, *given.overrides, *wait, *more]
+
+
+def command_for(run: Path, jobs: Sequence[Job], given: argparse.Namespace) -> list[str]:
+    """Return the command for one run, which resolves `auto` there as it was resolved here."""
+    config = next(job.run.config for job in jobs if job.run.directory == run)
+    settled = {"precision": config.precision, "train.compile": str(config.train.compile).lower()}
+    keys = tuple(f"{prefix}{key}=" for key in settled for prefix in ("", "sweep."))
+    kept = [override for override in given.overrides if not override.startswith(keys)]
+    own = argparse.Namespace(**vars(given) | {"overrides": kept})
+    own.overrides = [*kept, *(f"{key}={value}" for key, value in settled.items())]
+    return command(own, "--only", str(run))
 
 
 def work(
@@ -115,7 +126,7 @@ def work(
         return one_after_another(jobs, ending, given.wait)
     fetch_data(configs)
     slots = places(jobs, configs, given)
-    return at_once(jobs, slots, lambda run: command(given, "--only", str(run)), ending)
+    return at_once(jobs, slots, lambda run: command_for(run, jobs, given), ending)
 
 
 def places(jobs: Sequence[Job], configs: Sequence[Config], given: argparse.Namespace) -> list[Slot]:
@@ -142,7 +153,7 @@ def submit(jobs: Sequence[Job], configs: Sequence[Config], given: argparse.Names
     given.wait = True  # a job that went on elsewhere may meet the claim that it left behind
     settings = configs[0].slurm
     folder = folder_of("slurm", configs, given.config)
-    commands = [command(given, "--only", str(run)) for run in runs]
+    commands = [command_for(run, jobs, given) for run in runs]
     handles = slurm.submit(commands, folder, settings)
     for handle, run in zip(handles, runs):
         print(f"job {handle.job_id}  {run}")
@@ -168,6 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         jobs = make_jobs(configs)
         if given.only:
             jobs = only(jobs, given.only)
+        announce([job.run for job in jobs])
         if given.dry_run:
             for line in foresee(jobs, places(jobs, configs, given)):
                 print(line, flush=True)

@@ -23,6 +23,7 @@ from engine.training.evaluation import batch_size, eval_mode, evaluate, mean_by_
 from layer_rewinding import COLUMNS, compute_predictions, load_earlier_groups
 from models import build_model
 from models.layer_groups import layer_groups
+from tests.conftest import complaints
 from tests.killing import killed_at_write
 
 CPU = torch.device("cpu")
@@ -235,7 +236,7 @@ def complain(run: Run, capsys, *overrides: str) -> str:
     assert run_script("", layer_rewinding.main, layer_rewinding.plan, arguments) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    (line,) = printed.err.splitlines()
+    (line,) = complaints(printed.err)
     return line
 
 

@@ -39,7 +39,14 @@ def schema(section: type = Config, prefix: str = "") -> dict[str, dataclasses.Fi
 
 
 SCHEMA = schema()
-MEASURING = ("rewinding.", "retraining.", "flipping.", "slurm.", "checkpoints.")
+MEASURING = (
+    "rewinding.",
+    "retraining.",
+    "flipping.",
+    "slurm.",
+    "checkpoints.",
+    "measure_precision",
+)
 SECTIONS = sorted({key.rpartition(".")[0] for key in SCHEMA} - {""})
 
 

@@ -18,6 +18,7 @@ from engine.runs.identity import without_dropout
 from engine.runs.locking import lock
 from engine.runs.run import Run, each_once
 from engine.runs.stopping import Terminated, ending_on_signals
+from engine.training.devices import describe_computing
 
 
 class Parser(argparse.ArgumentParser):
@@ -81,8 +82,9 @@ def run_script(
     with reporting_ends() as ending, ending_on_signals():
         given = make_parser(description).parse_intermixed_args(arguments)
         device = [f"device={given.device}"] if given.device else []
-        done = []
-        for run in find_runs(given.config, [*given.overrides, *device], training):
+        done, runs = [], find_runs(given.config, [*given.overrides, *device], training)
+        announce(runs)
+        for run in runs:
             with ending.one_of_several(run.directory):
                 if given.dry_run:
                     result = plan(run)
@@ -94,6 +96,11 @@ def run_script(
         for result, folder in () if given.dry_run else conclude(done):
             print(f"{result}  {folder}", flush=True)
     return ending.status
+
+
+def announce(runs: Sequence[Run]) -> None:
+    """Say on stderr on which device, and in which precision, the runs compute."""
+    print(describe_computing([run.config for run in runs]), file=sys.stderr, flush=True)
 
 
 class Ending:

@@ -1,7 +1,7 @@
 """Where a run computes, in which precision, and with which random numbers."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -10,20 +10,44 @@ import torch
 from data.random_streams import random_stream
 from engine.config.schema import Config
 from engine.errors import UserError
+from engine.runs.identity import measuring_precision, resolved
+from engine.runs.machine import default_precision, device_type, gpu_problem
+from engine.runs.provenance import describe_device
 
 SHARED_BY = "MEMORY_SHARED_BY"  # environment variable: how many processes compute on this device
 
 
 def resolve_device(config: Config) -> torch.device:
-    """auto | cpu | cuda as a device that exists, and that computes in the precision asked for."""
+    """Return the device that auto, cpu or cuda names; it must exist."""
     name = config.device
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: 'cuda' is not allowed: this machine has no usable GPU; use cpu")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu" and config.precision == "tf32":
+        problem = gpu_problem()
+        raise UserError(
+            "device: 'cuda' is not allowed: this machine has no usable GPU; use cpu"
+            + (f" ({problem})" if problem else "")
+        )
+    return torch.device(device_type(name))
+
+
+def require_precision(config: Config, device: torch.device) -> None:
+    """Refuse to train in a precision that the device does not have."""
+    if device.type == "cpu" and config.precision == "tf32":
         raise UserError("precision: 'tf32' is not allowed: a CPU has none; use fp32 or bf16")
-    return torch.device(name)
+
+
+def describe_computing(configs: Sequence[Config]) -> str:
+    """Return device and precision of all runs in one line, and a warning of an unused GPU."""
+    devices = {device_type(config.device) for config in configs}
+    names = [f"{name}, {describe_device(torch.device(name))}" for name in sorted(devices)]
+    trained = sorted({resolved(config).precision for config in configs})
+    measured = {
+        measuring_precision(config, torch.device(device_type(config.device))) for config in configs
+    }
+    line = f"Device: {', '.join(names)}; precision: {', '.join(trained)}"
+    if measured != set(trained):
+        line += f"; measured in {', '.join(sorted(measured))}"
+    problem = gpu_problem() if any(c.device != "cpu" for c in configs) else None
+    return f"{line}\nWarning: {problem}" if problem else line
 
 
 def free_memory(device: torch.device) -> int:
@@ -48,7 +72,7 @@ def _free_memory(device: torch.device) -> int:
 
 @contextmanager
 def compute_precision(precision: str, device: torch.device) -> Iterator[None]:
-    """fp32, tf32 or bf16 for what runs inside; the settings before are restored.
+    """Compute in fp32, tf32 or bf16 inside, auto for the device's default; then restore settings.
 
     fp32 means fp32: the GPU's default of rounding convolutions to TF32 is switched off. bf16 does
     without autocast's cache, which would keep the weights of the first step for as long as this
@@ -56,6 +80,8 @@ def compute_precision(precision: str, device: torch.device) -> Iterator[None]:
     """
     backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
     before = [backend.fp32_precision for backend in backends]
+    if precision == "auto":
+        precision = default_precision(device.type)
     half = torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
     autocast = half if precision == "bf16" else nullcontext()
     try:

@@ -30,7 +30,7 @@ from engine.training import resume
 from engine.training.background import BackgroundWriter
 from engine.training.build import load_split
 from engine.training.compiling import compiled
-from engine.training.devices import compute_precision
+from engine.training.devices import compute_precision, require_precision
 from engine.training.epoch import Diverged, Position, diverged, learning_rate, walk_epoch
 from engine.training.record import Accountant, PlainBackward, Record, plain_backward
 from models.dropout import examples, tied_layers
@@ -100,8 +100,9 @@ def train_run(
     accounting: type[Accountant] = PlainBackward,
 ) -> None:
     """Train a run to its end, from scratch or from where it was interrupted."""
+    require_precision(run.config, device)
     run.write_settings(split)
-    source = provenance.describe(device) | {
+    source = provenance.describe(device, run.config.precision) | {
         "identity": run.identity,
         "settings": deciding_settings(run.config),
         "finished": False,

@@ -29,6 +29,7 @@ from models.dropout import examples
 from models.resnet9 import LOGIT_SCALE
 from plotting.figures import draw_figure
 from plotting.gradient_distance import COLUMNS, SUMMARY_COLUMNS, SUMMARY_TEXT
+from tests.conftest import complaints
 from tests.killing import killed_at_write
 
 CPU = torch.device("cpu")
@@ -305,7 +306,7 @@ def complain(capsys, *arguments: str) -> str:
     assert gradient_distance.command(arguments) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    (line,) = printed.err.splitlines()
+    (line,) = complaints(printed.err)
     return line
 
 
