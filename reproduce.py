@@ -216,7 +216,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--time-budget", type=float, metavar="SECONDS", help="stop cleanly after so long"
     )
-    parser.add_argument("--gpus", type=_numbers, metavar="0,1,...", help="where --jobs compute")
+    parser.add_argument("--gpus", type=_gpus, metavar="0,1,...", help="where --jobs compute")
     spread = parser.add_mutually_exclusive_group()
     spread.add_argument("--jobs", type=_count, metavar="N", help="so many runs side by side")
     spread.add_argument("--slurm", action="store_true", help="each run as a job of the cluster")
@@ -238,10 +238,13 @@ def _count(written: str) -> int:
     return int(written)
 
 
-def _numbers(written: str) -> list[int]:
-    if not re.fullmatch(r"\d+(,\d+)*", written):
-        raise argparse.ArgumentTypeError(f"{written!r} is not a list of numbers, such as 0,1")
-    return [int(number) for number in written.split(",")]
+def _gpus(written: str) -> list[str]:
+    """Numbers, or names as `nvidia-smi -L` gives them; a MIG instance has no number."""
+    if not re.fullmatch(r"(\d+|(GPU|MIG)-[\w/-]+)(,(\d+|(GPU|MIG)-[\w/-]+))*", written):
+        raise argparse.ArgumentTypeError(
+            f"{written!r} is not a list of numbers or names, such as 0,1 or MIG-1a2b,MIG-3c4d"
+        )
+    return written.split(",")
 
 
 if __name__ == "__main__":

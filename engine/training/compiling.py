@@ -1,4 +1,4 @@
-"""torch.compile for a training: what it needs of torch, and one line where it cannot work."""
+"""torch.compile for a training, with one line where it cannot work."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ def compiled(model: nn.Module, wanted: bool | str) -> Iterator[nn.Module]:
     if wanted is not True:
         yield model
         return
-    # Importing them takes seconds, which only those who compile should wait for.
+    # Importing them takes seconds.
     from torch._dynamo import config as graphs
     from torch._dynamo.exc import TorchDynamoException
     from torch._functorch import config as gradients

@@ -51,7 +51,7 @@ def describe_computing(configs: Sequence[Config]) -> str:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that could be allocated now: what results may take, and never depend on.
+    """Return the bytes that could be allocated now; results may use them, never depend on them.
 
     Processes that compute side by side each have their share of it.
     """
@@ -94,17 +94,28 @@ def compute_precision(precision: str, device: torch.device) -> Iterator[None]:
             backend.fp32_precision = value
 
 
+@contextmanager
+def tuned_convolutions(device: torch.device) -> Iterator[None]:
+    """Let cuDNN time its algorithms once for every shape: for work whose shapes stay the same."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = device.type == "cuda"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 def derive_seed(purpose: str, *numbers: int) -> int:
-    """A seed for torch's generators, such that no two purposes share a stream."""
+    """Return a seed for torch's generators; no two purposes share a stream."""
     return int(random_stream(purpose, *numbers).integers(2**63))
 
 
 @contextmanager
 def isolated_rng(seed: int, device: torch.device) -> Iterator[None]:
-    """A random stream of its own for layers that draw from torch's global one (ViT's dropout).
+    """Give layers that draw from torch's global stream (ViT's dropout) a stream of their own.
 
-    The global state is put back afterwards. Seeding every epoch anew is what lets an interrupted
-    run go on exactly, without storing generator states.
+    The global state is restored afterwards. With a seed for every epoch, an interrupted run is
+    resumed exactly after a whole epoch, without stored generator states.
     """
     on_gpu = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if on_gpu else []):
@@ -116,7 +127,7 @@ def isolated_rng(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def random_states(device: torch.device) -> dict[str, torch.Tensor]:
-    """Where torch's global streams are now, such that `set_random_states` goes on from there."""
+    """Return the states of torch's global streams, which `set_random_states` restores."""
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)

@@ -30,7 +30,7 @@ from engine.training import resume
 from engine.training.background import BackgroundWriter
 from engine.training.build import load_split
 from engine.training.compiling import compiled
-from engine.training.devices import compute_precision, require_precision
+from engine.training.devices import compute_precision, require_precision, tuned_convolutions
 from engine.training.epoch import Diverged, Position, diverged, learning_rate, walk_epoch
 from engine.training.record import Accountant, PlainBackward, Record, plain_backward
 from models.dropout import examples, tied_layers
@@ -84,8 +84,8 @@ def write_epoch(
 def make_optimizer(parameters: Iterable[nn.Parameter], train: TrainConfig) -> torch.optim.SGD:
     """Return SGD, whose learning rate is set at every step.
 
-    Not torch's fused kernel: it wants gradients that lie in memory as their weights do, which
-    autograd does not promise for those that accounting asks for.
+    Not torch's fused kernel: it computes wrong numbers, without an error, where a gradient does not
+    lie in memory as its weight does, which autograd does not exclude.
     """
     return torch.optim.SGD(
         parameters, lr=0.0, momentum=train.momentum, weight_decay=train.weight_decay
@@ -131,6 +131,7 @@ def _train_epochs(
     with (
         _progress(run, max(last, 0) * steps + (start.done if start else 0), steps) as bar,
         compute_precision(config.precision, device),
+        tuned_convolutions(device),
         compiled(model, train.compile) as network,
         finishing_steps() as asked_to_stop,
         BackgroundWriter() as writer,

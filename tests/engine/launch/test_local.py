@@ -190,7 +190,10 @@ def test_a_dry_run_says_what_is_done(tiny_file, capsys):
     [
         (["--jobs", "0"], "argument --jobs: '0' is not a whole number, 1 or more"),
         (["--jobs", "2", "--slurm"], "argument --slurm: not allowed with argument --jobs"),
-        (["--gpus", "a,b"], "argument --gpus: 'a,b' is not a list of numbers, such as 0,1"),
+        (
+            ["--gpus", "a,b"],
+            "--gpus: 'a,b' is not a list of numbers or names, such as 0,1",
+        ),
         (["--gpus", "0"], "--gpus: 0 is not allowed: this machine has no usable GPU"),
         (["--only", "elsewhere"], "--only: elsewhere is not a run of this configuration"),
         (["--jobs", "2", "data.name=npz", "data.path=no.npz"], "no.npz: cannot be read"),
