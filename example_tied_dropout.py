@@ -31,7 +31,7 @@ from engine.config.schema import Config
 from engine.launch.cli import run_script
 from engine.launch.estimates import count_examples, training_passes
 from engine.runs.experiment import Experiment
-from engine.runs.identity import title
+from engine.runs.identity import measuring_precision, measuring_settings, title
 from engine.runs.measurement import Measurement
 from engine.runs.run import Run
 from engine.runs.tables import ResultTable
@@ -45,7 +45,6 @@ from engine.training.build import (
 from engine.training.devices import compute_precision, resolve_device
 from engine.training.evaluation import Outcome, eval_mode, evaluate_split, mean_by_subset
 from engine.training.loop import restore_results, train_run
-from engine.training.record import PlainBackward
 from models.dropout import dropout_mode, forget, tied_layers
 
 ACCURACIES = ("acc_clean", "acc_noisy", "acc_test")
@@ -201,15 +200,16 @@ def compute_unlearning(model: nn.Module, split: Split, rows: Tensor) -> dict[str
 def measurements(run: Run) -> list[Measurement]:
     """Return the tables of a run; all but the first need neurons that are tied to examples."""
     dropout = run.config.dropout
-    state = {"rescale": dropout.rescale, "batchnorm": dropout.batchnorm}
+    measured = measuring_settings(run.config)
+    state = {"rescale": dropout.rescale, "batchnorm": dropout.batchnorm} | measured
     draws = {"forget": dropout.forget, "forget_draws": dropout.forget_draws}
     found = [Measurement(run, DROPOUT, state)]
     if dropout.kind == "example_tied":
         found += [
             Measurement(run, FORGOTTEN, state),
             Measurement(run, TYPICALITY, state),
-            Measurement(run, ABLATION, {}),
-            Measurement(run, UNLEARNING, {}, draws),
+            Measurement(run, ABLATION, measured),
+            Measurement(run, UNLEARNING, measured, draws),
         ]
     return found
 
@@ -254,7 +254,7 @@ def measure_tables(run: Run, device: torch.device) -> None:
     split = load_split(config).to(device)
     model = load_final_model(run, split, device)
     scores = load_typicality(config, split)
-    with compute_precision(config.precision, device):
+    with compute_precision(precision := measuring_precision(config, device), device):
         before, test_before = evaluate_split(model, split)
         with dropped(model, split, config.dropout.rescale, config.dropout.batchnorm):
             after, test_after = evaluate_split(model, split)
@@ -272,7 +272,7 @@ def measure_tables(run: Run, device: torch.device) -> None:
                 rows = ablation(model, split)
             else:
                 rows = unlearning(measurement, config, model, split, before)
-            measurement.finish(rows, device)
+            measurement.finish(rows, device, precision)
 
 
 # ---------------------------------------------------------------- a run
@@ -305,7 +305,7 @@ def measure(run: Run) -> None:
     device = resolve_device(run.config)
     if not run.finished:
         train(run, device)
-    restore_results(run, PlainBackward())
+    restore_results(run)
     run.discard(run.resumable_epochs())
     if not all(measurement.finished for measurement in measurements(run)):
         measure_tables(run, device)

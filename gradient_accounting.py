@@ -112,15 +112,15 @@ class GradientAccountant:
 
 def train(run: Run) -> None:
     """Train and account one run, or restore what a finished run lacks."""
-    accounting = run.config.train.account_gradients
+    accounting = GradientAccountant if run.config.train.account_gradients else PlainBackward
     if run.finished:
-        restore_results(run, GradientAccountant if accounting else PlainBackward)
+        restore_results(run, accounting)
         run.discard(run.resumable_epochs())
     else:
         device = resolve_device(run.config)
         split = load_split(run.config).to(device)
         model = make_model(run.config, split).to(device)
-        train_run(run, split, model, device, GradientAccountant(model) if accounting else None)
+        train_run(run, split, model, device, accounting)
 
 
 def summarize(run: Run) -> str:

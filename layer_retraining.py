@@ -33,7 +33,6 @@ from engine.training.build import load_final_model, load_split
 from engine.training.devices import compute_precision, derive_seed, resolve_device
 from engine.training.evaluation import evaluate, mean_by_subset
 from engine.training.loop import make_optimizer, train_epoch
-from engine.training.record import PlainBackward
 from models.layer_groups import LayerGroup, StagedModel, layer_groups
 
 RETRAINING = ResultTable(
@@ -93,8 +92,7 @@ def compute_retraining(
     perfect = 0
     for epoch in range(train.epochs + 1):
         if epoch > 0:
-            backward = PlainBackward().backward
-            train_epoch(model, optimizer, clean, config, epoch, backward, after_step)
+            train_epoch(model, optimizer, clean, config, epoch, after_step=after_step)
         outcome = evaluate(model, split.images, split.label, index=split.index)
         accuracy = mean_by_subset(outcome.correct, split.memorized, "acc")
         accuracy["acc_train"] = accuracy.pop("acc_total")

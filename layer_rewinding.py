@@ -26,7 +26,7 @@ from engine.config.schema import Config
 from engine.launch.cli import run_script
 from engine.launch.estimates import count_examples, count_groups
 from engine.runs.experiment import Experiment
-from engine.runs.identity import title
+from engine.runs.identity import measuring_precision, measuring_settings, title
 from engine.runs.measurement import Measurement
 from engine.runs.run import Run, load_weights
 from engine.runs.tables import HISTORY, ResultTable
@@ -131,7 +131,7 @@ def epochs_read(config: Config) -> list[int]:
 
 
 def make_measurement(run: Run) -> Measurement:
-    settings = {"batchnorm": run.config.rewinding.batchnorm}
+    settings = {"batchnorm": run.config.rewinding.batchnorm} | measuring_settings(run.config)
     return Measurement(run, REWINDING, settings, {"epochs": epochs_read(run.config)})
 
 
@@ -150,7 +150,7 @@ def measure(run: Run) -> None:
     missing = {epoch for epoch in epochs for part in parts if epoch not in part}
     earlier = load_earlier_groups(run, model, missing - {last}, config.rewinding.batchnorm)
 
-    with compute_precision(config.precision, device):
+    with compute_precision(precision := measuring_precision(config, device), device):
         for rows, part in tqdm(list(zip(batches, parts)), title(config), None, unit="batch"):
             if wanted := missing - part.keys():
                 rewound = {epoch: earlier[epoch] for epoch in wanted - {last}}
@@ -158,7 +158,7 @@ def measure(run: Run) -> None:
                 with examples(model, split.index[rows]):
                     part |= compute_counts(final, rewound, last, *batch)
                 measurement.save(part_key(rows), part)
-    measurement.finish(make_rows(parts, epochs, split.memorized), device)
+    measurement.finish(make_rows(parts, epochs, split.memorized), device, precision)
 
 
 def part_key(rows: slice) -> str:

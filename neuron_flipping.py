@@ -34,7 +34,7 @@ from engine.launch.cli import run_script
 from engine.launch.estimates import count_examples
 from engine.runs import files
 from engine.runs.experiment import Experiment
-from engine.runs.identity import title
+from engine.runs.identity import measuring_precision, measuring_settings, title
 from engine.runs.measurement import Measurement
 from engine.runs.run import Run
 from engine.runs.tables import ResultTable
@@ -168,7 +168,7 @@ def compute_flipping(
 
 
 def search_measurement(run: Run) -> Measurement:
-    settings = asdict(run.config.flipping)
+    settings = asdict(run.config.flipping) | measuring_settings(run.config)
     del settings["second_split"]
     return Measurement(run, FLIPPING, settings, {"examples": settings.pop("examples")})
 
@@ -177,7 +177,7 @@ def search_run(run: Run, split: Split, device: torch.device) -> None:
     """Search every chosen example that was not searched before, and write the table."""
     measurement = search_measurement(run)
     model = load_final_model(run, split, device).eval().requires_grad_(False)
-    with compute_precision(run.config.precision, device):
+    with compute_precision(precision := measuring_precision(run.config, device), device):
         outcome = evaluate(model, split.images, split.label, index=split.index)
         correct = outcome.correct.cpu()
         rows = choose_searched(split, correct, run.config.flipping.examples)
@@ -199,7 +199,7 @@ def search_run(run: Run, split: Split, device: torch.device) -> None:
                 known.append(result["neurons"])
                 bar.set_postfix_str(f"mean neurons {np.mean(known):.1f}", refresh=False)
                 bar.update()
-    measurement.finish(found.values(), device)
+    measurement.finish(found.values(), device, precision)
 
 
 # ---------------------------------------------------------------- detection, over one or many runs

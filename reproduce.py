@@ -25,7 +25,7 @@ from engine.config.load import load_configs
 from engine.config.schema import OF_THE_PAPER, Config
 from engine.errors import UserError
 from engine.launch import slurm
-from engine.launch.cli import Ending, make_parser, reporting_ends
+from engine.launch.cli import Ending, announce, make_parser, reporting_ends
 from engine.launch.experiments import load_experiments
 from engine.launch.jobs import Job, are_done, by_run
 from engine.launch.local import LeftToOthers, at_once, collect, foresee, one_after_another
@@ -83,9 +83,20 @@ def only(jobs: Sequence[Job], directory: Path) -> list[Job]:
 
 
 def command(given: argparse.Namespace, *more: str) -> list[str]:
-    """This very command, but for how it spreads its work."""
+    """Return this command without the options that spread its work."""
     wait = ["--wait"] if given.wait else []
     return [sys.executable, str(Path(__file__)), given.config, *given.overrides, *wait, *more]
+
+
+def command_for(run: Path, jobs: Sequence[Job], given: argparse.Namespace) -> list[str]:
+    """Return the command for one run, which resolves `auto` there as it was resolved here."""
+    config = next(job.run.config for job in jobs if job.run.directory == run)
+    settled = {"precision": config.precision, "train.compile": str(config.train.compile).lower()}
+    keys = tuple(f"{prefix}{key}=" for key in settled for prefix in ("", "sweep."))
+    kept = [override for override in given.overrides if not override.startswith(keys)]
+    own = argparse.Namespace(**vars(given) | {"overrides": kept})
+    own.overrides = [*kept, *(f"{key}={value}" for key, value in settled.items())]
+    return command(own, "--only", str(run))
 
 
 def work(
@@ -98,7 +109,7 @@ def work(
         return one_after_another(jobs, ending, given.wait)
     fetch_data(configs)
     slots = places(jobs, configs, given)
-    return at_once(jobs, slots, lambda run: command(given, "--only", str(run)), ending)
+    return at_once(jobs, slots, lambda run: command_for(run, jobs, given), ending)
 
 
 def places(jobs: Sequence[Job], configs: Sequence[Config], given: argparse.Namespace) -> list[Slot]:
@@ -125,7 +136,7 @@ def submit(jobs: Sequence[Job], configs: Sequence[Config], given: argparse.Names
     given.wait = True  # a job that went on elsewhere may meet the claim that it left behind
     settings = configs[0].slurm
     folder = folder_of("slurm", configs, given.config)
-    commands = [command(given, "--only", str(run)) for run in runs]
+    commands = [command_for(run, jobs, given) for run in runs]
     handles = slurm.submit(commands, folder, settings)
     for handle, run in zip(handles, runs):
         print(f"job {handle.job_id}  {run}")
@@ -152,6 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         jobs = make_jobs(configs)
         if given.only:
             jobs = only(jobs, given.only)
+        announce([job.run for job in jobs])
         if given.dry_run:
             for line in foresee(jobs, places(jobs, configs, given)):
                 print(line, flush=True)
@@ -188,7 +200,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--time-budget", type=float, metavar="SECONDS", help="stop cleanly after so long"
     )
-    parser.add_argument("--gpus", type=_numbers, metavar="0,1,...", help="where --jobs compute")
+    parser.add_argument("--gpus", type=_gpus, metavar="0,1,...", help="where --jobs compute")
     spread = parser.add_mutually_exclusive_group()
     spread.add_argument("--jobs", type=_count, metavar="N", help="so many runs side by side")
     spread.add_argument("--slurm", action="store_true", help="each run as a job of the cluster")
@@ -210,10 +222,13 @@ def _count(written: str) -> int:
     return int(written)
 
 
-def _numbers(written: str) -> list[int]:
-    if not re.fullmatch(r"\d+(,\d+)*", written):
-        raise argparse.ArgumentTypeError(f"{written!r} is not a list of numbers, such as 0,1")
-    return [int(number) for number in written.split(",")]
+def _gpus(written: str) -> list[str]:
+    """Numbers, or names as `nvidia-smi -L` gives them; a MIG instance has no number."""
+    if not re.fullmatch(r"(\d+|(GPU|MIG)-[\w/-]+)(,(\d+|(GPU|MIG)-[\w/-]+))*", written):
+        raise argparse.ArgumentTypeError(
+            f"{written!r} is not a list of numbers or names, such as 0,1 or MIG-1a2b,MIG-3c4d"
+        )
+    return written.split(",")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import layer_rewinding
 from data import batches, epoch_order
 from engine.launch.cli import run_script
 from engine.runs.run import Run
-from engine.training import loop
+from engine.training import epoch as one_epoch
 from engine.training.build import load_final_model, load_split
 from engine.training.evaluation import evaluate, mean_by_subset
 from layer_retraining import RETRAINING, compute_retraining, reset_group, retraining_config
@@ -90,7 +90,7 @@ def check_one_group(run: Run, index: int, monkeypatch) -> None:
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim, "SGD", spy_on_sgd)
-        patch.setattr(loop, "batches", spy_on_batches)
+        patch.setattr(one_epoch, "batches", spy_on_batches)
         patch.setattr(F, "cross_entropy", spy_on_gradients)
         setting.retrain()
 
@@ -259,7 +259,7 @@ def test_other_settings_measure_again_and_the_old_parts_stay(finished, monkeypat
 def test_patience_ends_a_group_early(finished, monkeypatch):
     """At 100% clean accuracy for so many epochs in a row; without patience never."""
     perfect = iter([0.5, 1.0, 0.9, 1.0, 1.0, 1.0, 1.0])
-    monkeypatch.setattr(layer_retraining, "train_epoch", lambda *_: None)
+    monkeypatch.setattr(layer_retraining, "train_epoch", lambda *_, **__: None)
     monkeypatch.setattr(
         layer_retraining,
         "mean_by_subset",

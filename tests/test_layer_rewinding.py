@@ -24,6 +24,7 @@ from engine.training.evaluation import batch_size, eval_mode, evaluate, mean_by_
 from layer_rewinding import REWINDING, compute_predictions, load_earlier_groups
 from models import build_model
 from models.layer_groups import layer_groups
+from tests.conftest import complaints
 from tests.killing import killed_at_write
 
 CPU = torch.device("cpu")
@@ -121,7 +122,7 @@ def test_predictions_are_those_of_the_slow_way(model, batchnorm):
 
 def test_reduced_precision_uses_each_epochs_own_weights(tiny):
     """Autocast remembers the weights that it rounded; those of another epoch must not be used."""
-    run = trained(tiny("precision=bf16", ROWS))
+    run = trained(tiny("precision=bf16", "measure_precision=bf16", ROWS))
     layer_rewinding.EXPERIMENT.main(run)
     split = load_split(run.config)
     final = load_final_model(run, split, CPU)
@@ -238,7 +239,7 @@ def complain(run: Run, capsys, *overrides: str) -> str:
     assert run_script(layer_rewinding.EXPERIMENT, "", arguments) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    (line,) = printed.err.splitlines()
+    (line,) = complaints(printed.err)
     return line
 
 

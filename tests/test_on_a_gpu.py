@@ -22,9 +22,11 @@ from engine.flipping import cached_passes
 from engine.flipping.fold import folded
 from engine.flipping.gates import Gates
 from engine.runs.run import Run
+from engine.training import epoch as epochs
 from engine.training import loop
 from engine.training.build import load_split, make_model
 from engine.training.evaluation import evaluate_split
+from engine.training.record import PlainBackward
 from gradient_accounting import GradientAccountant
 from tests.conftest import TINY
 
@@ -70,10 +72,10 @@ def test_a_training_step_never_waits_for_its_device(tiny, monkeypatch, overrides
     split = load_split(config)
     model = make_model(config, split).to(device)
     split = split.to(device)
-    accountant = GradientAccountant(model) if accounting else loop.PlainBackward()
+    accountant = (GradientAccountant if accounting else PlainBackward)(model)
     optimizer = loop.make_optimizer(model.parameters(), config.train)
     looks = []
-    monkeypatch.setattr(loop, "_require_finite", lambda *found: looks.append(found))
+    monkeypatch.setattr(epochs.EpochWalk, "require_finite", lambda walk: looks.append(walk))
     with WaitingCopies() as copies:
         loop.train_epoch(model, optimizer, split, config, 1, accountant.backward)
     assert len(looks) == 2, "at the first of five steps, and after the last"

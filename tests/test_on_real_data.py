@@ -11,7 +11,6 @@ import layer_rewinding
 import neuron_flipping
 from data import load_dataset
 from engine.config.load import load_configs
-from engine.runs import files
 from engine.runs.run import Run
 from engine.runs.tables import HISTORY
 from engine.training.build import load_split
@@ -82,21 +81,14 @@ def test_what_is_memorized_can_be_dropped_where_it_is_tied(real_data, tmp_path):
     runs = [Run.of(example_tied_dropout.without_accounting(config)) for config in configs]
     for run in runs:
         example_tied_dropout.EXPERIMENT.main(run)
-    tied, sparse = (
-        files.read_csv(
-            run.directory / "example_tied_dropout.csv",
-            example_tied_dropout.COLUMNS,
-            text=("dropout", "state"),
-        )
-        for run in runs
-    )
+    tied, sparse = (example_tied_dropout.DROPOUT.read(run.directory) for run in runs)
     before, after = tied
     assert min(before["acc_clean"], before["acc_noisy"]) >= 0.99
     assert after["acc_clean"] >= 0.95
     assert after["acc_noisy"] <= 0.05
     assert sparse[1]["acc_noisy"] >= 0.9
     path = runs[0].directory / "forgotten_typicality.csv"
-    (gap,) = files.read_csv(path, example_tied_dropout.TYPICALITY_COLUMNS)
+    (gap,) = example_tied_dropout.TYPICALITY.read(path.parent)
     assert gap["high"] < 0
 
 

@@ -102,8 +102,10 @@ class TrainConfig:
     account_gradients: bool = option(
         True, flag(), "sum up clean and noisy gradients apart (Section 4); a second backward pass"
     )
-    compile: bool = option(
-        False, flag(), "torch.compile for the training; on a CPU it costs minutes, saves little"
+    compile: bool | str = option(
+        "auto",
+        flag(auto=True),
+        "torch.compile for the training; auto: in bf16 on a GPU, where Triton is installed",
     )
 
 
@@ -228,7 +230,16 @@ class Config:
         "auto", one_of("auto", "cpu", "cuda"), "auto takes the GPU if there is one"
     )
     precision: str = option(
-        "fp32", one_of("fp32", "tf32", "bf16"), "of matrix products and convolutions"
+        "auto",
+        one_of("auto", "fp32", "tf32", "bf16"),
+        "precision of matrix products and convolutions in training; auto: tf32 on a GPU of compute "
+        "capability 8 or more, fp32 elsewhere",
+    )
+    measure_precision: str = option(
+        "auto",
+        one_of("auto", "fp32", "tf32", "bf16"),
+        "precision of measurements on a trained network; auto: as trained, but never bf16, and "
+        "tf32 only where the device has it",
     )
     seed: int = option(
         0, integer(0, 2**31 - 1), "initialization and batch order; a list is a sweep"

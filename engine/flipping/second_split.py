@@ -20,7 +20,6 @@ from engine.training.build import make_model
 from engine.training.devices import compute_precision
 from engine.training.evaluation import evaluate
 from engine.training.loop import make_optimizer, train_epoch
-from engine.training.record import PlainBackward
 
 # `forgotten` is the epoch from which an example stays wrong; epochs + 1 where there is none.
 SECOND_SPLIT = ResultTable("second_split.csv", ("example", "forgotten"))
@@ -35,12 +34,12 @@ def compute_forgetting(config: Config, split: Split, own: Tensor, other: Tensor)
     """The epoch of the second phase from which each example of the first half stays wrong."""
     model = make_model(config, split).to(split.label.device)
     first, second = (split.subset(rows.to(split.label.device)) for rows in (own, other))
-    train, backward = config.train, PlainBackward().backward
+    train = config.train
     wrong = []
     for phase, half in enumerate((first, second)):
         optimizer = make_optimizer(model.parameters(), train)
         for epoch in range(1, train.epochs + 1):
-            train_epoch(model, optimizer, half, config, epoch, backward)
+            train_epoch(model, optimizer, half, config, epoch)
             if phase == 1:
                 correct = evaluate(model, first.images, first.label, index=first.index).correct
                 wrong.append(~correct.cpu().numpy())

@@ -2,7 +2,6 @@
 
 import argparse
 import io
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,11 +13,13 @@ from data import DataError
 from engine.config.load import SECTIONS, describe_keys, load_configs
 from engine.config.schema import Config
 from engine.errors import RunFailed, UserError
+from engine.launch.memory import free_memory_of, out_of_memory
 from engine.runs.experiment import Experiment
 from engine.runs.identity import without_dropout
 from engine.runs.locking import lock
 from engine.runs.run import Run, each_once
 from engine.runs.stopping import Terminated, ending_on_signals
+from engine.training.devices import describe_computing
 
 TRAINING_SECTIONS = ("data", "train")
 
@@ -110,7 +111,9 @@ def run_script(
         given = make_parser(description, sections).parse_intermixed_args(arguments)
         device = [f"device={given.device}"] if given.device else []
         done = []
-        for run in find_runs(given.config, [*given.overrides, *device], experiment.training):
+        runs = find_runs(given.config, [*given.overrides, *device], experiment.training)
+        announce(runs)
+        for run in runs:
             with ending.one_of_several(run.directory):
                 if given.dry_run:
                     result = experiment.plan(run)
@@ -124,6 +127,11 @@ def run_script(
     return ending.status
 
 
+def announce(runs: Sequence[Run]) -> None:
+    """Say on stderr on which device, and in which precision, the runs compute."""
+    print(describe_computing([run.config for run in runs]), file=sys.stderr, flush=True)
+
+
 class Ending:
     """How a command ended: its exit status."""
 
@@ -131,12 +139,20 @@ class Ending:
 
     @contextmanager
     def one_of_several(self, directory: Path) -> Iterator[None]:
-        """A run that fails is reported, and the others go on: they may do better."""
+        """Report a run that fails, or that runs out of memory, and continue with the others."""
         try:
             yield
         except RunFailed as error:
-            tqdm.write(f"{directory}: {error}", file=sys.stderr)  # on a line without a bar
-            self.status = 1
+            self._report(directory, str(error))
+        except (MemoryError, RuntimeError) as error:
+            if (reason := out_of_memory(error)) is None:
+                raise
+            free_memory_of(error)
+            self._report(directory, reason)
+
+    def _report(self, directory: Path, reason: str) -> None:
+        tqdm.write(f"{directory}: {reason}", file=sys.stderr)  # on a line without a bar
+        self.status = 1
 
 
 @contextmanager
@@ -152,16 +168,9 @@ def reporting_ends() -> Iterator[Ending]:
         print(error, file=sys.stderr)
         ending.status = 2
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search(
-            "(out of|allocate) memory", str(error)
-        ):
+        if (reason := out_of_memory(error)) is None:
             raise
-        reason = str(error).strip().partition("\n")[0].partition(". ")[0]
-        print(
-            f"out of memory: {reason}; a smaller model, train.batch_size or data.train_size may "
-            "help",
-            file=sys.stderr,
-        )
+        print(reason, file=sys.stderr)
         ending.status = 1
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""

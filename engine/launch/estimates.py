@@ -26,7 +26,6 @@ from engine.runs.run import Run
 from engine.training.build import make_model, outline_model
 from engine.training.devices import compute_precision, derive_seed, resolve_device
 from engine.training.loop import train_epoch
-from engine.training.record import PlainBackward
 from models.layer_groups import layer_groups
 
 CALIBRATION = 2.0  # seconds
@@ -148,7 +147,7 @@ def calibrate(config: Config, device: torch.device) -> float:
     def step(size: int) -> float:
         part = split.subset(torch.arange(split.n, device=device) < size)
         began = time.perf_counter()
-        train_epoch(model, optimizer, part, config, 1, PlainBackward().backward)
+        train_epoch(model, optimizer, part, config, 1)
         return time.perf_counter() - began
 
     least, whole = min(2, split.n), split.n

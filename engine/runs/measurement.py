@@ -92,13 +92,18 @@ class Measurement:
         files.write_tensors(self._part_path(key), part)
         safe_point()
 
-    def finish(self, rows: Iterable[Mapping[str, object]], device: torch.device) -> None:
+    def finish(
+        self,
+        rows: Iterable[Mapping[str, object]],
+        device: torch.device,
+        precision: str | None = None,
+    ) -> None:
         """Write the table and where it came from."""
         if (state := self._state()) not in ("finished", "to do"):
             print(f"{state}; it is made again from its parts", file=sys.stderr)
         self.run.require_present()
         self.table.write(self.run.directory, rows)
-        source = provenance.describe(device) | {
+        source = provenance.describe(device, precision or self.run.config.precision) | {
             "identity": self.run.identity,
             "settings": self.settings,
             "sha256": file_digest(self.path),

@@ -27,6 +27,7 @@ from engine.runs.identity import (
     deciding_settings,
     digest_of,
     identity_of,
+    resolutions,
     run_directory,
 )
 from engine.runs.tables import HISTORY
@@ -44,8 +45,15 @@ class Run:
 
     @classmethod
     def of(cls, config: Config) -> "Run":
-        """The run that a configuration asks for, whether it is there yet or not."""
-        return cls(run_directory(config), config, identity_of(config))
+        """Return the run that a configuration asks for, whether it is there yet or not.
+
+        Where a precision is left to the machine, a run that another machine began is found again.
+        """
+        found = [
+            cls(run_directory(chosen), chosen, identity_of(chosen))
+            for chosen in resolutions(config)
+        ]
+        return next((run for run in found if run.provenance_path.exists()), found[0])
 
     @classmethod
     def at(cls, directory: Path, overrides: tuple[str, ...] = ()) -> "Run":

@@ -30,6 +30,7 @@ from engine.training.evaluation import evaluate
 from models import build_model
 from models.dropout import examples
 from models.resnet9 import LOGIT_SCALE
+from tests.conftest import complaints
 from tests.killing import killed_at_write
 
 CPU = torch.device("cpu")
@@ -305,7 +306,7 @@ def complain(capsys, *arguments: str) -> str:
     assert command(arguments) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    (line,) = printed.err.splitlines()
+    (line,) = complaints(printed.err)
     return line
 
 

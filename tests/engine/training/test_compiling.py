@@ -129,7 +129,8 @@ def trained(config: Config, split: Split) -> tuple[StagedModel, list[dict[str, f
     device = split.label.device
     model = make_model(config, split).to(device)
     plain = config.dropout.kind != "none"
-    accountant = PlainBackward() if plain else gradient_accounting.GradientAccountant(model)
+    accounting = PlainBackward if plain else gradient_accounting.GradientAccountant
+    accountant = accounting(model)
     optimizer, rows = make_optimizer(model.parameters(), config.train), []
     with compute_precision("fp32", device), compiled(model, config.train.compile) as network:
         for epoch in (1, 2):

@@ -19,10 +19,11 @@ from engine.runs import files
 from engine.runs.run import Run, load_weights
 from engine.runs.stopping import Terminated, ending_on_signals
 from engine.runs.tables import HISTORY
+from engine.training import epoch as one_epoch
 from engine.training import loop
 from engine.training.build import load_split, make_model
+from engine.training.epoch import learning_rate
 from engine.training.evaluation import evaluate
-from engine.training.loop import learning_rate
 from tests.killing import killed_after_epoch, killed_at_write
 
 
@@ -84,9 +85,8 @@ def test_an_epoch_is_plain_sgd(tiny):
     optimizer = torch.optim.SGD(
         model.parameters(), lr=0, momentum=train.momentum, weight_decay=train.weight_decay
     )
-    backward = loop.PlainBackward().backward
     for epoch in (1, 2):
-        loop.train_epoch(model, optimizer, split, config, epoch, backward)
+        loop.train_epoch(model, optimizer, split, config, epoch)
 
     velocity = {name: torch.zeros_like(p) for name, p in twin.named_parameters()}
     twin.train()
@@ -265,7 +265,9 @@ VIT = (
 )  # fmt: skip
 
 
-def send_signal_at(run: Run, monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
+def send_signal_at(
+    run: Run, monkeypatch, step: int, number: int = signal.SIGTERM, said: str = ""
+) -> None:
     """Train a run until a signal comes in the middle of its k-th step."""
     backward, count = gradient_accounting.GradientAccountant.backward, iter(range(1, 1000))
 
@@ -276,8 +278,9 @@ def send_signal_at(run: Run, monkeypatch, step: int, number: int = signal.SIGTER
 
     with monkeypatch.context() as patch:
         patch.setattr(gradient_accounting.GradientAccountant, "backward", backward_and_signal)
-        with ending_on_signals(), pytest.raises((Terminated, KeyboardInterrupt)):
+        with ending_on_signals(), pytest.raises((Terminated, KeyboardInterrupt)) as end:
             gradient_accounting.EXPERIMENT.main(run)
+    assert said in str(end.value.__context__)
 
 
 @pytest.mark.parametrize("overrides", [(), VIT], ids=["resnet9", "vit, dropout, augmentation"])
@@ -307,7 +310,8 @@ def test_a_damaged_middle_of_an_epoch_begins_it_anew(
     run.within_path.write_bytes(whole[:-99] if content is None else content)
     gradient_accounting.EXPERIMENT.main(run)
     assert (
-        "within_epoch.pt: damaged, or not a checkpoint; epoch 2 begins" in capsys.readouterr().err
+        "within_epoch.pt: damaged, or not a checkpoint; restarting epoch 2"
+        in capsys.readouterr().err
     )
     assert contents(run) == contents(finished)
 
@@ -339,7 +343,7 @@ def test_a_damaged_newest_epoch_falls_back_to_the_one_before(
     path = getattr(run, damaged)(2)
     path.write_bytes(path.read_bytes()[:-100] if content is None else content)
     gradient_accounting.EXPERIMENT.main(run)
-    assert "going back an epoch" in capsys.readouterr().err
+    assert "resuming from the epoch before" in capsys.readouterr().err
     assert contents(run) == contents(finished)
 
 
@@ -374,6 +378,23 @@ def test_a_loss_that_is_no_number_stops_the_run(tiny, monkeypatch, step, seen, r
     assert run.state == f"interrupted after epoch {kept}"
     assert all(value.isfinite().all() for value in run.read_checkpoint(kept).values())
     assert not run.checkpoint_path(kept + 1).exists()
+
+
+@pytest.mark.parametrize(
+    ("step", "signal_at", "said"),
+    [(7, 9, "the loss became nan"), (9, 9, "the largest weight became nan")],
+    ids=["steps that nobody looked at", "weights of the last step"],
+)
+def test_a_signal_after_a_loss_that_is_no_number_saves_nothing(
+    tiny, monkeypatch, step, signal_at, said
+):
+    """On a GPU, where the losses are looked at once in 50 steps."""
+    monkeypatch.setitem(one_epoch.STEPS_UNSEEN, "cpu", 50)
+    run = Run.of(tiny())
+    diverge(monkeypatch, step, math.nan)
+    send_signal_at(run, monkeypatch, signal_at, said=said)
+    assert run.state == "interrupted after epoch 1"
+    assert not run.within_path.exists()
 
 
 def test_a_rate_that_is_far_too_high_stops_the_run(tiny):
