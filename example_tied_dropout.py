@@ -25,23 +25,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data import Split, batch_rows, normalize
+from data import Split, batch_rows, expanded, normalize
 from data.random_streams import random_stream
 from engine.config.schema import Config
 from engine.launch.cli import run_script
 from engine.runs import files
-from engine.runs.identity import title
+from engine.runs.identity import digest_of, title
 from engine.runs.measurement import Measurement
 from engine.runs.run import Run
 from engine.training.build import (
     estimate_disk,
-    load_final_model,
+    load_evaluated_model,
     load_split,
     load_typicality,
     make_model,
 )
 from engine.training.devices import compute_precision, resolve_device
-from engine.training.evaluation import Outcome, eval_mode, evaluate_split, mean_by_subset
+from engine.training.evaluation import Outcome, eval_mode, evaluate, evaluate_split, mean_by_subset
 from engine.training.loop import restore_results, train_run
 from engine.training.record import PlainBackward
 from models.dropout import dropout_mode, forget, tied_layers
@@ -191,14 +191,23 @@ def tables(run: Run) -> dict[str, Measurement]:
     state = {"rescale": dropout.rescale, "batchnorm": dropout.batchnorm}
     draws = {"forget": dropout.forget, "forget_draws": dropout.forget_draws}
     found = {"main": Measurement(run, "example_tied_dropout.csv", COLUMNS, state)}
+    scored = state | scores_given(run.config)
     if dropout.kind == "example_tied":
         found |= {
-            "forgotten": Measurement(run, "forgotten.csv", FORGOTTEN_COLUMNS, state),
-            "typicality": Measurement(run, "forgotten_typicality.csv", TYPICALITY_COLUMNS, state),
+            "forgotten": Measurement(run, "forgotten.csv", FORGOTTEN_COLUMNS, scored),
+            "typicality": Measurement(run, "forgotten_typicality.csv", TYPICALITY_COLUMNS, scored),
             "ablation": Measurement(run, "dropout_ablation.csv", ABLATION_COLUMNS, {}),
             "unlearning": Measurement(run, "unlearning.csv", UNLEARNING_COLUMNS, {}, draws),
         }
     return found
+
+
+def scores_given(config: Config) -> dict[str, str]:
+    """Digest of a file of C-scores that no training of this split reads, only these tables."""
+    path = config.data.c_scores
+    if path is None or config.data.split == "atypical":
+        return {}
+    return {"c_scores": digest_of(expanded(path))}
 
 
 def table_1(config: Config, before: dict, after: dict) -> list[dict[str, object]]:
@@ -239,10 +248,10 @@ def measure(run: Run, device: torch.device) -> None:
     """Every table of a finished run that is not there yet, the cheapest first."""
     config = run.config
     split = load_split(config).to(device)
-    model = load_final_model(run, split, device)
+    model, before = load_evaluated_model(run, split, device)
     scores = load_typicality(config, split)
     with compute_precision(config.precision, device):
-        before, test_before = evaluate_split(model, split)
+        test_before = evaluate(model, split.test_images, split.test_label)
         with dropped(model, split, config.dropout.rescale, config.dropout.batchnorm):
             after, test_after = evaluate_split(model, split)
         states = accuracies(split, before, test_before), accuracies(split, after, test_after)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.dataset import UNREADABLE, DataError, Dataset, reason
+from data.dataset import UNREADABLE, DataError, Dataset, expanded, reason
 
 REQUIRED = ("x_train", "y_train", "x_test", "y_test")
 OPTIONAL = ("noisy_label", "c_score")
@@ -21,7 +21,7 @@ OPTIONAL = ("noisy_label", "c_score")
 
 def load_npz(path: str | Path) -> Dataset:
     """Read and check the file; nothing in it is ever unpickled."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     arrays = _read_arrays(path)
     for name in ("x_train", "x_test"):
         _check_images(path, name, arrays[name])

@@ -1,6 +1,5 @@
 """Every kind of figure: what it is called, what it is made from, and what to see in it."""
 
-import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from matplotlib.figure import Figure
 
 from data import DataError
 from engine.runs import files
+from engine.runs.commands import shell_command
 from plotting.dropout import FORGOTTEN, plot_forgotten, plot_masks
 from plotting.examples import plot_examples
 from plotting.families import Family, alike
@@ -189,7 +189,7 @@ def draw_all(
                     yield Drawing(kind, about, paths)
             elif kind.comes_from(family):
                 script = SCRIPTS[kind.experiment]
-                commands = [shlex.join(["python", script, str(r.directory)]) for r in family.runs]
+                commands = [shell_command(["python", script, r.directory]) for r in family.runs]
                 yield Drawing(kind, family.title, command=" && ".join(commands))
             else:
                 yield Drawing(kind, family.title, lack=f"such a run has no {kind.source}")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import Field, dataclass, field
 from itertools import pairwise
 
+FLOAT32_MAX = 3.4028234e38  # networks compute with no larger number
 ELLIPSIS = "..."  # at the end of a list of epochs: and so on
 
 
@@ -70,8 +71,8 @@ def number(
 ) -> Kind:
     def parse(value: object) -> float:
         _require(isinstance(value, (int, float)) and not isinstance(value, bool))
-        _require(_in_range(value, least, most, above))
-        return float(value)
+        _require(_in_range(value, least, most, above) and abs(value) <= FLOAT32_MAX)
+        return float(value) + 0.0  # no -0.0, which is written in another way than 0
 
     return Kind("a number" + _range_words(least, most, above), parse)
 

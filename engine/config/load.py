@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from engine.config.kinds import Kind, nearest
+from engine.config.kinds import FLOAT32_MAX, Kind, nearest
 from engine.config.schema import Config, impossible
 from engine.errors import UserError
 
@@ -124,6 +124,19 @@ def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
     return yaml.SafeLoader.construct_mapping(loader, node)
 
 
+def _decimal(loader: _Loader, node: yaml.ScalarNode) -> object:
+    """Construct a number; refuse the forms in which YAML 1.1 reads another one than is written."""
+    tag = node.tag.rpartition(":")[2]
+    octal = tag == "int" and re.fullmatch(r"[-+]?0[0-9_]+", node.value)
+    if octal or ":" in node.value:
+        problem = f"{node.value} is a number to the base {8 if octal else 60} in YAML"
+        problem += "; write a decimal number, or put text into quotes"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+    return getattr(loader, f"construct_yaml_{tag}")(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _decimal)
+_Loader.add_constructor("tag:yaml.org,2002:float", _decimal)
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
@@ -229,7 +242,9 @@ def _checked(source: str, key: str, value: object) -> object:
     try:
         return kind.parse(value)
     except (ValueError, OverflowError):
-        hint = nearest(value, kind.choices) if isinstance(value, str) else ""
+        large = isinstance(value, float) and FLOAT32_MAX < abs(value) < math.inf
+        hint = f"; at most {FLOAT32_MAX:.2g}" if large else ""
+        hint += nearest(value, kind.choices) if isinstance(value, str) else ""
         trained = not key.startswith(MEASURING)  # what only measures has one value at a time
         if isinstance(value, list) and key != "seed" and trained and not hint:
             hint = f"; to try several, write sweep: {{{key}: [...]}}"
@@ -247,11 +262,13 @@ def _shown(value: object) -> str:
 
 def _file_layers(path: Path, chain: tuple[Path, ...] = ()) -> list[_Layer]:
     """The layers of a file, what it extends first."""
-    if path.resolve() in chain:
-        names = " -> ".join(p.name for p in (*chain, path))
-        raise UserError(f"{path}: extends: goes round in a circle: {names}")
     try:
+        if path.exists() and not path.is_file():  # opening a named pipe may never return
+            raise UserError(f"{path}: cannot be read: it is not a regular file")
         content = path.read_text(encoding="utf-8")
+        if path.resolve() in chain:
+            names = " -> ".join(p.name for p in (*chain, path))
+            raise UserError(f"{path}: extends: goes round in a circle: {names}")
     except FileNotFoundError:
         beside = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         asked = f"{chain[-1]}: extends: " if chain else ""

@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,6 +15,8 @@ from data import DataError
 from engine.config.load import describe_keys, load_configs
 from engine.config.schema import Config
 from engine.errors import RunFailed, UserError
+from engine.runs import provenance
+from engine.runs.commands import printable
 from engine.runs.identity import without_dropout
 from engine.runs.locking import lock
 from engine.runs.run import Run, each_once
@@ -46,6 +49,11 @@ def make_parser(description: str, default_config: str | None = None) -> argparse
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"))
     parser.add_argument(
         "--wait", action="store_true", help="wait for runs that another process works on"
+    )
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="do not resume a training with other code, torch, device or threads",
     )
     return parser
 
@@ -87,7 +95,7 @@ def run_script(
                 if given.dry_run:
                     result = plan(run)
                 else:
-                    with lock(run.directory, given.wait):
+                    with lock(run.directory, given.wait), provenance.strict(given.strict):
                         result = work(run)
                 print(f"{result}  {run.directory}", flush=True)
                 done.append(run)
@@ -107,7 +115,9 @@ class Ending:
         try:
             yield
         except RunFailed as error:
-            tqdm.write(f"{directory}: {error}", file=sys.stderr)  # on a line without a bar
+            tqdm.write(
+                printable(f"{directory}: {error}"), file=sys.stderr
+            )  # on a line without a bar
             self.status = 1
 
 
@@ -115,13 +125,14 @@ class Ending:
 def reporting_ends() -> Iterator[Ending]:
     """Whatever ends a command early becomes one line on stderr and an exit status."""
     ending = Ending()
+    _open_standard_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # may not be able to write every name
             stream.reconfigure(errors="backslashreplace")
     try:
         yield ending
     except (UserError, DataError) as error:
-        print(error, file=sys.stderr)
+        print(printable(error), file=sys.stderr)
         ending.status = 2
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search(
@@ -138,8 +149,18 @@ def reporting_ends() -> Iterator[Ending]:
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         reason = f"{place}{error.strerror or error}"
-        print(f"{reason}; the same command goes on once this is mended", file=sys.stderr)
+        print(f"{printable(reason)}; the same command goes on once this is mended", file=sys.stderr)
         ending.status = 1
     except (KeyboardInterrupt, Terminated) as error:
         ending.status = getattr(error, "status", 130)
         print("\nended by a signal; the same command goes on where this one was", file=sys.stderr)
+
+
+def _open_standard_streams() -> None:
+    """Let a closed stdout or stderr lead nowhere; else the next file would get its descriptor."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - for good

@@ -24,7 +24,7 @@ from engine.config.schema import Config, TrainConfig
 from engine.errors import RunFailed
 from engine.runs import files, provenance
 from engine.runs.identity import deciding_settings
-from engine.runs.run import Run
+from engine.runs.run import Run, images_digest
 from engine.runs.stopping import finishing_steps, safe_point
 from engine.training import resume
 from engine.training.background import BackgroundWriter
@@ -166,16 +166,22 @@ def train_run(
     train = config.train
     optimizer = make_optimizer(model.parameters(), train)
     run.write_settings(split)
-    source = provenance.describe(device) | {
-        "identity": run.identity,
-        "settings": deciding_settings(config),
-        "finished": False,
-    }
-    files.write_json(run.provenance_path, source)
-
     record = Record()
     last = resume.resume_epoch(run, model, optimizer, record)
     cut = resume.resume_within(run, last + 1, model, optimizer, accountant.sums)
+    source = provenance.describe(device)
+    starts = run.starts()
+    start = provenance.describe_start(source, last + 1)
+    if starts and (last >= 0 or cut):
+        provenance.report_changes(starts[-1], start)
+    source |= {
+        "identity": run.identity,
+        "settings": deciding_settings(config),
+        "images": images_digest(split),
+        "starts": [*starts, start],
+        "finished": False,
+    }
+    files.write_json(run.provenance_path, source)
     began = time.perf_counter() - record.seconds
     steps = len(batch_rows(split.n, train.batch_size))
     bar = tqdm(

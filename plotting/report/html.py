@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 
 from engine.runs import files
+from engine.runs.commands import shell_command
 from engine.runs.provenance import REPOSITORY
 from plotting.families import Family
 from plotting.figures import SCRIPTS, Drawing
@@ -230,7 +231,7 @@ def _chapter(
     parts += [f"<p>{escape(str(drawing))}</p>" for drawing in drawings if drawing.lack]
     if missing := {drawing.command for drawing in drawings if drawing.command}:
         parts.append(f"<p>Not measured yet; these commands do it:</p>{_commands(missing)}")
-    again = [f"python {SCRIPTS[name]} {run}" for run in _runs_of(name, families)]
+    again = [shell_command(["python", SCRIPTS[name], run]) for run in _runs_of(name, families)]
     parts.append(
         "<details><summary>How to run this again</summary><p>Finished work is kept: delete a "
         f"result file of a run, and these commands make it again.</p>{_commands(again)}</details>"

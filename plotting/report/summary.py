@@ -1,11 +1,12 @@
 """Every headline number beside the paper's, and what is kept of runs when they are deleted."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from engine.errors import UserError
 from engine.runs import files
 from plotting.families import Family, measured
 from plotting.report.findings import Finding
@@ -49,7 +50,9 @@ def keep_results(families: Sequence[Family], folder: Path) -> Path:
     the weights are not."""
     sources = {}
     for family in families:
+        _require_own([*family.folder.glob("*.csv"), *family.folder.glob("*.json")])
         for run in family.runs:
+            _require_own(run.directory.glob("*.csv"))
             place = Path("tables") / family.name / run.directory.name
             settings = {"settings": run.settings, "measured_with": {}}
             for table in sorted(run.directory.glob("*.csv")):
@@ -64,6 +67,13 @@ def keep_results(families: Sequence[Family], folder: Path) -> Path:
             files.write_text(folder / "tables" / family.name / path.name, files.read_text(path))
     files.write_json(folder / SOURCES, sources)
     return folder / SOURCES
+
+
+def _require_own(paths: Iterable[Path]) -> None:
+    """Refuse links among the tables to be copied: they may lead to what is not for publication."""
+    for path in paths:
+        if path.is_symlink():
+            raise UserError(f"{path}: is a link, not a table; put the table itself there")
 
 
 def write_summary(families: Sequence[Family], findings: Sequence[Finding], folder: Path) -> Path:

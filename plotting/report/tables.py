@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -16,6 +17,11 @@ from plotting.neurons import FLIPPING, read_searched
 DROPOUT = "example_tied_dropout.csv"
 DROPOUT_COLUMNS = ("dropout", "p_gen", "p_mem", "state", "acc_clean", "acc_noisy", "acc_test")
 KINDS = ("clean", "noisy", "test")
+LATEX = str.maketrans(
+    {char: f"\\{char}" for char in "%_&#${}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    | {"±": r"$\pm$"}
+)
 DETECTION = "mislabel_detection.csv"
 
 # What the paper gives: Table 1 (before and after: clean, noisy, test), Table 3 (clean, noisy) and
@@ -51,17 +57,20 @@ class Table:
 
     def markdown(self) -> str:
         lines = [self.header, ("---",) * len(self.header), *self.rows]
+        lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
         return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
     def csv(self) -> str:
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([self.header, *self.rows])
+        # A spreadsheet would compute a cell that begins as a formula does.
+        formula = re.compile(r"^(?=[=@\t\r]|[-+](?![\d.]|$))")
+        lines = [[formula.sub("'", cell) for cell in line] for line in (self.header, *self.rows)]
+        csv.writer(text, lineterminator="\n").writerows(lines)
         return text.getvalue()
 
     def latex(self) -> str:
         def line(cells: Sequence[str]) -> str:
-            words = " & ".join(cells).replace("%", r"\%").replace("_", r"\_").replace("±", r"$\pm$")
-            return words + r" \\" + "\n"
+            return " & ".join(cell.translate(LATEX) for cell in cells) + r" \\" + "\n"
 
         columns = "l" * len(self.header)
         body = line(self.header) + "\\hline\n" + "".join(line(row) for row in self.rows)
