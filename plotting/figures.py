@@ -12,7 +12,7 @@ from engine.runs import files
 from engine.runs.commands import shell_command
 from plotting.dropout import FORGOTTEN, plot_forgotten, plot_masks
 from plotting.examples import plot_examples
-from plotting.families import Family, alike
+from plotting.families import Family, alike, refusing_malformed
 from plotting.gradients import (
     ACCOUNTING,
     plot_gradient_cosines,
@@ -195,6 +195,7 @@ def draw_all(
                 yield Drawing(kind, family.title, lack=f"such a run has no {kind.source}")
 
 
+@refusing_malformed
 def draw_figure(
     plot: Callable[..., Figure],
     subject: Family | list[Family],

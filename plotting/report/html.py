@@ -13,7 +13,7 @@ from pathlib import Path
 from engine.runs import files
 from engine.runs.commands import shell_command
 from engine.runs.provenance import REPOSITORY
-from plotting.families import Family
+from plotting.families import Family, refusing_malformed
 from plotting.figures import SCRIPTS, Drawing
 from plotting.report.findings import Finding
 from plotting.report.headline_numbers import LEARNING
@@ -103,6 +103,7 @@ footer { color: var(--soft); font-size: .85rem; padding-bottom: 3rem; }
 """
 
 
+@refusing_malformed
 def write_report(
     title: str,
     families: Sequence[Family],

@@ -8,7 +8,7 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.runs import files
-from plotting.families import Family, measured
+from plotting.families import Family, measured, refusing_malformed
 from plotting.report.findings import Finding
 
 NAME = "summary.json"
@@ -44,6 +44,7 @@ def _entry(finding: Finding) -> dict[str, object]:
     }
 
 
+@refusing_malformed
 def keep_results(families: Sequence[Family], folder: Path) -> Path:
     """Copies of all tables of all runs and over seeds, and of each run where it came from: settings
     (no paths), how each table was measured, code, versions, machine. Small enough to be kept where
@@ -76,6 +77,7 @@ def _require_own(paths: Iterable[Path]) -> None:
             raise UserError(f"{path}: is a link, not a table; put the table itself there")
 
 
+@refusing_malformed
 def write_summary(families: Sequence[Family], findings: Sequence[Finding], folder: Path) -> Path:
     path = folder / NAME
     files.write_json(path, summarize(families, findings))

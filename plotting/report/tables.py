@@ -11,7 +11,7 @@ from itertools import combinations
 import numpy as np
 
 from engine.stats import DETECTION_COLUMNS, compute_area, rank_correlation
-from plotting.families import Family, by_numbers
+from plotting.families import Family, by_numbers, refusing_malformed
 from plotting.neurons import FLIPPING, read_searched
 
 DROPOUT = "example_tied_dropout.csv"
@@ -210,10 +210,6 @@ def counts_of_all_seeds(family: Family) -> tuple[np.ndarray, np.ndarray]:
     return counts, np.array([tables[0][example][1] for example in common], bool)
 
 
-TABLES: tuple[Callable[[Sequence[Family]], Table], ...] = (
-    table_1,
-    table_2,
-    table_3,
-    table_auc,
-    table_stability,
+TABLES: tuple[Callable[[Sequence[Family]], Table], ...] = tuple(
+    map(refusing_malformed, (table_1, table_2, table_3, table_auc, table_stability))
 )
