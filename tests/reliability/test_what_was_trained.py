@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 import gradient_accounting
 import layer_rewinding
+from engine.config.load import load_configs
 from engine.errors import RunFailed, UserError
 from engine.launch.cli import run_script
 from engine.runs import files, locking, provenance
@@ -111,10 +113,11 @@ def test_a_run_of_an_earlier_version_is_still_resumed_and_measured(folder):
 
 
 def test_without_a_digest_the_history_still_tells_that_the_images_are_others(folder, capsys):
-    assert call(gradient_accounting) == 0
+    learning = ("train.epochs=20", "train.peak_epoch=5", "rewinding.epochs=[0,20]")
+    assert call(gradient_accounting, *learning) == 0
     rewrite(the_run().provenance_path, lambda content: content.pop("images"))
     change_images()
-    assert call(layer_rewinding) == 2
+    assert call(layer_rewinding, *learning) == 2
     assert "history.csv: says" in capsys.readouterr().err
 
 
@@ -132,8 +135,6 @@ def test_every_image_and_its_place_is_in_the_digest(folder):
 
 
 def the_config():
-    from engine.config.load import load_configs
-
     return load_configs("config.yaml")[0]
 
 
@@ -262,8 +263,6 @@ def test_a_training_that_lost_its_lock_saves_nothing_on_exit(folder, monkeypatch
         if not state:
             rewrite(claim, lambda content: content.update(token="of another", pid=1))
             state.update({p: p.read_bytes() for p in run.directory.rglob("*") if p.is_file()})
-        import time
-
         time.sleep(0.1 if moment == "within an epoch" else 0)
 
     monkeypatch.setattr(gradient_accounting.GradientAccountant, "backward", lose)
