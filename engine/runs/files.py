@@ -142,7 +142,7 @@ def _csv_lines(path: Path) -> list[list[str]]:
 
 
 def _possible(column: str, value: float) -> bool:
-    """Whether a measurement can have this value in a column of this name."""
+    """Return whether a measurement can have this value in a column of this name."""
     if column in COUNTS:
         return 0 <= value <= LARGEST_COUNT
     if column.startswith("acc_"):
