@@ -24,7 +24,7 @@ from data import Split, normalize
 from data.random_streams import random_stream
 from models.dropout import ExampleTiedDropout, examples, tied_layers
 
-GREEDY_STEPS = 20
+GREEDY_STEPS = 10
 NODES = 32  # of the quadrature of integrated gradients
 ROWS = 100  # images in a forward pass
 
