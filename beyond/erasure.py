@@ -18,6 +18,7 @@ training again                     from the same initialization, on all other ex
 
 import copy
 import dataclasses
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -25,14 +26,23 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from beyond.agreement import closed_gate, compute_deletion, order_units
 from beyond.localizers import Examples, UnitGates, score_flipping
 from data import Split
 from data.random_streams import random_stream
-from engine.evaluation import evaluate, evaluate_split
-from engine.settings import Config
-from engine.training import PlainBackward, make_optimizer, train_epoch
+from engine.config.schema import Config
+from engine.errors import UserError
+from engine.launch.cli import run_script
+from engine.runs import files
+from engine.runs.identity import title
+from engine.runs.measurement import Measurement
+from engine.runs.run import HISTORY_COLUMNS, Run
+from engine.training.build import load_final_model, load_split, make_model
+from engine.training.devices import compute_precision, resolve_device
+from engine.training.evaluation import evaluate, evaluate_split
+from engine.training.loop import PlainBackward, make_optimizer, train_epoch
 from models.dropout import dropout_mode, examples, forget, tied_layers
 from models.layer_groups import LayerGroup, StagedModel, layer_groups
 
@@ -43,7 +53,7 @@ ACCURACIES = (
 )  # fmt: skip
 COLUMNS = ("method", "layer", "examples", "units", *ACCURACIES, "seconds")
 CRITICAL_BELOW = 0.2  # noisy accuracy of the epoch that layers are rewound to
-SEARCH_STEPS = 30  # units that flipping closes for an example at most
+SEARCH_STEPS = 10  # units that flipping closes for an example at most
 
 State = Mapping[str, Tensor]
 
@@ -281,3 +291,95 @@ def compute_erasure(task: Task, name: str) -> dict[str, object]:
     units = float("nan") if erased.units is None else erased.units
     row = {"method": name, "layer": erased.layer, "examples": len(task.rows), "units": units}
     return {**row, **found, "seconds": round(seconds, 2)}
+
+
+# ---------------------------------------------------------------- a run
+
+
+def without_accounting(config: Config) -> Config:
+    """Return the settings under which example_tied_dropout.py trains."""
+    train = dataclasses.replace(config.train, account_gradients=False)
+    return dataclasses.replace(config, train=train)
+
+
+def methods_of(run: Run) -> list[str]:
+    """Return the methods that a run allows: some need example-tied dropout."""
+    tied = run.config.dropout.kind == "example_tied"
+    return [name for name in METHODS if tied or name not in TIED_ONLY]
+
+
+def earlier_epoch(run: Run) -> int:
+    """Return the latest epoch on disk whose noisy accuracy was low, or the first on disk."""
+    history = files.read_csv(run.history_path, HISTORY_COLUMNS)
+    low = {int(row["epoch"]) for row in history if row["acc_noisy"] < CRITICAL_BELOW}
+    kept = run.epochs_in("checkpoints")
+    return max([epoch for epoch in kept if epoch in low], default=kept[0])
+
+
+def make_task(run: Run, split: Split, device: torch.device) -> Task:
+    config = run.config
+    model = load_final_model(run, split, device).eval().requires_grad_(False)
+    correct = evaluate(model, split.images, split.label, index=split.index).correct
+    rows = choose_noisy(split, correct, config.planted.erased)
+    if not len(rows):
+        raise UserError(f"{run.directory}: no noisy example is predicted as trained")
+    order = random_stream("planted reference").permutation(split.n)[: config.planted.reference]
+    return Task(
+        model=model,
+        split=split,
+        rows=rows,
+        config=config,
+        reference=Examples.of(split, torch.from_numpy(order).sort().values),
+        earlier=run.read_checkpoint(earlier_epoch(run)),
+        initial=run.read_checkpoint(0),
+        make_model=lambda: make_model(config, split).to(device),
+    )
+
+
+def make_measurement(run: Run) -> Measurement:
+    own = dataclasses.asdict(run.config.planted)
+    keys = ("reference", "erased", "ascent_lr", "ascent_steps")
+    keys += ("fine_tuning_lr", "fine_tuning_epochs")
+    settings = {key: own[key] for key in keys} | dataclasses.asdict(run.config.retraining)
+    return Measurement(run, FILE_NAME, COLUMNS, settings)
+
+
+def measure(run: Run, measurement: Measurement, device: torch.device) -> None:
+    """Apply every method; each is a part."""
+    split = load_split(run.config).to(device)
+    rows = []
+    with compute_precision(run.config.precision, device):
+        task = make_task(run, split, device)
+        for name in tqdm(methods_of(run), f"{title(run.config)}: erasure", None, unit="method"):
+            if (row := measurement.part(name)) is None:
+                row = compute_erasure(task, name)
+                measurement.save(name, row)
+            rows.append(row)
+    measurement.finish(rows, device)
+
+
+def main(run: Run) -> str:
+    """Measure one run, unless that is done; its results in one line."""
+    run.require_finished()
+    measurement = make_measurement(run)
+    if not measurement.finished:
+        measure(run, measurement, resolve_device(run.config))
+    rows = files.read_csv(measurement.path, COLUMNS, text=("method", "layer"))
+    parts = (
+        f"{row['method']} {row['acc_erased']:.0%} others {row['acc_others']:.1%} "
+        f"test {row['acc_test']:.1%}"
+        for row in rows
+    )
+    return f"{title(run.config)}: chosen examples still predicted as trained: {'; '.join(parts)}"
+
+
+def plan(run: Run) -> str:
+    """Return the state of the measurement, and the disk that it takes."""
+    state = "finished" if make_measurement(run).finished else "to do"
+    if not run.finished:
+        state = f"to do after its training, which is {run.state}"
+    return f"{title(run.config)}: {len(methods_of(run))} methods {state}, 0.1 MB"
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(__doc__, main, plan, training=without_accounting))

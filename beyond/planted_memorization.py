@@ -37,22 +37,24 @@ from beyond.agreement import (
     order_units,
     permute_planted,
 )
-from beyond.channel_planting import CHANNELS, plant_channel
+from beyond.channel_planting import plant_channel
+from beyond.erasure import without_accounting
 from beyond.localizers import LOCALIZERS, Examples, UnitGates, rank_units
 from data import Split, normalize
 from data.random_streams import random_stream
-from engine import files
-from engine.cli import run_script, title
-from engine.devices import compute_precision, resolve_device
 from engine.errors import UserError
-from engine.evaluation import evaluate
-from engine.measurements import Measurement
-from engine.runs import Run
-from engine.setup import load_final_model, load_split
+from engine.launch.cli import run_script
+from engine.runs import files
+from engine.runs.identity import title
+from engine.runs.measurement import Measurement
+from engine.runs.run import Run
+from engine.training.build import load_final_model, load_split
+from engine.training.devices import compute_precision, resolve_device
+from engine.training.evaluation import evaluate
 from models.layer_groups import StagedModel
 
 SUBSETS = ("noisy", "clean")
-COST_AT = (1, 10)
+COST_AT = (0, 1, 10)
 SITES = ("residual2", "conv8")  # where single channels are planted
 
 FILE_NAME = "planted_memorization.csv"
@@ -208,12 +210,12 @@ def delete(
         row["acc_true"] = (prediction == true_label).double().mean().item()
         cost = (np.nan, np.nan)
         if count in COST_AT:
-            closed = [order[:count] for order in orders]
-            each = [
-                compute_cost(bench.model, bench.gates, numbers, bench.others, bench.test)
-                for numbers in closed
-            ]
-            cost = np.mean(each, axis=0).tolist()
+            closed = [tuple(order[:count]) for order in orders]
+            known = {
+                numbers: compute_cost(bench.model, bench.gates, numbers, bench.others, bench.test)
+                for numbers in set(closed)
+            }
+            cost = np.mean([known[numbers] for numbers in closed], axis=0).tolist()
         rows.append(row | dict(zip(("acc_others", "acc_test"), cost)))
     return rows
 
@@ -343,7 +345,9 @@ def measure(run: Run, device: torch.device) -> None:
             "channel": partial(channel_rows, bench, found["channel"], run),
         }
         if any(len(rows) == 0 for rows in bench.rows.values()):
-            raise UserError(f"{run.directory}: no noisy or no clean example is predicted as trained")
+            raise UserError(
+                f"{run.directory}: no noisy or no clean example is predicted as trained"
+            )
         with bench.gates:
             for name, table in found.items():
                 if not table.finished:
@@ -390,4 +394,4 @@ def plan(run: Run) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(__doc__, main, plan))
+    sys.exit(run_script(__doc__, main, plan, training=without_accounting))

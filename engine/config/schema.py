@@ -206,6 +206,22 @@ class GradientDistanceConfig:
 
 
 @dataclass(frozen=True)
+class PlantedConfig:
+    examples: int = option(30, integer(2), "noisy examples to localize, and as many clean ones")
+    reference: int = option(50, integer(2), "training examples that a score may compare with")
+    others: int = option(50, integer(1), "training and test examples for the cost of deletion")
+    channels: int = option(3, integer(1), "single channels that are planted in each of two layers")
+    chosen: int = option(3, integer(1), "clean examples whose new label a channel has to hold")
+    erased: int = option(
+        20, integer(1), "noisy examples that beyond.erasure makes a network forget"
+    )
+    ascent_lr: float = option(0.001, number(above=0), "erasure by gradient ascent: learning rate")
+    ascent_steps: int = option(500, integer(1), "erasure by gradient ascent: steps at most")
+    fine_tuning_lr: float = option(0.01, number(above=0), "erasure by fine-tuning: peak rate")
+    fine_tuning_epochs: int = option(5, integer(1), "erasure by fine-tuning: passes over the rest")
+
+
+@dataclass(frozen=True)
 class SlurmConfig:
     partition: str | None = option(None, optional(text()), "null: the cluster's own choice")
     account: str | None = option(None, optional(text()), "who pays; null: the user's own")
@@ -255,6 +271,7 @@ class Config:
     gradient_distance: GradientDistanceConfig = dataclasses.field(
         default_factory=GradientDistanceConfig
     )
+    planted: PlantedConfig = dataclasses.field(default_factory=PlantedConfig)
     slurm: SlurmConfig = dataclasses.field(default_factory=SlurmConfig)
 
 
