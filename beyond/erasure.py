@@ -45,13 +45,8 @@ from engine.training.evaluation import evaluate, evaluate_split
 from engine.training.loop import PlainBackward, make_optimizer, train_epoch
 from models.dropout import dropout_mode, examples, forget, tied_layers
 from models.layer_groups import LayerGroup, StagedModel, layer_groups
+from plotting.planted import ERASURE_COLUMNS, ERASURE_FILE_NAME, ERASURE_TEXT
 
-FILE_NAME = "erasure.csv"
-ACCURACIES = (
-    "acc_erased", "acc_erased_true", "acc_others", "acc_others_clean", "acc_others_noisy",
-    "acc_test",
-)  # fmt: skip
-COLUMNS = ("method", "layer", "examples", "units", *ACCURACIES, "seconds")
 CRITICAL_BELOW = 0.2  # noisy accuracy of the epoch that layers are rewound to
 SEARCH_STEPS = 10  # units that flipping closes for an example at most
 
@@ -341,7 +336,7 @@ def make_measurement(run: Run) -> Measurement:
     keys = ("reference", "erased", "ascent_lr", "ascent_steps")
     keys += ("fine_tuning_lr", "fine_tuning_epochs")
     settings = {key: own[key] for key in keys} | dataclasses.asdict(run.config.retraining)
-    return Measurement(run, FILE_NAME, COLUMNS, settings)
+    return Measurement(run, ERASURE_FILE_NAME, ERASURE_COLUMNS, settings)
 
 
 def measure(run: Run, measurement: Measurement, device: torch.device) -> None:
@@ -364,7 +359,7 @@ def main(run: Run) -> str:
     measurement = make_measurement(run)
     if not measurement.finished:
         measure(run, measurement, resolve_device(run.config))
-    rows = files.read_csv(measurement.path, COLUMNS, text=("method", "layer"))
+    rows = files.read_csv(measurement.path, ERASURE_COLUMNS, ERASURE_TEXT)
     parts = (
         f"{row['method']} {row['acc_erased']:.0%} others {row['acc_others']:.1%} "
         f"test {row['acc_test']:.1%}"

@@ -15,10 +15,11 @@ single place: a channel that was fine-tuned to hold new labels (beyond/channel_p
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -52,29 +53,24 @@ from engine.training.build import load_final_model, load_split
 from engine.training.devices import compute_precision, resolve_device
 from engine.training.evaluation import evaluate
 from models.layer_groups import StagedModel
+from plotting.families import Family
+from plotting.figures import draw_figure
+from plotting.planted import (
+    CHANNEL_COLUMNS,
+    CHANNEL_FILE_NAME,
+    DELETION_COLUMNS,
+    DELETION_FILE_NAME,
+    TRUTH_COLUMNS,
+    TRUTH_FILE_NAME,
+    TRUTH_TEXT,
+    plot_deletion,
+    plot_localizers,
+)
 
 SUBSETS = ("noisy", "clean")
 TRUTHS = ("own", "permuted", "other_mask")  # the last is not measured for the slow search
 COST_AT = (0, 1, 10)
 SITES = ("residual2", "conv8")  # where single channels are planted
-
-FILE_NAME = "planted_memorization.csv"
-COLUMNS = (
-    "localizer", "truth", "layer", "subset", "examples",
-    *(f"share_planted_at_{k}" for k in SHARES_AT), "expected_by_chance",
-    "recall", "recall_low", "recall_high", "auc", "low", "high",
-    *(f"flips_at_{k}" for k in SHARES_AT),
-)  # fmt: skip
-DELETION_FILE_NAME = "planted_memorization_deletion.csv"
-DELETION_COLUMNS = (
-    "localizer", "subset", "examples", "closed",
-    "acc_trained", "low", "high", "acc_true", "acc_others", "acc_test",
-)  # fmt: skip
-CHANNEL_FILE_NAME = "planted_memorization_channel.csv"
-CHANNEL_COLUMNS = (
-    "layer", "localizer", "state", "channels", "examples", "units",
-    "found_at_1", "found_at_5", "median_rank", "auc", "low", "high",
-)  # fmt: skip
 
 # ---------------------------------------------------------------- examples
 
@@ -323,7 +319,7 @@ def tables(run: Run) -> dict[str, Measurement]:
     of_examples = {"examples": own.examples, "reference": own.reference}
     of_channels = {"reference": own.reference, "examples": own.examples, "chosen": own.chosen}
     return {
-        "truth": Measurement(run, FILE_NAME, COLUMNS, of_examples),
+        "truth": Measurement(run, TRUTH_FILE_NAME, TRUTH_COLUMNS, of_examples),
         "deletion": Measurement(
             run, DELETION_FILE_NAME, DELETION_COLUMNS, {**of_examples, "others": own.others}
         ),
@@ -357,7 +353,7 @@ def measure(run: Run, device: torch.device) -> None:
 
 def describe(run: Run) -> str:
     """Return recall and AUC of flipping in one line, beside chance."""
-    rows = files.read_csv(run.directory / FILE_NAME, COLUMNS, COLUMNS[:4])
+    rows = files.read_csv(run.directory / TRUTH_FILE_NAME, TRUTH_COLUMNS, TRUTH_TEXT)
     parts = []
     for row in rows:
         if (row["truth"], row["layer"], row["localizer"]) == ("own", "all", "flipping"):
@@ -394,5 +390,20 @@ def plan(run: Run) -> str:
     return f"{title(run.config)}: {state}, 2 MB"
 
 
+def conclude(runs: Sequence[Run]) -> Iterator[tuple[str, Path]]:
+    """Draw each setting's deletion curves, and recall over all settings."""
+    families = []
+    for folder in dict.fromkeys(run.directory.parent for run in runs):
+        family = Family(folder, tuple(run for run in runs if run.directory.parent == folder))
+        families.append(family)
+        place = folder / "figures" / "planted_memorization_deletion"
+        paths = draw_figure(plot_deletion, family, place)
+        yield f"{family.seeds}: {' '.join(path.name for path in paths)}", folder / "figures"
+    if families:
+        folder = families[0].folder if len(families) == 1 else families[0].folder.parent
+        paths = draw_figure(plot_localizers, families, folder / "figures" / "planted_memorization")
+        yield f"{len(families)} settings: {' '.join(p.name for p in paths)}", folder / "figures"
+
+
 if __name__ == "__main__":
-    sys.exit(run_script(__doc__, main, plan, training=without_accounting))
+    sys.exit(run_script(__doc__, main, plan, training=without_accounting, conclude=conclude))

@@ -16,6 +16,7 @@ from engine.runs.run import Run
 from engine.training.build import load_split
 from models.dropout import dropout_mode, examples, tied_layers
 from models.layer_groups import layer_groups
+from plotting.planted import ERASURE_COLUMNS, ERASURE_TEXT
 
 CPU = torch.device("cpu")
 SETTINGS = (
@@ -142,7 +143,7 @@ def test_methods_without_tied_neurons_are_those_of_plain_networks(tied):
 def test_the_command_writes_a_row_for_every_method(tied):
     run, _ = tied
     erasure.main(run)
-    rows = files.read_csv(run.directory / "erasure.csv", erasure.COLUMNS, text=("method", "layer"))
+    rows = files.read_csv(run.directory / "erasure.csv", ERASURE_COLUMNS, ERASURE_TEXT)
     assert [row["method"] for row in rows] == list(METHODS)
     assert rows[0]["acc_erased"] == 1
     assert erasure.make_measurement(run).finished
