@@ -68,7 +68,7 @@ def plot_localizers(families: Sequence[Family]) -> Figure:
         axes.set_xlabel("recall of own memorization neurons")
     panels[0, 0].set_yticks(range(len(names)), [words(name) for name in names])
     panels[0, 0].invert_yaxis()
-    panels[0, 0].legend(loc="lower right")
+    panels[0, 0].legend(loc="upper right")
     return figure
 
 
