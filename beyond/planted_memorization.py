@@ -34,11 +34,12 @@ from beyond.agreement import (
     compute_deletion,
     compute_interval,
     make_rows,
+    mean,
     order_planted,
     order_units,
     permute_planted,
 )
-from beyond.channel_planting import plant_channel
+from beyond.channel_planting import HELD, plant_channel
 from beyond.erasure import without_accounting
 from beyond.localizers import LOCALIZERS, Examples, UnitGates, rank_units
 from data import Split, normalize
@@ -239,6 +240,10 @@ def kept_batches(split: Split, without: Tensor, size: int, draw: int) -> Iterato
         yield Examples.of(split, allowed[torch.from_numpy(rows).to(allowed.device)])
 
 
+def without(batch: Examples, index: Tensor) -> Examples:
+    return batch.take(~torch.isin(batch.index, index))
+
+
 def plant_and_localize(bench: Bench, site: str, draw: int, size: int) -> dict[str, object]:
     """Plant one channel, and return its rank by every localizer, example by example.
 
@@ -253,6 +258,10 @@ def plant_and_localize(bench: Bench, site: str, draw: int, size: int) -> dict[st
     keep = kept_batches(bench.split, chosen.index, len(bench.reference), draw)
     planting = plant_channel(bench.model, site, channel, chosen, keep)
     found = {"learned": planting.learned, "steps": planting.steps, "channel": channel}
+    with UnitGates(planting.model) as gates, torch.no_grad():
+        found["acc_others"], found["acc_test"] = compute_cost(
+            planting.model, gates, (), without(bench.others, chosen.index), bench.test
+        )
     others = clean[~torch.isin(bench.split.index[clean], chosen.index)][: len(chosen)]
     asked = {
         "planted": (planting.model, chosen),
@@ -295,7 +304,10 @@ def channel_rows(bench: Bench, table: Measurement, run: Run) -> Iterator[dict[st
         for name in LOCALIZERS:
             for state in ("planted", "before", "others"):
                 each = [entry for part in learned for entry in part[f"{name}-{state}"]]
-                yield channel_row(site, name, state, len(learned), each, run.config.seed)
+                row = channel_row(site, name, state, len(learned), each, run.config.seed)
+                for accuracy in ("acc_others", "acc_test"):
+                    row[accuracy] = mean(part[accuracy] for part in learned)
+                yield row
 
 
 def channel_row(
@@ -317,7 +329,7 @@ def tables(run: Run) -> dict[str, Measurement]:
     """Return the measurements of a run; the settings of one decide nothing in another."""
     own = run.config.planted
     of_examples = {"examples": own.examples, "reference": own.reference}
-    of_channels = {"reference": own.reference, "examples": own.examples, "chosen": own.chosen}
+    of_channels = {**of_examples, "others": own.others, "chosen": own.chosen, "held": HELD}
     return {
         "truth": Measurement(run, TRUTH_FILE_NAME, TRUTH_COLUMNS, of_examples),
         "deletion": Measurement(

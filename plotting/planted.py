@@ -29,7 +29,7 @@ CHANNEL_FILE_NAME = "planted_memorization_channel.csv"
 CHANNEL_TEXT = ("layer", "localizer", "state")
 CHANNEL_COLUMNS = (
     *CHANNEL_TEXT, "channels", "examples", "units",
-    "found_at_1", "found_at_5", "median_rank", "auc", "low", "high",
+    "found_at_1", "found_at_5", "median_rank", "auc", "low", "high", "acc_others", "acc_test",
 )  # fmt: skip
 ERASURE_FILE_NAME = "erasure.csv"
 ERASURE_TEXT = ("method", "layer")
