@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from beyond.localizers import Examples, UnitGates, rank_units, run_gated
 from data.random_streams import random_stream
-from plotting.planted import SHARES_AT
 
+SHARES_AT = (1, 5, 10)
 CLOSED = (0, 1, 2, 3, 5, 10, 20, 40, 80)  # units closed in a deletion curve
 RESAMPLES = 1000
 INTERVAL = (2.5, 97.5)  # percentiles

@@ -33,20 +33,30 @@ from beyond.localizers import Examples, UnitGates, score_flipping
 from data import Split
 from data.random_streams import random_stream
 from engine.config.schema import Config
-from engine.errors import UserError
+from engine.errors import RunFailed
 from engine.launch.cli import run_script
-from engine.runs import files
-from engine.runs.identity import title
+from engine.launch.estimates import count_examples
+from engine.runs.experiment import Experiment
+from engine.runs.identity import title, without_accounting
 from engine.runs.measurement import Measurement
-from engine.runs.run import HISTORY_COLUMNS, Run
+from engine.runs.run import Run
+from engine.runs.tables import HISTORY, ResultTable
 from engine.training.build import load_final_model, load_split, make_model
 from engine.training.devices import compute_precision, resolve_device
 from engine.training.evaluation import evaluate, evaluate_split
 from engine.training.loop import PlainBackward, make_optimizer, train_epoch
 from models.dropout import dropout_mode, examples, forget, tied_layers
 from models.layer_groups import LayerGroup, StagedModel, layer_groups
-from plotting.planted import ERASURE_COLUMNS, ERASURE_FILE_NAME, ERASURE_TEXT
 
+ERASURES = ResultTable(
+    "erasure.csv",
+    (
+        "method", "layer", "examples", "units",
+        "acc_erased", "acc_erased_true", "acc_others", "acc_others_clean", "acc_others_noisy",
+        "acc_test", "seconds",
+    ),
+    text=("method", "layer"),
+)  # fmt: skip
 CRITICAL_BELOW = 0.2  # noisy accuracy of the epoch that layers are rewound to
 SEARCH_STEPS = 10  # units that flipping closes for an example at most
 
@@ -199,11 +209,11 @@ def copy_to_train(model: StagedModel) -> StagedModel:
 def ascend(task: Task) -> Iterator[Erased]:
     """Take gradient steps that raise the loss of the chosen examples until all are wrong.
 
-    Batch norms stay in eval mode. `planted.ascent_steps` bounds the number of steps.
+    Batch norms stay in eval mode. `erasure.ascent_steps` bounds the number of steps.
     """
     model, batch = copy_to_train(task.model), Examples.of(task.split, task.rows)
-    optimizer = torch.optim.SGD(model.parameters(), lr=task.config.planted.ascent_lr)
-    for _ in range(task.config.planted.ascent_steps):
+    optimizer = torch.optim.SGD(model.parameters(), lr=task.config.erasure.ascent_lr)
+    for _ in range(task.config.erasure.ascent_steps):
         with examples(model, batch.index):
             logits = model(batch.images)
         if (logits.argmax(1) != batch.label).all():
@@ -217,7 +227,7 @@ def ascend(task: Task) -> Iterator[Erased]:
 @contextmanager
 def fine_tune(task: Task) -> Iterator[Erased]:
     """Train the network for some more epochs on all other examples."""
-    model, own = copy_to_train(task.model), task.config.planted
+    model, own = copy_to_train(task.model), task.config.erasure
     train(
         model, task.rest, task.config,
         epochs=own.fine_tuning_epochs, peak_lr=own.fine_tuning_lr, peak_epoch=0,
@@ -291,12 +301,6 @@ def compute_erasure(task: Task, name: str) -> dict[str, object]:
 # ---------------------------------------------------------------- a run
 
 
-def without_accounting(config: Config) -> Config:
-    """Return the settings under which example_tied_dropout.py trains."""
-    train = dataclasses.replace(config.train, account_gradients=False)
-    return dataclasses.replace(config, train=train)
-
-
 def methods_of(run: Run) -> list[str]:
     """Return the methods that a run allows: some need example-tied dropout."""
     tied = run.config.dropout.kind == "example_tied"
@@ -305,7 +309,7 @@ def methods_of(run: Run) -> list[str]:
 
 def earlier_epoch(run: Run) -> int:
     """Return the latest epoch on disk whose noisy accuracy was low, or the first on disk."""
-    history = files.read_csv(run.history_path, HISTORY_COLUMNS)
+    history = HISTORY.read(run.directory)
     low = {int(row["epoch"]) for row in history if row["acc_noisy"] < CRITICAL_BELOW}
     kept = run.epochs_in("checkpoints")
     return max([epoch for epoch in kept if epoch in low], default=kept[0])
@@ -315,10 +319,10 @@ def make_task(run: Run, split: Split, device: torch.device) -> Task:
     config = run.config
     model = load_final_model(run, split, device).eval().requires_grad_(False)
     correct = evaluate(model, split.images, split.label, index=split.index).correct
-    rows = choose_noisy(split, correct, config.planted.erased)
+    rows = choose_noisy(split, correct, config.erasure.examples)
     if not len(rows):
-        raise UserError(f"{run.directory}: no noisy example is predicted as trained")
-    order = random_stream("planted reference").permutation(split.n)[: config.planted.reference]
+        raise RunFailed("no noisy example is predicted as trained")
+    order = random_stream("planted reference").permutation(split.n)[: config.erasure.reference]
     return Task(
         model=model,
         split=split,
@@ -332,15 +336,13 @@ def make_task(run: Run, split: Split, device: torch.device) -> Task:
 
 
 def make_measurement(run: Run) -> Measurement:
-    own = dataclasses.asdict(run.config.planted)
-    keys = ("reference", "erased", "ascent_lr", "ascent_steps")
-    keys += ("fine_tuning_lr", "fine_tuning_epochs")
-    settings = {key: own[key] for key in keys} | dataclasses.asdict(run.config.retraining)
-    return Measurement(run, ERASURE_FILE_NAME, ERASURE_COLUMNS, settings)
+    settings = dataclasses.asdict(run.config.erasure)
+    return Measurement(run, ERASURES, settings | {"retraining": vars(run.config.retraining)})
 
 
-def measure(run: Run, measurement: Measurement, device: torch.device) -> None:
+def measure(run: Run) -> None:
     """Apply every method; each is a part."""
+    measurement, device = make_measurement(run), resolve_device(run.config)
     split = load_split(run.config).to(device)
     rows = []
     with compute_precision(run.config.precision, device):
@@ -353,28 +355,37 @@ def measure(run: Run, measurement: Measurement, device: torch.device) -> None:
     measurement.finish(rows, device)
 
 
-def main(run: Run) -> str:
-    """Measure one run, unless that is done; its results in one line."""
-    run.require_finished()
-    measurement = make_measurement(run)
-    if not measurement.finished:
-        measure(run, measurement, resolve_device(run.config))
-    rows = files.read_csv(measurement.path, ERASURE_COLUMNS, ERASURE_TEXT)
+def summarize(run: Run) -> str:
+    """Return what is left of the chosen examples' trained labels, by method, in one line."""
     parts = (
-        f"{row['method']} {row['acc_erased']:.0%} others {row['acc_others']:.1%} "
-        f"test {row['acc_test']:.1%}"
-        for row in rows
+        f"{row['method']} {row['acc_erased']:.0%} (others {row['acc_others']:.1%}, "
+        f"test {row['acc_test']:.1%})"
+        for row in ERASURES.read(run.directory)
     )
-    return f"{title(run.config)}: chosen examples still predicted as trained: {'; '.join(parts)}"
+    return f"{title(run.config)}: still predicted as trained: {', '.join(parts)}"
 
 
-def plan(run: Run) -> str:
-    """Return the state of the measurement, and the disk that it takes."""
-    state = "finished" if make_measurement(run).finished else "to do"
-    if not run.finished:
-        state = f"to do after its training, which is {run.state}"
-    return f"{title(run.config)}: {len(methods_of(run))} methods {state}, 0.1 MB"
+def estimate_passes(run: Run) -> float:
+    """Count passes of the training again, of fine-tuning and of a layer's retraining."""
+    train, test = count_examples(run.config)
+    epochs = run.config.train.epochs + run.config.erasure.fine_tuning_epochs
+    epochs += run.config.retraining.epochs
+    return 3 * train * epochs + len(METHODS) * (train + test)
 
+
+EXPERIMENT = Experiment(
+    key="erasure",
+    command="python -m beyond.erasure",
+    section="",
+    question="How well does each method erase chosen examples from a trained network?",
+    tables=(ERASURES,),
+    figures=(),
+    measure=measure,
+    summarize=summarize,
+    passes=estimate_passes,
+    measurements=lambda run: [make_measurement(run)],
+    training=without_accounting,
+)
 
 if __name__ == "__main__":
-    sys.exit(run_script(__doc__, main, plan, training=without_accounting))
+    sys.exit(run_script(EXPERIMENT, __doc__))

@@ -15,11 +15,10 @@ single place: a channel that was fine-tuned to hold new labels (beyond/channel_p
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -40,38 +39,53 @@ from beyond.agreement import (
     permute_planted,
 )
 from beyond.channel_planting import HELD, plant_channel
-from beyond.erasure import without_accounting
-from beyond.localizers import LOCALIZERS, Examples, UnitGates, rank_units
+from beyond.localizers import GREEDY_STEPS, LOCALIZERS, Examples, UnitGates, rank_units
 from data import Split, normalize
 from data.random_streams import random_stream
-from engine.errors import UserError
+from engine.errors import RunFailed, UserError
 from engine.launch.cli import run_script
-from engine.runs import files
-from engine.runs.identity import title
+from engine.launch.estimates import count_examples
+from engine.runs.experiment import Experiment
+from engine.runs.identity import title, without_accounting
 from engine.runs.measurement import Measurement
 from engine.runs.run import Run
+from engine.runs.tables import ResultTable
 from engine.training.build import load_final_model, load_split
 from engine.training.devices import compute_precision, resolve_device
 from engine.training.evaluation import evaluate
 from models.layer_groups import StagedModel
-from plotting.families import Family
-from plotting.figures import draw_figure
-from plotting.planted import (
-    CHANNEL_COLUMNS,
-    CHANNEL_FILE_NAME,
-    DELETION_COLUMNS,
-    DELETION_FILE_NAME,
-    TRUTH_COLUMNS,
-    TRUTH_FILE_NAME,
-    TRUTH_TEXT,
-    plot_deletion,
-    plot_localizers,
-)
 
 SUBSETS = ("noisy", "clean")
-TRUTHS = ("own", "permuted", "other_mask")  # the last is not measured for the slow search
+TRUTH_KINDS = ("own", "permuted", "other_mask")  # the last is not measured for the slow search
 COST_AT = (0, 1, 10)
 SITES = ("residual2", "conv8")  # where single channels are planted
+
+TRUTHS = ResultTable(
+    "planted_memorization.csv",
+    (
+        "localizer", "truth", "layer", "subset", "examples",
+        *(f"share_planted_at_{k}" for k in SHARES_AT), "expected_by_chance",
+        "recall", "recall_low", "recall_high", "auc", "low", "high",
+        *(f"flips_at_{k}" for k in SHARES_AT),
+    ),
+    text=("localizer", "truth", "layer", "subset"),
+)  # fmt: skip
+DELETIONS = ResultTable(
+    "planted_memorization_deletion.csv",
+    (
+        "localizer", "subset", "examples", "closed",
+        "acc_trained", "low", "high", "acc_true", "acc_others", "acc_test",
+    ),
+    text=("localizer", "subset"),
+)  # fmt: skip
+CHANNEL_RANKS = ResultTable(
+    "planted_memorization_channel.csv",
+    (
+        "layer", "localizer", "state", "channels", "examples", "units",
+        "found_at_1", "found_at_5", "median_rank", "auc", "low", "high", "acc_others", "acc_test",
+    ),
+    text=("layer", "localizer", "state"),
+)  # fmt: skip
 
 # ---------------------------------------------------------------- examples
 
@@ -151,7 +165,7 @@ def truth_rows(bench: Bench, table: Measurement, seed: int) -> Iterator[dict[str
     layers = {site.name: layer_of == number for number, site in enumerate(sites)}
     pairs = [(name, subset) for name in LOCALIZERS for subset in SUBSETS]
     for name, subset in tqdm(pairs, "localizers", None, unit="localizer"):
-        for truth in TRUTHS[:2] if name == "flipping" else TRUTHS:
+        for truth in TRUTH_KINDS[:2] if name == "flipping" else TRUTH_KINDS:
             batch = bench.batch(subset, truth)
             drawn = "own" if truth == "permuted" else truth
             scores = localize(bench, table, name, subset, drawn)
@@ -325,97 +339,88 @@ def channel_row(
 # ---------------------------------------------------------------- a run
 
 
-def tables(run: Run) -> dict[str, Measurement]:
-    """Return the measurements of a run; the settings of one decide nothing in another."""
+def measurements(run: Run) -> tuple[Measurement, Measurement, Measurement]:
+    """Return the tables of a run: rankings against the truth, deletion, and single channels."""
     own = run.config.planted
     of_examples = {"examples": own.examples, "reference": own.reference}
     of_channels = {**of_examples, "others": own.others, "chosen": own.chosen, "held": HELD}
-    return {
-        "truth": Measurement(run, TRUTH_FILE_NAME, TRUTH_COLUMNS, of_examples),
-        "deletion": Measurement(
-            run, DELETION_FILE_NAME, DELETION_COLUMNS, {**of_examples, "others": own.others}
-        ),
-        "channel": Measurement(
-            run, CHANNEL_FILE_NAME, CHANNEL_COLUMNS, of_channels, {"channels": own.channels}
-        ),
-    }
+    return (
+        Measurement(run, TRUTHS, of_examples),
+        Measurement(run, DELETIONS, {**of_examples, "others": own.others}),
+        Measurement(run, CHANNEL_RANKS, of_channels, {"channels": own.channels}),
+    )
 
 
-def measure(run: Run, device: torch.device) -> None:
+def require_tied(run: Run) -> None:
+    if run.config.dropout.kind != "example_tied":
+        raise UserError(
+            f"dropout.kind: {run.config.dropout.kind!r} is not allowed: planted memorization needs "
+            "example_tied"
+        )
+
+
+def measure(run: Run) -> None:
     """Write every table that is missing."""
+    require_tied(run)
+    device = resolve_device(run.config)
     split = load_split(run.config).to(device)
     model = load_final_model(run, split, device).eval().requires_grad_(False)
-    found, seed = tables(run), run.config.seed
+    truths, deletions, channels = measurements(run)
+    seed = run.config.seed
     with compute_precision(run.config.precision, device):
         bench = make_bench(run, split, model)
+        for subset, rows in bench.rows.items():
+            if len(rows) == 0:
+                raise RunFailed(f"no {subset} example is predicted as trained")
         rows_of = {
-            "truth": partial(truth_rows, bench, found["truth"], seed),
-            "deletion": partial(deletion_rows, bench, found["deletion"], found["truth"], seed),
-            "channel": partial(channel_rows, bench, found["channel"], run),
+            truths: partial(truth_rows, bench, truths, seed),
+            deletions: partial(deletion_rows, bench, deletions, truths, seed),
+            channels: partial(channel_rows, bench, channels, run),
         }
-        if any(len(rows) == 0 for rows in bench.rows.values()):
-            raise UserError(
-                f"{run.directory}: no noisy or no clean example is predicted as trained"
-            )
         with bench.gates:
-            for name, table in found.items():
+            for table, make in rows_of.items():
                 if not table.finished:
-                    table.finish(list(rows_of[name]()), device)
+                    table.finish(list(make()), device)
 
 
-def describe(run: Run) -> str:
+def summarize(run: Run) -> str:
     """Return recall and AUC of flipping in one line, beside chance."""
-    rows = files.read_csv(run.directory / TRUTH_FILE_NAME, TRUTH_COLUMNS, TRUTH_TEXT)
     parts = []
-    for row in rows:
+    for row in TRUTHS.read(run.directory):
         if (row["truth"], row["layer"], row["localizer"]) == ("own", "all", "flipping"):
             parts.append(
                 f"{row['subset']}: recall {row['recall']:.2f} (chance "
                 f"{row['expected_by_chance']:.2f}), AUC {row['auc']:.2f} "
                 f"[{row['low']:.2f}, {row['high']:.2f}]"
             )
-    return f"flipping finds own memorization neurons: {'; '.join(parts)}"
+    about = f"{title(run.config)}: flipping finds own memorization neurons"
+    return f"{about}: {'; '.join(parts)}"
 
 
-def main(run: Run) -> str:
-    """Measure one run, unless that is done; its results in one line."""
-    run.require_finished()
-    if run.config.dropout.kind != "example_tied":
-        raise UserError(
-            f"dropout.kind: {run.config.dropout.kind!r} is not allowed: planted memorization needs "
-            "example_tied"
-        )
-    if not is_done(run):
-        measure(run, resolve_device(run.config))
-    return f"{title(run.config)}: {describe(run)}"
+def estimate_passes(run: Run) -> float:
+    """Count forward and backward passes, most of them of the greedy search's reference batch."""
+    own = run.config.planted
+    train, _ = count_examples(run.config)
+    search = 3 * GREEDY_STEPS * own.reference
+    deletion = len(LOCALIZERS) * len(COST_AT) * 2 * own.others
+    planting = own.channels * len(SITES) * (300 * own.reference + 3 * own.chosen * search)
+    return train + 2 * own.examples * (search + deletion) + planting
 
 
-def is_done(run: Run) -> bool:
-    return run.finished and all(table.finished for table in tables(run).values())
-
-
-def plan(run: Run) -> str:
-    """Return the state of the measurement, and the disk that it takes."""
-    state = "done" if is_done(run) else f"{2 * run.config.planted.examples} examples to rank"
-    if not run.finished:
-        state += f" once trained ({run.state})"
-    return f"{title(run.config)}: {state}, 2 MB"
-
-
-def conclude(runs: Sequence[Run]) -> Iterator[tuple[str, Path]]:
-    """Draw each setting's deletion curves, and recall over all settings."""
-    families = []
-    for folder in dict.fromkeys(run.directory.parent for run in runs):
-        family = Family(folder, tuple(run for run in runs if run.directory.parent == folder))
-        families.append(family)
-        place = folder / "figures" / "planted_memorization_deletion"
-        paths = draw_figure(plot_deletion, family, place)
-        yield f"{family.seeds}: {' '.join(path.name for path in paths)}", folder / "figures"
-    if families:
-        folder = families[0].folder if len(families) == 1 else families[0].folder.parent
-        paths = draw_figure(plot_localizers, families, folder / "figures" / "planted_memorization")
-        yield f"{len(families)} settings: {' '.join(p.name for p in paths)}", folder / "figures"
-
+EXPERIMENT = Experiment(
+    key="planted",
+    command="python -m beyond.planted_memorization",
+    section="",
+    question="Does a localizer find an example's memory where example-tied dropout put it?",
+    tables=(TRUTHS, DELETIONS, CHANNEL_RANKS),
+    figures=("plotting.beyond.planted_memorization",),
+    measure=measure,
+    summarize=summarize,
+    passes=estimate_passes,
+    disk=lambda run: 2e6,
+    measurements=measurements,
+    training=without_accounting,
+)
 
 if __name__ == "__main__":
-    sys.exit(run_script(__doc__, main, plan, training=without_accounting, conclude=conclude))
+    sys.exit(run_script(EXPERIMENT, __doc__))

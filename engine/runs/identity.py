@@ -161,6 +161,12 @@ def run_directory(config: Config) -> Path:
     return folder / f"seed{config.seed}"
 
 
+def without_accounting(config: Config) -> Config:
+    """Return the settings under which example_tied_dropout.py trains."""
+    train = dataclasses.replace(config.train, account_gradients=False)
+    return dataclasses.replace(config, train=train)
+
+
 def without_dropout(config: Config) -> Config:
     """The plain training that all scripts are about but example_tied_dropout.py."""
     return dataclasses.replace(config, dropout=DropoutConfig())

@@ -11,18 +11,16 @@ from beyond import erasure
 from beyond.erasure import METHODS, compute_accuracies, compute_erasure, make_task, methods_of
 from beyond.localizers import Examples, UnitGates, run_gated
 from data import normalize
-from engine.runs import files
 from engine.runs.run import Run
 from engine.training.build import load_split
 from models.dropout import dropout_mode, examples, tied_layers
 from models.layer_groups import layer_groups
-from plotting.planted import ERASURE_COLUMNS, ERASURE_TEXT
 
 CPU = torch.device("cpu")
 SETTINGS = (
     "model.width=0.1", "train.epochs=12", "train.peak_epoch=3", "train.account_gradients=false",
-    "retraining.epochs=2", "retraining.peak_epoch=1", "planted.erased=6", "planted.reference=8",
-    "planted.fine_tuning_epochs=1",
+    "retraining.epochs=2", "retraining.peak_epoch=1", "erasure.examples=6", "erasure.reference=8",
+    "erasure.fine_tuning_epochs=1",
 )  # fmt: skip
 
 
@@ -142,8 +140,8 @@ def test_methods_without_tied_neurons_are_those_of_plain_networks(tied):
 
 def test_the_command_writes_a_row_for_every_method(tied):
     run, _ = tied
-    erasure.main(run)
-    rows = files.read_csv(run.directory / "erasure.csv", ERASURE_COLUMNS, ERASURE_TEXT)
+    erasure.EXPERIMENT.main(run)
+    rows = erasure.ERASURES.read(run.directory)
     assert [row["method"] for row in rows] == list(METHODS)
     assert rows[0]["acc_erased"] == 1
-    assert erasure.make_measurement(run).finished
+    assert erasure.EXPERIMENT.is_done(run)

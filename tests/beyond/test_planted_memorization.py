@@ -9,24 +9,23 @@ import torch
 import example_tied_dropout
 from beyond import planted_memorization
 from beyond.localizers import LOCALIZERS
-from beyond.planted_memorization import choose_rows, make_bench, relabel
+from beyond.planted_memorization import (
+    CHANNEL_RANKS,
+    DELETIONS,
+    EXPERIMENT,
+    TRUTHS,
+    choose_rows,
+    make_bench,
+    relabel,
+)
 from engine.config.load import load_configs
 from engine.errors import UserError
-from engine.runs import files
 from engine.runs.run import Run
 from engine.training.build import load_final_model, load_split
 from engine.training.evaluation import evaluate
-from plotting.planted import (
-    CHANNEL_COLUMNS,
-    CHANNEL_FILE_NAME,
-    CHANNEL_TEXT,
-    DELETION_COLUMNS,
-    DELETION_FILE_NAME,
-    DELETION_TEXT,
-    TRUTH_COLUMNS,
-    TRUTH_FILE_NAME,
-    TRUTH_TEXT,
-)
+from plotting.beyond.planted_memorization import FIGURES
+from plotting.families import Family
+from plotting.figures import draw_figure
 from tests.conftest import TINY
 
 CPU = torch.device("cpu")
@@ -51,16 +50,12 @@ def run(folder):
     (config,) = load_configs(folder / "tiny.yaml", SETTINGS)
     run = Run.of(config)
     example_tied_dropout.train(run, CPU)
-    planted_memorization.main(run)
+    EXPERIMENT.main(run)
     return run
 
 
-def read(run, name, columns, text):
-    return files.read_csv(run.directory / name, columns, text)
-
-
 def test_the_table_has_a_row_for_every_localizer_truth_layer_and_subset(run):
-    rows = read(run, TRUTH_FILE_NAME, TRUTH_COLUMNS, TRUTH_TEXT)
+    rows = TRUTHS.read(run.directory)
     truths = 3 * len(LOCALIZERS) - 1  # flipping is not asked under other masks
     assert len(rows) == truths * 2 * 7
     for row in rows:
@@ -72,7 +67,7 @@ def test_the_table_has_a_row_for_every_localizer_truth_layer_and_subset(run):
 
 def test_own_masks_make_selectivity_read_the_mask(run):
     """The control that shows a leak: it finds another example's neurons as well."""
-    rows = read(run, TRUTH_FILE_NAME, TRUTH_COLUMNS, TRUTH_TEXT)
+    rows = TRUTHS.read(run.directory)
     auc = {
         (row["localizer"], row["truth"]): row["auc"]
         for row in rows
@@ -83,10 +78,10 @@ def test_own_masks_make_selectivity_read_the_mask(run):
 
 
 def test_deletion_begins_with_everything_right_and_agrees_with_flips(run):
-    rows = read(run, DELETION_FILE_NAME, DELETION_COLUMNS, DELETION_TEXT)
+    rows = DELETIONS.read(run.directory)
     held = {(row["localizer"], row["subset"], row["closed"]): row["acc_trained"] for row in rows}
     assert all(value == 1 for (_, _, closed), value in held.items() if closed == 0)
-    for row in read(run, TRUTH_FILE_NAME, TRUTH_COLUMNS, TRUTH_TEXT):
+    for row in TRUTHS.read(run.directory):
         if (row["truth"], row["layer"]) == ("own", "all"):
             for count in (1, 5, 10):
                 survived = held[row["localizer"], row["subset"], count]
@@ -94,7 +89,7 @@ def test_deletion_begins_with_everything_right_and_agrees_with_flips(run):
 
 
 def test_the_channel_table_counts_planted_channels(run):
-    rows = read(run, CHANNEL_FILE_NAME, CHANNEL_COLUMNS, CHANNEL_TEXT)
+    rows = CHANNEL_RANKS.read(run.directory)
     assert len(rows) == 2 * len(LOCALIZERS) * 3
     for row in rows:
         assert row["examples"] in (0, 1)  # nothing where the channel could not learn the label
@@ -105,13 +100,13 @@ def test_nothing_is_measured_twice(run, monkeypatch):
     def fail(*_):
         raise AssertionError("measured again")
 
-    before = (run.directory / TRUTH_FILE_NAME).read_bytes()
+    before = TRUTHS.path(run.directory).read_bytes()
     monkeypatch.setattr(planted_memorization, "plant_channel", fail)
     monkeypatch.setattr(planted_memorization, "LOCALIZERS", dict.fromkeys(LOCALIZERS, fail))
-    planted_memorization.main(run)
-    (run.directory / TRUTH_FILE_NAME).unlink()
-    planted_memorization.main(run)
-    assert (run.directory / TRUTH_FILE_NAME).read_bytes() == before
+    EXPERIMENT.main(run)
+    TRUTHS.path(run.directory).unlink()
+    EXPERIMENT.main(run)
+    assert TRUTHS.path(run.directory).read_bytes() == before
 
 
 def test_the_measured_network_is_left_as_it_was(run):
@@ -145,12 +140,13 @@ def test_a_run_without_tied_neurons_is_refused(folder):
     run = Run.of(config)
     example_tied_dropout.train(run, CPU)
     with pytest.raises(UserError, match="example_tied"):
-        planted_memorization.main(run)
+        EXPERIMENT.main(run)
 
 
-def test_the_figures_are_drawn(run):
-    lines = list(planted_memorization.conclude([run]))
-    folder = run.directory.parent / "figures"
-    for name in ("planted_memorization", "planted_memorization_deletion"):
-        assert (folder / f"{name}.png").stat().st_size > 1000
-    assert all(place == folder for _, place in lines)
+def test_the_figures_are_drawn(run, tmp_path):
+    family = Family(run.directory.parent, (run,))
+    for kind in FIGURES:
+        assert kind.concerns(family)
+        subject = [family, family] if kind.compares else family
+        paths = draw_figure(kind.plot, subject, tmp_path / kind.name)
+        assert all(path.stat().st_size > 1000 for path in paths)

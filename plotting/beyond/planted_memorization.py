@@ -1,4 +1,4 @@
-"""Planted memorization: the result files, and figures of localizers against the truth."""
+"""Planted memorization: localizers against the truth, and deletion curves."""
 
 from collections.abc import Sequence
 
@@ -7,37 +7,10 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from beyond.planted_memorization import DELETIONS, TRUTHS
 from plotting.families import Family
+from plotting.figure_kind import FigureKind
 from plotting.style import COLORS, PAGE, wrapped
-
-SHARES_AT = (1, 5, 10)
-TRUTH_FILE_NAME = "planted_memorization.csv"
-TRUTH_TEXT = ("localizer", "truth", "layer", "subset")
-TRUTH_COLUMNS = (
-    *TRUTH_TEXT, "examples",
-    *(f"share_planted_at_{k}" for k in SHARES_AT), "expected_by_chance",
-    "recall", "recall_low", "recall_high", "auc", "low", "high",
-    *(f"flips_at_{k}" for k in SHARES_AT),
-)  # fmt: skip
-DELETION_FILE_NAME = "planted_memorization_deletion.csv"
-DELETION_TEXT = ("localizer", "subset")
-DELETION_COLUMNS = (
-    *DELETION_TEXT, "examples", "closed",
-    "acc_trained", "low", "high", "acc_true", "acc_others", "acc_test",
-)  # fmt: skip
-CHANNEL_FILE_NAME = "planted_memorization_channel.csv"
-CHANNEL_TEXT = ("layer", "localizer", "state")
-CHANNEL_COLUMNS = (
-    *CHANNEL_TEXT, "channels", "examples", "units",
-    "found_at_1", "found_at_5", "median_rank", "auc", "low", "high", "acc_others", "acc_test",
-)  # fmt: skip
-ERASURE_FILE_NAME = "erasure.csv"
-ERASURE_TEXT = ("method", "layer")
-ERASURE_COLUMNS = (
-    *ERASURE_TEXT, "examples", "units",
-    "acc_erased", "acc_erased_true", "acc_others", "acc_others_clean", "acc_others_noisy",
-    "acc_test", "seconds",
-)  # fmt: skip
 
 # Colour, marker, and width of each line; the colours are those of Okabe and Ito.
 LINES = {
@@ -74,7 +47,7 @@ def plot_localizers(families: Sequence[Family]) -> Figure:
 
 def draw_recall(axes: Axes, family: Family) -> list[str]:
     """Draw noisy and clean examples' recall of every seed, and the chance line."""
-    rows = family.rows(TRUTH_FILE_NAME, TRUTH_COLUMNS, TRUTH_TEXT)
+    rows = family.rows(TRUTHS)
     rows = [row for row in rows if (row["truth"], row["layer"]) == ("own", "all")]
     names = list(dict.fromkeys(row["localizer"] for row in rows))
     for subset, side in (("noisy", -1), ("clean", 1)):
@@ -96,7 +69,7 @@ def draw_recall(axes: Axes, family: Family) -> list[str]:
 
 def plot_deletion(family: Family) -> Figure:
     """Draw the share of predictions that survive as the first ranked units are closed."""
-    rows = family.rows(DELETION_FILE_NAME, DELETION_COLUMNS, DELETION_TEXT)
+    rows = family.rows(DELETIONS)
     figure, panels = plt.subplots(1, 2, figsize=(PAGE, 2.9), sharey=True)
     for axes, subset in zip(panels, ("noisy", "clean")):
         for name, (color, marker, width) in LINES.items():
@@ -112,3 +85,31 @@ def plot_deletion(family: Family) -> Figure:
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
     figure.suptitle(wrapped(f"{family.title}, {family.seeds}", PAGE), fontsize=8)
     return figure
+
+
+def plot_recall(family: Family) -> Figure:
+    """Draw each localizer's recall of one setting."""
+    return plot_localizers([family])
+
+
+FIGURES = (
+    FigureKind(
+        ("planted-memorization",), "planted_memorization", "planted", TRUTHS.name, plot_recall,
+        "Recall above chance for noisy examples and not for clean ones: a localizer that finds "
+        "memory. Own masks alone make every memorization neuron selective.",
+        beyond=True,
+    ),
+    FigureKind(
+        ("planted-memorization-compared",), "planted_memorization_compared", "planted",
+        TRUTHS.name, plot_localizers,
+        "Whether the localizers keep their order over data sets and shares of neurons.",
+        compares=r"(data|model|train|dropout)\..+", beyond=True,
+    ),
+    FigureKind(
+        ("planted-memorization-deletion",), "planted_memorization_deletion", "planted",
+        DELETIONS.name, plot_deletion,
+        "The planted neurons cost noisy examples their labels and clean ones nothing; ranked units "
+        "cost both.",
+        beyond=True,
+    ),
+)  # fmt: skip
