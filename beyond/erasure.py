@@ -44,7 +44,7 @@ from engine.runs.tables import HISTORY, ResultTable
 from engine.training.build import load_final_model, load_split, make_model
 from engine.training.devices import compute_precision, resolve_device
 from engine.training.evaluation import evaluate, evaluate_split
-from engine.training.loop import PlainBackward, make_optimizer, train_epoch
+from engine.training.loop import make_optimizer, train_epoch
 from models.dropout import dropout_mode, examples, forget, tied_layers
 from models.layer_groups import LayerGroup, StagedModel, layer_groups
 
@@ -197,7 +197,7 @@ def train(model: StagedModel, split: Split, config: Config, **changes: object) -
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))
     optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], config.train)
     for epoch in range(1, config.train.epochs + 1):
-        train_epoch(model, optimizer, split, config, epoch, PlainBackward().backward)
+        train_epoch(model, optimizer, split, config, epoch)
     model.eval()
 
 

@@ -367,7 +367,7 @@ def measure(run: Run) -> None:
     model = load_final_model(run, split, device).eval().requires_grad_(False)
     truths, deletions, channels = measurements(run)
     seed = run.config.seed
-    with compute_precision(run.config.precision, device):
+    with compute_precision("fp32", device):  # less holds no gradient of a fitted example
         bench = make_bench(run, split, model)
         for subset, rows in bench.rows.items():
             if len(rows) == 0:
@@ -380,7 +380,7 @@ def measure(run: Run) -> None:
         with bench.gates:
             for table, make in rows_of.items():
                 if not table.finished:
-                    table.finish(list(make()), device)
+                    table.finish(list(make()), device, "fp32")
 
 
 def summarize(run: Run) -> str:
