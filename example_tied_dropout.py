@@ -15,7 +15,6 @@ that is cheap beside the training.
 """
 
 import copy
-import dataclasses
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -31,7 +30,13 @@ from engine.config.schema import Config
 from engine.launch.cli import run_script
 from engine.launch.estimates import count_examples, training_passes
 from engine.runs.experiment import Experiment
-from engine.runs.identity import digest_of, measuring_precision, measuring_settings, title
+from engine.runs.identity import (
+    digest_of,
+    measuring_precision,
+    measuring_settings,
+    title,
+    without_accounting,
+)
 from engine.runs.measurement import Measurement
 from engine.runs.run import Run
 from engine.runs.tables import ResultTable
@@ -285,12 +290,6 @@ def measure_tables(run: Run, device: torch.device) -> None:
 
 
 # ---------------------------------------------------------------- a run
-
-
-def without_accounting(config: Config) -> Config:
-    """Gradients are accounted without dropout, by gradient_accounting.py."""
-    train = dataclasses.replace(config.train, account_gradients=False)
-    return dataclasses.replace(config, train=train)
 
 
 def train(run: Run, device: torch.device) -> None:

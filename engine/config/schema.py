@@ -31,6 +31,8 @@ EXPERIMENTS = {
     "flipping": "neuron_flipping",
     "dropout": "example_tied_dropout",
     "gradient_distance": "beyond.gradient_distance",
+    "planted": "beyond.planted_memorization",
+    "erasure": "beyond.erasure",
 }
 OF_THE_PAPER = ("rewinding", "retraining", "flipping", "dropout")
 
@@ -210,6 +212,25 @@ class GradientDistanceConfig:
 
 
 @dataclass(frozen=True)
+class PlantedConfig:
+    examples: int = option(30, integer(2), "noisy examples to localize, and as many clean ones")
+    reference: int = option(50, integer(2), "training examples that a score may compare with")
+    others: int = option(50, integer(1), "training and test examples for the cost of deletion")
+    channels: int = option(3, integer(1), "single channels that are planted in each of two layers")
+    chosen: int = option(3, integer(1), "clean examples whose new label a channel has to hold")
+
+
+@dataclass(frozen=True)
+class ErasureConfig:
+    examples: int = option(20, integer(1), "learned noisy examples to erase")
+    reference: int = option(50, integer(2), "reference batch of the search that closes units")
+    ascent_lr: float = option(0.001, number(above=0), "gradient ascent: learning rate")
+    ascent_steps: int = option(500, integer(1), "gradient ascent: steps at most")
+    fine_tuning_lr: float = option(0.01, number(above=0), "fine-tuning: peak learning rate")
+    fine_tuning_epochs: int = option(5, integer(1), "fine-tuning: passes over the other examples")
+
+
+@dataclass(frozen=True)
 class SlurmConfig:
     partition: str | None = option(None, optional(text()), "partition; null: the cluster's default")
     account: str | None = option(
@@ -261,6 +282,8 @@ class Config:
     gradient_distance: GradientDistanceConfig = dataclasses.field(
         default_factory=GradientDistanceConfig
     )
+    planted: PlantedConfig = dataclasses.field(default_factory=PlantedConfig)
+    erasure: ErasureConfig = dataclasses.field(default_factory=ErasureConfig)
     slurm: SlurmConfig = dataclasses.field(default_factory=SlurmConfig)
 
 

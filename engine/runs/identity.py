@@ -199,6 +199,12 @@ def run_directory(config: Config) -> Path:
     return folder / f"seed{config.seed}"
 
 
+def without_accounting(config: Config) -> Config:
+    """Return the settings under which example_tied_dropout.py trains."""
+    train = dataclasses.replace(config.train, account_gradients=False)
+    return dataclasses.replace(config, train=train)
+
+
 def without_dropout(config: Config) -> Config:
     """The plain training, which all scripts but example_tied_dropout.py read."""
     return dataclasses.replace(config, dropout=DropoutConfig())
