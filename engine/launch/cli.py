@@ -44,6 +44,10 @@ def make_parser(description: str, default_config: str | None = None) -> argparse
     )
     parser.add_argument("--dry-run", action="store_true", help="only say what would be done")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"))
+    if default_config is None:
+        parser.add_argument(
+            "--trust", action="store_true", help="run the code of the network in a run's directory"
+        )
     parser.add_argument(
         "--wait", action="store_true", help="wait for runs that another process works on"
     )
@@ -54,13 +58,15 @@ def find_runs(
     config: str,
     overrides: Sequence[str] = (),
     training: Callable[[Config], Config] = without_dropout,
+    trust: bool = False,
 ) -> list[Run]:
     """The runs that a command is about: those of a configuration's sweep, or the one given.
 
-    `training` says which training a script makes of a configuration: by default, the plain one.
+    The code of a network that a run's directory holds runs only with `trust`. `training` says which training a script makes of a configuration: by default, the plain one.
     """
     if Path(config).is_dir():
-        return [Run.at(Path(config), tuple(overrides))]
+        own_file = any(override.startswith("model.name=") for override in overrides)
+        return [Run.at(Path(config), tuple(overrides)).trusting(own_file, trust)]
     return each_once(Run.of(training(found)) for found in load_configs(config, overrides))
 
 
@@ -82,7 +88,7 @@ def run_script(
         given = make_parser(description).parse_intermixed_args(arguments)
         device = [f"device={given.device}"] if given.device else []
         done = []
-        for run in find_runs(given.config, [*given.overrides, *device], training):
+        for run in find_runs(given.config, [*given.overrides, *device], training, given.trust):
             with ending.one_of_several(run.directory):
                 if given.dry_run:
                     result = plan(run)
