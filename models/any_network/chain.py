@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
+from itertools import count, pairwise
 
 import torch
 from torch import Tensor, fx, nn
@@ -70,7 +70,11 @@ def _recorded_len() -> Iterator[None]:
 
 
 def record_calls(network: nn.Module, layers: Sequence[str]) -> fx.Graph:
-    """Return the calls of a forward pass, with the modules that hold one of the layers opened."""
+    """Return the calls of a forward pass, with the modules that hold one of the layers opened.
+
+    A tensor that the forward pass makes from numbers becomes a buffer of the network, which no
+    state_dict has.
+    """
     opened = {_ROOT} | {
         f"{_ROOT}.{layer.rsplit('.', depth)[0]}"
         for layer in layers
@@ -89,11 +93,18 @@ def record_calls(network: nn.Module, layers: Sequence[str]) -> fx.Graph:
         if node.op in ("call_module", "get_attr"):
             node.target = node.target.removeprefix(f"{_ROOT}.")
             if node.op == "get_attr" and hasattr(caller, node.target):
-                # A tensor that the forward pass makes from numbers; torch.fx keeps it there.
-                network.register_buffer(
-                    node.target, getattr(caller, node.target).detach(), persistent=False
-                )
+                node.target = _kept(network, getattr(caller, node.target).detach())
     return graph
+
+
+def _kept(network: nn.Module, constant: Tensor) -> str:
+    """Return the name of a buffer of the network with this value."""
+    for number in count():
+        name = f"_constant{number}"
+        if not hasattr(network, name):
+            network.register_buffer(name, constant, persistent=False)
+        if torch.equal(getattr(network, name), constant):
+            return name
 
 
 @contextmanager
