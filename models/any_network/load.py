@@ -72,13 +72,16 @@ def _callable_in(name: str) -> Callable[..., nn.Module]:
 
 
 def _execute(path: Path) -> ModuleType:
-    """Run a file as a module of its own; its classes find it under a name that no other has."""
+    """Run a file as a module of its own; its classes find it under a name that no other has.
+
+    Always from the source: Python's cache can miss an edit within a second.
+    """
     digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
     specification = importlib.util.spec_from_file_location(f"network_{digest}", path)
     module = importlib.util.module_from_spec(specification)
     sys.modules[specification.name] = module  # dataclasses and copies look it up there
     try:
-        specification.loader.exec_module(module)
+        exec(compile(path.read_bytes(), path, "exec"), vars(module))
     except Exception as error:
         raise NetworkError(f"{path}: cannot be run: {last_line(error)}") from None
     return module
