@@ -4,6 +4,7 @@ The defaults are Section 3 of the paper.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from engine.config.kinds import (
@@ -75,7 +76,7 @@ class ModelConfig:
     layers: tuple[str, ...] | None = option(
         None, optional(names()), "your network: modules that begin a layer; null: its children"
     )
-    options: dict[str, object] | None = option(
+    options: Mapping[str, object] | None = option(
         None, optional(mapping()), "your network: further arguments of its callable"
     )
     width: float = option(1.0, number(above=0, most=16), "resnet9: channels, as a multiple")

@@ -62,7 +62,8 @@ def find_runs(
 ) -> list[Run]:
     """The runs that a command is about: those of a configuration's sweep, or the one given.
 
-    The code of a network that a run's directory holds runs only with `trust`. `training` says which training a script makes of a configuration: by default, the plain one.
+    `training` says which training a script makes of a configuration: by default, the plain one.
+    The code of a network that a run's directory holds runs only with `trust`.
     """
     if Path(config).is_dir():
         own_file = any(override.startswith("model.name=") for override in overrides)

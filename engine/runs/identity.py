@@ -10,7 +10,9 @@ from pathlib import Path
 from data import file_digest
 from engine.config.load import SCHEMA, flatten
 from engine.config.schema import OTHER, Config, DropoutConfig, HumanLabelsConfig
+from engine.errors import UserError
 from models import MODELS, model_options, network_file
+from models.any_network import NetworkError, require_file
 
 # Settings of these sections, and these keys, decide what is trained.
 DECIDING = re.compile(
@@ -60,6 +62,10 @@ def deciding_settings(config: Config, contents: bool = True) -> dict[str, object
             settings[f"{key}.sha256"] = digest_of(Path(path).expanduser())
     settings["model.name"] = short_name(config.model.name)
     if contents and (path := network_file(config.model.name)) is not None:
+        try:
+            require_file(path)
+        except NetworkError as error:
+            raise UserError(f"model: {error}") from None
         settings["model.name.sha256"] = digest_of(path)
     return settings
 

@@ -15,6 +15,7 @@ from models.any_network.load import (
     is_name_of_network,
     load_network,
     network_file,
+    require_file,
 )
 from models.any_network.proof import SIZES, prove, require_classifier
 from models.layer_groups import StagedModel
@@ -29,6 +30,7 @@ __all__ = [
     "is_name_of_network",
     "load_network",
     "network_file",
+    "require_file",
 ]
 
 

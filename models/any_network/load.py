@@ -53,11 +53,16 @@ def load_network(
 # ---------------------------------------------------------------- a file
 
 
-def _callable_in(name: str) -> Callable[..., nn.Module]:
-    path, attribute = network_file(name), name.rpartition(":")[2]
+def require_file(path: Path) -> None:
+    """Raise unless there is such a file."""
     if not path.is_file():
         beside = path.parent.glob("*.py") if path.parent.is_dir() else ()
         raise NetworkError(f"{path}: no such file{nearest(path.name, [p.name for p in beside])}")
+
+
+def _callable_in(name: str) -> Callable[..., nn.Module]:
+    path, attribute = network_file(name), name.rpartition(":")[2]
+    require_file(path)
     module = _execute(path)
     made = getattr(module, attribute, None)
     if not callable(made):
