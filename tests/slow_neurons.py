@@ -7,6 +7,7 @@ a closed gate leaves them at 0. Nothing here knows of hooks, stages, or sets of 
 import copy
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ SIZES = {
     "single_conv": {},
     "torchvision:resnet18": {},
 }
+RESNET18 = "configs/beyond/networks/small.py"  # torchvision's, at any width
 NOT_OURS = {"pre_activation": PreActivation, "mixed": Mixed, "mlp": mlp}
 FINAL = {
     "resnet9": "linear",
@@ -32,6 +34,7 @@ FINAL = {
     "vit_small": "mlp_head.1",
     "single_conv": "linear",
     "torchvision:resnet18": "fc",
+    "resnet18": "fc",
     "pre_activation": "fc",
     "mixed": "fc",
     "mlp": "6",
@@ -67,6 +70,12 @@ def make(name: str, seed: int = 0) -> StagedModel:
         torch.default_generator.manual_seed(seed)
         if name == "single_conv":
             model = SingleConv()
+        elif name == "resnet18":
+            path = Path(__file__).parents[1] / RESNET18
+            model = build_model(
+                f"{path}:ResNet18", channels=1, classes=10, image_size=20, seed=seed,
+                options={"width": 0.08},
+            )  # fmt: skip
         elif name in NOT_OURS:
             size = 8 if name == "mlp" else 20
             model = as_chain(NOT_OURS[name](), example_images(1, size), 3)
@@ -88,7 +97,7 @@ def layers(model: nn.Module, name: str) -> list[tuple[str, str | None]]:
         return [("conv", None)]
     if name in BY_HAND:
         return BY_HAND[name]
-    if name == "torchvision:resnet18":
+    if name.endswith("resnet18"):
         return [("conv1", "bn1"), *_basic_blocks()]
     if name == "resnet9":
         return [(f"conv{i}.conv", f"conv{i}.bn") for i in range(1, 9)]
