@@ -29,10 +29,12 @@ from data import Split, batch_rows, normalize
 from data.random_streams import random_stream
 from engine.config.schema import Config
 from engine.launch.cli import run_script
-from engine.runs import files
-from engine.runs.identity import title
+from engine.launch.estimates import count_examples, training_passes
+from engine.runs.experiment import Experiment
+from engine.runs.identity import measuring_precision, measuring_settings, title
 from engine.runs.measurement import Measurement
 from engine.runs.run import Run
+from engine.runs.tables import ResultTable
 from engine.training.build import (
     estimate_disk,
     load_final_model,
@@ -43,17 +45,27 @@ from engine.training.build import (
 from engine.training.devices import compute_precision, resolve_device
 from engine.training.evaluation import Outcome, eval_mode, evaluate_split, mean_by_subset
 from engine.training.loop import restore_results, train_run
-from engine.training.record import PlainBackward
 from models.dropout import dropout_mode, forget, tied_layers
 
 ACCURACIES = ("acc_clean", "acc_noisy", "acc_test")
-COLUMNS = ("dropout", "p_gen", "p_mem", "state", *ACCURACIES)
-FORGOTTEN_COLUMNS = ("index", "label", "prediction_after", "typicality")
-TYPICALITY_COLUMNS = (
-    "forgotten", "kept", "mean_forgotten", "mean_kept", "difference", "low", "high",
-)  # fmt: skip
-ABLATION_COLUMNS = ("rescale", "batchnorm", *ACCURACIES)
-UNLEARNING_COLUMNS = ("examples", "draw", "neurons", "acc_chosen", *ACCURACIES)
+DROPOUT = ResultTable(
+    "example_tied_dropout.csv",
+    ("dropout", "p_gen", "p_mem", "state", *ACCURACIES),
+    text=("dropout", "state"),
+)
+FORGOTTEN = ResultTable("forgotten.csv", ("index", "label", "prediction_after", "typicality"))
+TYPICALITY = ResultTable(
+    "forgotten_typicality.csv",
+    ("forgotten", "kept", "mean_forgotten", "mean_kept", "difference", "low", "high"),
+)
+ABLATION = ResultTable(
+    "dropout_ablation.csv",
+    ("rescale", "batchnorm", *ACCURACIES),
+    text=("rescale", "batchnorm"),
+)
+UNLEARNING = ResultTable(
+    "unlearning.csv", ("examples", "draw", "neurons", "acc_chosen", *ACCURACIES)
+)
 BOOTSTRAP_DRAWS = 2000
 
 # ---------------------------------------------------------------- without memorization neurons
@@ -116,7 +128,7 @@ def table_of_forgotten(
         scores = torch.full_like(split.label, float("nan"), dtype=torch.float64)
     columns = (split.index, split.label, after.prediction, scores)
     return [
-        dict(zip(FORGOTTEN_COLUMNS, values))
+        dict(zip(FORGOTTEN.columns, values))
         for values in zip(*(column[rows].tolist() for column in columns))
     ]
 
@@ -158,7 +170,7 @@ def table_of_typicality(
 # ---------------------------------------------------------------- unlearning chosen examples
 
 
-def choose_examples(split: Split, before: Outcome, size: int, draw: int) -> Tensor:
+def choose_learned(split: Split, before: Outcome, size: int, draw: int) -> Tensor:
     """Rows of `size` noisy examples that the model has learned; fewer if there are not so many."""
     learned = (split.memorized & before.correct).nonzero().flatten()
     order = random_stream("examples to forget", size, draw).permutation(len(learned))
@@ -185,19 +197,20 @@ def compute_unlearning(model: nn.Module, split: Split, rows: Tensor) -> dict[str
 # ---------------------------------------------------------------- the tables of a run
 
 
-def tables(run: Run) -> dict[str, Measurement]:
-    """What is measured on a run; all but the first need neurons that are tied to examples."""
+def measurements(run: Run) -> list[Measurement]:
+    """Return the tables of a run; all but the first need neurons that are tied to examples."""
     dropout = run.config.dropout
-    state = {"rescale": dropout.rescale, "batchnorm": dropout.batchnorm}
+    measured = measuring_settings(run.config)
+    state = {"rescale": dropout.rescale, "batchnorm": dropout.batchnorm} | measured
     draws = {"forget": dropout.forget, "forget_draws": dropout.forget_draws}
-    found = {"main": Measurement(run, "example_tied_dropout.csv", COLUMNS, state)}
+    found = [Measurement(run, DROPOUT, state)]
     if dropout.kind == "example_tied":
-        found |= {
-            "forgotten": Measurement(run, "forgotten.csv", FORGOTTEN_COLUMNS, state),
-            "typicality": Measurement(run, "forgotten_typicality.csv", TYPICALITY_COLUMNS, state),
-            "ablation": Measurement(run, "dropout_ablation.csv", ABLATION_COLUMNS, {}),
-            "unlearning": Measurement(run, "unlearning.csv", UNLEARNING_COLUMNS, {}, draws),
-        }
+        found += [
+            Measurement(run, FORGOTTEN, state),
+            Measurement(run, TYPICALITY, state),
+            Measurement(run, ABLATION, measured),
+            Measurement(run, UNLEARNING, measured, draws),
+        ]
     return found
 
 
@@ -225,7 +238,7 @@ def unlearning(
 ) -> Iterator[dict[str, object]]:
     """For each size and draw, what is left; nothing where no noisy example was learned."""
     for size, draw in product(config.dropout.forget, range(config.dropout.forget_draws)):
-        rows = choose_examples(split, before, size, draw)
+        rows = choose_learned(split, before, size, draw)
         if len(rows) < size:
             continue
         key = f"{size}-{draw}"
@@ -235,27 +248,31 @@ def unlearning(
         yield {"examples": size, "draw": draw} | part
 
 
-def measure(run: Run, device: torch.device) -> None:
-    """Every table of a finished run that is not there yet, the cheapest first."""
+def measure_tables(run: Run, device: torch.device) -> None:
+    """Measure the tables of a finished run that are not there yet, the cheapest first."""
     config = run.config
     split = load_split(config).to(device)
     model = load_final_model(run, split, device)
     scores = load_typicality(config, split)
-    with compute_precision(config.precision, device):
+    with compute_precision(precision := measuring_precision(config, device), device):
         before, test_before = evaluate_split(model, split)
         with dropped(model, split, config.dropout.rescale, config.dropout.batchnorm):
             after, test_after = evaluate_split(model, split)
         states = accuracies(split, before, test_before), accuracies(split, after, test_after)
-        rows_of = {
-            "main": lambda table: table_1(config, *states),
-            "forgotten": lambda table: table_of_forgotten(split, before, after, scores),
-            "typicality": lambda table: table_of_typicality(split, before, after, scores),
-            "ablation": lambda table: ablation(model, split),
-            "unlearning": lambda table: unlearning(table, config, model, split, before),
-        }
-        for name, table in tables(run).items():
-            if not table.finished:
-                table.finish(rows_of[name](table), device)
+        for measurement in measurements(run):
+            if measurement.finished:
+                continue
+            if measurement.table is DROPOUT:
+                rows = table_1(config, *states)
+            elif measurement.table is FORGOTTEN:
+                rows = table_of_forgotten(split, before, after, scores)
+            elif measurement.table is TYPICALITY:
+                rows = table_of_typicality(split, before, after, scores)
+            elif measurement.table is ABLATION:
+                rows = ablation(model, split)
+            else:
+                rows = unlearning(measurement, config, model, split, before)
+            measurement.finish(rows, device, precision)
 
 
 # ---------------------------------------------------------------- a run
@@ -283,17 +300,20 @@ def dropout_title(config: Config) -> str:
     return f"{title(config)}, {dropout.kind}{shares}"
 
 
-def main(run: Run) -> str:
-    """Train and measure one run, whatever of it is not there yet; its results in one line."""
+def measure(run: Run) -> None:
+    """Train and measure one run, whatever of it is not there yet."""
     device = resolve_device(run.config)
     if not run.finished:
         train(run, device)
-    restore_results(run, PlainBackward())
+    restore_results(run)
     run.discard(run.resumable_epochs())
-    found = tables(run)
-    if not all(table.finished for table in found.values()):
-        measure(run, device)
-    before, after = files.read_csv(found["main"].path, COLUMNS, text=("dropout", "state"))
+    if not all(measurement.finished for measurement in measurements(run)):
+        measure_tables(run, device)
+
+
+def summarize(run: Run) -> str:
+    """Return the accuracies before and after dropping."""
+    before, after = DROPOUT.read(run.directory)
     changes = (
         f"{name.removeprefix('acc_')} {before[name]:.2%} -> {after[name]:.2%}"
         for name in ACCURACIES
@@ -301,16 +321,30 @@ def main(run: Run) -> str:
     return f"{dropout_title(run.config)}: {', '.join(changes)}"
 
 
-def is_done(run: Run) -> bool:
-    trained = run.finished and not run.missing_results()
-    return trained and all(table.finished for table in tables(run).values())
+def estimate_passes(run: Run) -> float:
+    """The training that remains, and the evaluations of each table."""
+    settings, sizes = run.config.dropout, count_examples(run.config)
+    evaluations = 2
+    if settings.kind == "example_tied":
+        evaluations += 6 + len(settings.forget) * settings.forget_draws
+    return (0 if run.finished else training_passes(run)) + evaluations * sum(sizes)
 
 
-def plan(run: Run) -> str:
-    """What `main` would do, and the disk that it takes."""
-    state = f"{run.state}, {'measured' if is_done(run) else 'to measure'}"
-    return f"{dropout_title(run.config)}: {state}, {files.megabytes(estimate_disk(run))}"
-
+EXPERIMENT = Experiment(
+    key="dropout",
+    command="python example_tied_dropout.py",
+    section="6.2",
+    question=("Can memorization be steered into neurons chosen beforehand, and dropped with them?"),
+    tables=(DROPOUT, FORGOTTEN, TYPICALITY, ABLATION, UNLEARNING),
+    figures=("plotting.dropout",),
+    measure=measure,
+    summarize=summarize,
+    passes=estimate_passes,
+    disk=estimate_disk,
+    measurements=measurements,
+    training=without_accounting,
+    trains=True,
+)
 
 if __name__ == "__main__":
-    sys.exit(run_script(__doc__, main, plan, training=without_accounting))
+    sys.exit(run_script(EXPERIMENT, __doc__))

@@ -20,17 +20,21 @@ from torch import Tensor, nn
 
 from data import Batch
 from engine.launch.cli import run_script
-from engine.runs import files
+from engine.launch.estimates import training_passes
+from engine.runs.experiment import Experiment
 from engine.runs.identity import title
-from engine.runs.run import HISTORY_COLUMNS, Run
+from engine.runs.run import Run
+from engine.runs.tables import HISTORY, ResultTable
 from engine.training.build import estimate_disk, load_split, make_model
 from engine.training.devices import resolve_device
 from engine.training.loop import restore_results, train_run
 from engine.training.record import PlainBackward
 from models.layer_groups import layer_groups
 
-FILE_NAME = "gradient_accounting.csv"
-COLUMNS = ("epoch", "group", "norm_clean", "norm_noisy", "norm_total", "cosine", "parameters")
+ACCOUNTS = ResultTable(
+    "gradient_accounting.csv",
+    ("epoch", "group", "norm_clean", "norm_noisy", "norm_total", "cosine", "parameters"),
+)
 
 
 def compute_row(clean: Sequence[Tensor], noisy: Sequence[Tensor]) -> dict[str, float]:
@@ -64,8 +68,7 @@ class GradientAccountant:
     is needed. Both go through the whole batch, since batch norm ties its examples together.
     """
 
-    file_name = FILE_NAME
-    columns = COLUMNS
+    table = ACCOUNTS
 
     def __init__(self, model: nn.Module) -> None:
         self.parameters = list(model.parameters())
@@ -107,33 +110,45 @@ class GradientAccountant:
 # ---------------------------------------------------------------- a run
 
 
-def main(run: Run) -> str:
-    """Train and account one run, unless it is finished; its results in one line."""
-    accounting = run.config.train.account_gradients
+def train(run: Run) -> None:
+    """Train and account one run, or restore what a finished run lacks."""
+    accounting = GradientAccountant if run.config.train.account_gradients else PlainBackward
     if run.finished:
-        restore_results(run, GradientAccountant if accounting else PlainBackward)
+        restore_results(run, accounting)
         run.discard(run.resumable_epochs())
     else:
         device = resolve_device(run.config)
         split = load_split(run.config).to(device)
         model = make_model(run.config, split).to(device)
-        train_run(run, split, model, device, GradientAccountant(model) if accounting else None)
-    last = files.read_csv(run.history_path, HISTORY_COLUMNS)[-1]
+        train_run(run, split, model, device, accounting)
+
+
+def summarize(run: Run) -> str:
+    """Return the accuracies at the end of the training."""
+    last = HISTORY.read(run.directory)[-1]
     return (
         f"{title(run.config)}: clean {last['acc_clean']:.2%}, noisy {last['acc_noisy']:.2%}, "
         f"test {last['acc_test']:.2%}"
     )
 
 
-def is_done(run: Run) -> bool:
-    accounts = FILE_NAME if run.config.train.account_gradients else ""
-    return run.finished and not run.missing_results(accounts)
-
-
-def plan(run: Run) -> str:
-    """What `main` would do, and the disk that it takes."""
-    return f"{title(run.config)}: {run.state}, {files.megabytes(estimate_disk(run))}"
-
+EXPERIMENT = Experiment(
+    key="gradients",
+    command="python gradient_accounting.py",
+    section="4, A",
+    question=(
+        "How much gradient do clean and memorized examples contribute to each layer while "
+        "the network trains, and do the two agree?"
+    ),
+    tables=(ACCOUNTS,),
+    figures=("plotting.examples", "plotting.gradients"),
+    measure=train,
+    summarize=summarize,
+    passes=training_passes,
+    disk=estimate_disk,
+    trains=True,
+    accounts=lambda config: ACCOUNTS.name if config.train.account_gradients else "",
+)
 
 if __name__ == "__main__":
-    sys.exit(run_script(__doc__, main, plan))
+    sys.exit(run_script(EXPERIMENT, __doc__))

@@ -23,19 +23,21 @@ from data import Split, batch_rows
 from engine.config.schema import Config
 from engine.errors import RunFailed
 from engine.launch.cli import run_script
-from engine.runs import files
+from engine.launch.estimates import count_examples, count_groups
+from engine.runs.experiment import Experiment
 from engine.runs.identity import title
 from engine.runs.measurement import Measurement
 from engine.runs.run import Run, load_weights
+from engine.runs.tables import ResultTable
 from engine.training.build import load_final_model, load_split
 from engine.training.devices import compute_precision, derive_seed, resolve_device
 from engine.training.evaluation import evaluate, mean_by_subset
 from engine.training.loop import make_optimizer, train_epoch
-from engine.training.record import PlainBackward
 from models.layer_groups import LayerGroup, StagedModel, layer_groups
 
-FILE_NAME = "layer_retraining.csv"
-COLUMNS = ("group", "epoch", "acc_clean", "acc_noisy", "acc_train")
+RETRAINING = ResultTable(
+    "layer_retraining.csv", ("group", "epoch", "acc_clean", "acc_noisy", "acc_train")
+)
 
 
 # ---------------------------------------------------------------- the measurement
@@ -90,8 +92,7 @@ def compute_retraining(
     perfect = 0
     for epoch in range(train.epochs + 1):
         if epoch > 0:
-            backward = PlainBackward().backward
-            train_epoch(model, optimizer, clean, config, epoch, backward, after_step)
+            train_epoch(model, optimizer, clean, config, epoch, after_step=after_step)
         outcome = evaluate(model, split.images, split.label, index=split.index)
         accuracy = mean_by_subset(outcome.correct, split.memorized, "acc")
         accuracy["acc_train"] = accuracy.pop("acc_total")
@@ -105,12 +106,12 @@ def compute_retraining(
 
 
 def make_measurement(run: Run) -> Measurement:
-    return Measurement(run, FILE_NAME, COLUMNS, dataclasses.asdict(run.config.retraining))
+    return Measurement(run, RETRAINING, dataclasses.asdict(run.config.retraining))
 
 
-def measure(run: Run, measurement: Measurement) -> None:
+def measure(run: Run) -> None:
     """Retrain each group; a group is a part."""
-    config = run.config
+    config, measurement = run.config, make_measurement(run)
     device = resolve_device(config)
     split = load_split(config).to(device)
     final = load_final_model(run, split, device)
@@ -144,35 +145,37 @@ def measure(run: Run, measurement: Measurement) -> None:
     measurement.finish(rows, device)
 
 
-def summarize(run: Run, measurement: Measurement) -> str:
+def summarize(run: Run) -> str:
     """The highest and the last noisy accuracy of every group."""
     noisy: dict[int, list[float]] = {}
-    for row in files.read_csv(measurement.path, COLUMNS):
+    for row in RETRAINING.read(run.directory):
         noisy.setdefault(int(row["group"]), []).append(row["acc_noisy"])
     groups = ", ".join(f"{max(a[1:]):.0%} > {a[-1]:.0%}" for a in noisy.values())
     return f"{title(run.config)}: noisy accuracy of each group retrained, peak > end: {groups}"
 
 
-def main(run: Run) -> str:
-    """Measure one run, unless that is done; its results in one line."""
-    run.require_finished()
-    measurement = make_measurement(run)
-    if not measurement.finished:
-        measure(run, measurement)
-    return summarize(run, measurement)
+def estimate_passes(run: Run) -> float:
+    """Forward, backward through half of the network on average, and evaluation."""
+    train, _ = count_examples(run.config)
+    return count_groups(run.config) * run.config.retraining.epochs * train * 3
 
 
-def is_done(run: Run) -> bool:
-    return run.finished and make_measurement(run).finished
-
-
-def plan(run: Run) -> str:
-    """What `main` would do, and the disk that it takes."""
-    state = "finished" if make_measurement(run).finished else "to do"
-    if not run.finished:
-        state = f"to do after its training, which is {run.state}"
-    return f"{title(run.config)}: {run.config.retraining.epochs} epochs a group {state}, 0.1 MB"
-
+EXPERIMENT = Experiment(
+    key="retraining",
+    command="python layer_retraining.py",
+    section="5.2, B.2",
+    question=(
+        "One layer is reset and trained on clean examples only, all others frozen: do the "
+        "memorized examples become correct again?"
+    ),
+    tables=(RETRAINING,),
+    figures=("plotting.layers",),
+    measure=measure,
+    summarize=summarize,
+    passes=estimate_passes,
+    measurements=lambda run: [make_measurement(run)],
+    epochs_read=lambda config: [0],
+)
 
 if __name__ == "__main__":
-    sys.exit(run_script(__doc__, main, plan))
+    sys.exit(run_script(EXPERIMENT, __doc__))

@@ -24,18 +24,21 @@ from data import normalize
 from engine.config.kinds import listed_epochs
 from engine.config.schema import Config
 from engine.launch.cli import run_script
-from engine.runs import files
-from engine.runs.identity import title
+from engine.launch.estimates import count_examples, count_groups
+from engine.runs.experiment import Experiment
+from engine.runs.identity import measuring_precision, measuring_settings, title
 from engine.runs.measurement import Measurement
-from engine.runs.run import HISTORY_COLUMNS, Run, load_weights
+from engine.runs.run import Run, load_weights
+from engine.runs.tables import HISTORY, ResultTable
 from engine.training.build import load_final_model, load_split
 from engine.training.devices import compute_precision, resolve_device
 from engine.training.evaluation import batch_size
 from models.dropout import examples, tied_layers
 from models.layer_groups import LayerGroup, StagedModel, layer_groups, run_stages
 
-FILE_NAME = "layer_rewinding.csv"
-COLUMNS = ("group", "epoch", "acc_clean", "acc_noisy", "acc_total")
+REWINDING = ResultTable(
+    "layer_rewinding.csv", ("group", "epoch", "acc_clean", "acc_noisy", "acc_total")
+)
 
 Counts = dict[int, list[list[int]]]  # epoch -> group -> correct examples, clean and noisy
 
@@ -128,13 +131,14 @@ def epochs_read(config: Config) -> list[int]:
 
 
 def make_measurement(run: Run) -> Measurement:
-    settings = {"batchnorm": run.config.rewinding.batchnorm}
-    return Measurement(run, FILE_NAME, COLUMNS, settings, {"epochs": epochs_read(run.config)})
+    settings = {"batchnorm": run.config.rewinding.batchnorm} | measuring_settings(run.config)
+    return Measurement(run, REWINDING, settings, {"epochs": epochs_read(run.config)})
 
 
-def measure(run: Run, measurement: Measurement) -> None:
+def measure(run: Run) -> None:
     """One pass over the training set. Each batch is a part, and epochs can be added to it later."""
     config, last = run.config, run.config.train.epochs
+    measurement = make_measurement(run)
     device = resolve_device(config)
     split = load_split(config).to(device)
     model = load_final_model(run, split, device).eval()
@@ -146,7 +150,7 @@ def measure(run: Run, measurement: Measurement) -> None:
     missing = {epoch for epoch in epochs for part in parts if epoch not in part}
     earlier = load_earlier_groups(run, model, missing - {last}, config.rewinding.batchnorm)
 
-    with compute_precision(config.precision, device):
+    with compute_precision(precision := measuring_precision(config, device), device):
         for rows, part in tqdm(list(zip(batches, parts)), title(config), None, unit="batch"):
             if wanted := missing - part.keys():
                 rewound = {epoch: earlier[epoch] for epoch in wanted - {last}}
@@ -154,24 +158,24 @@ def measure(run: Run, measurement: Measurement) -> None:
                 with examples(model, split.index[rows]):
                     part |= compute_counts(final, rewound, last, *batch)
                 measurement.save(part_key(rows), part)
-    measurement.finish(make_rows(parts, epochs, split.memorized), device)
+    measurement.finish(make_rows(parts, epochs, split.memorized), device, precision)
 
 
 def part_key(rows: slice) -> str:
     return f"examples_{rows.start:06d}_{rows.stop:06d}"
 
 
-def summarize(run: Run, measurement: Measurement) -> str:
+def summarize(run: Run) -> str:
     """Noisy accuracy with each group back at the first epoch, and the last group's best witness.
 
     That is the latest epoch whose own noisy accuracy was below 20%.
     """
-    rows = files.read_csv(measurement.path, COLUMNS)
+    rows = REWINDING.read(run.directory)
     noisy = {(int(row["group"]), int(row["epoch"])): row["acc_noisy"] for row in rows}
     first, top = min(epoch for _, epoch in noisy), max(group for group, _ in noisy)
     groups = " ".join(f"{noisy[group, first]:.0%}" for group in range(top + 1))
     line = f"{title(run.config)}: noisy accuracy with one group back at epoch {first}: {groups}"
-    history = files.read_csv(run.history_path, HISTORY_COLUMNS)
+    history = HISTORY.read(run.directory)
     low = [row for row in history if (top, row["epoch"]) in noisy and row["acc_noisy"] < 0.2]
     if low:
         epoch, then = int(low[-1]["epoch"]), low[-1]["acc_noisy"]
@@ -179,26 +183,25 @@ def summarize(run: Run, measurement: Measurement) -> str:
     return line
 
 
-def main(run: Run) -> str:
-    """Measure one run, unless that is done; its results in one line."""
-    run.require_finished()
-    measurement = make_measurement(run)
-    if not measurement.finished:
-        measure(run, measurement)
-    return summarize(run, measurement)
+def estimate_passes(run: Run) -> float:
+    """From the rewound layer to the end, half of the network on average; the last epoch is free."""
+    train, _ = count_examples(run.config)
+    return train * (1 + count_groups(run.config) * (len(epochs_read(run.config)) - 1) / 2)
 
 
-def is_done(run: Run) -> bool:
-    return run.finished and make_measurement(run).finished
-
-
-def plan(run: Run) -> str:
-    """What `main` would do, and the disk that it takes: some KB for each batch."""
-    state = "finished" if make_measurement(run).finished else "to do"
-    if not run.finished:
-        state = f"to do after its training, which is {run.state}"
-    return f"{title(run.config)}: {len(epochs_read(run.config))} epochs {state}, a few MB"
-
+EXPERIMENT = Experiment(
+    key="rewinding",
+    command="python layer_rewinding.py",
+    section="5.1, B.1",
+    question=("What is lost when one layer of the trained network goes back to an earlier epoch?"),
+    tables=(REWINDING,),
+    figures=("plotting.layers",),
+    measure=measure,
+    summarize=summarize,
+    passes=estimate_passes,
+    measurements=lambda run: [make_measurement(run)],
+    epochs_read=epochs_read,
+)
 
 if __name__ == "__main__":
-    sys.exit(run_script(__doc__, main, plan))
+    sys.exit(run_script(EXPERIMENT, __doc__))

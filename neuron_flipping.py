@@ -31,12 +31,14 @@ from engine.flipping.gates import Gates
 from engine.flipping.search import Candidate, chunk_size, search
 from engine.flipping.second_split import forgetting_measurement, measure_forgetting, read_forgetting
 from engine.launch.cli import run_script
+from engine.launch.estimates import count_examples
 from engine.runs import files
-from engine.runs.identity import title
+from engine.runs.experiment import Experiment
+from engine.runs.identity import measuring_precision, measuring_settings, title
 from engine.runs.measurement import Measurement
 from engine.runs.run import Run
+from engine.runs.tables import ResultTable
 from engine.stats import (
-    DETECTION_COLUMNS,
     compute_detection,
     count_neurons,
     first_epoch_for_good,
@@ -46,20 +48,28 @@ from engine.training.devices import compute_precision, free_memory, resolve_devi
 from engine.training.evaluation import evaluate
 from models.layer_groups import StagedModel
 
-FILE_NAME = "neuron_flipping.csv"
-COLUMNS = (
-    "example", "memorized", "neurons", "flipped",
-    "acc_remaining_before", "acc_remaining_after", "groups", "neurons_ids",
+FLIPPING = ResultTable(
+    "neuron_flipping.csv",
+    (
+        "example", "memorized", "neurons", "flipped",
+        "acc_remaining_before", "acc_remaining_after", "groups", "neurons_ids",
+    ),
+    text=("groups", "neurons_ids"),
 )  # fmt: skip
-MEAN_FILE_NAME = "neuron_flipping_mean.csv"
-MEAN_COLUMNS = ("example", "memorized", "runs", "neurons", "flipped", *COLUMNS[4:6])
-DETECTION_FILE_NAME = "mislabel_detection.csv"
+AVERAGED = ("neurons", "flipped", "acc_remaining_before", "acc_remaining_after")
+MEANS = ResultTable("neuron_flipping_mean.csv", ("example", "memorized", "runs", *AVERAGED))
+DETECTION = ResultTable(
+    "mislabel_detection.csv",
+    ("method", "on", "memorized", "clean", "auc", "low", "high"),
+    text=("method", "on"),
+)
+NEURONS = 5  # assumed for an example before it is searched, in estimates
 
 
-# ---------------------------------------------------------------- who is searched
+# ---------------------------------------------------------------- the searched examples
 
 
-def choose_examples(split: Split, correct: Tensor, count: int) -> list[int]:
+def choose_searched(split: Split, correct: Tensor, count: int) -> list[int]:
     """Rows of `count` memorized and of as many clean examples that are predicted as trained.
 
     They come in an order that no seed changes, so that runs of several seeds search the same ones.
@@ -158,19 +168,19 @@ def compute_flipping(
 
 
 def search_measurement(run: Run) -> Measurement:
-    settings = asdict(run.config.flipping)
+    settings = asdict(run.config.flipping) | measuring_settings(run.config)
     del settings["second_split"]
-    return Measurement(run, FILE_NAME, COLUMNS, settings, {"examples": settings.pop("examples")})
+    return Measurement(run, FLIPPING, settings, {"examples": settings.pop("examples")})
 
 
-def measure(run: Run, split: Split, device: torch.device) -> None:
+def search_run(run: Run, split: Split, device: torch.device) -> None:
     """Search every chosen example that was not searched before, and write the table."""
     measurement = search_measurement(run)
     model = load_final_model(run, split, device).eval().requires_grad_(False)
-    with compute_precision(run.config.precision, device):
+    with compute_precision(precision := measuring_precision(run.config, device), device):
         outcome = evaluate(model, split.images, split.label, index=split.index)
         correct = outcome.correct.cpu()
-        rows = choose_examples(split, correct, run.config.flipping.examples)
+        rows = choose_searched(split, correct, run.config.flipping.examples)
         example_of = dict(zip(rows, split.index[rows].tolist()))
         found = {e: measurement.part(f"example_{e:06d}") for e in example_of.values()}
         known = [part["neurons"] for part in found.values() if part is not None]
@@ -189,15 +199,14 @@ def measure(run: Run, split: Split, device: torch.device) -> None:
                 known.append(result["neurons"])
                 bar.set_postfix_str(f"mean neurons {np.mean(known):.1f}", refresh=False)
                 bar.update()
-    measurement.finish(found.values(), device)
+    measurement.finish(found.values(), device, precision)
 
 
 # ---------------------------------------------------------------- detection, over one or many runs
 
 
 def read_results(run: Run) -> dict[int, dict]:
-    rows = files.read_csv(run.directory / FILE_NAME, COLUMNS, text=("groups", "neurons_ids"))
-    return {int(row["example"]): row for row in rows}
+    return {int(row["example"]): row for row in FLIPPING.read(run.directory)}
 
 
 def training_scores(run: Run) -> dict[str, np.ndarray]:
@@ -222,7 +231,7 @@ def compute_means(runs: Sequence[Run]) -> list[dict[str, object]]:
             for run, row in ((run, results[example]) for run, results in zip(runs, found))
         ]
         row = {"example": example, "memorized": int(results[0]["memorized"]), "runs": len(runs)}
-        for column in MEAN_COLUMNS[3:]:
+        for column in AVERAGED:
             row[column] = float(np.mean([result[column] for result in results]))
         rows.append(row)
     return rows
@@ -279,20 +288,21 @@ def describe(means: Sequence[dict], areas: Sequence[dict]) -> str:
 
 
 def detection_measurement(run: Run) -> Measurement:
-    return Measurement(run, DETECTION_FILE_NAME, DETECTION_COLUMNS, asdict(run.config.flipping))
+    return Measurement(run, DETECTION, asdict(run.config.flipping))
 
 
-def main(run: Run) -> str:
-    """Measure one run, unless that is done; its results in one line."""
-    run.require_finished()
-    if not is_done(run):
-        device = resolve_device(run.config)
-        split = load_split(run.config).to(device)
-        if not search_measurement(run).finished:
-            measure(run, split, device)
-        if run.config.flipping.second_split:
-            measure_forgetting(run, split)
-        detection_measurement(run).finish(detect([run]), device)
+def measure(run: Run) -> None:
+    """Search the chosen examples, and compare their numbers with other scores."""
+    device = resolve_device(run.config)
+    split = load_split(run.config).to(device)
+    if not search_measurement(run).finished:
+        search_run(run, split, device)
+    if run.config.flipping.second_split:
+        measure_forgetting(run, split)
+    detection_measurement(run).finish(detect([run]), device)
+
+
+def summarize(run: Run) -> str:
     return f"{title(run.config)}: {describe(compute_means([run]), detect([run]))}"
 
 
@@ -303,29 +313,46 @@ def conclude(runs: Sequence[Run]) -> Iterator[tuple[str, Path]]:
         if len(together) < 2:
             continue
         means, areas = compute_means(together), detect(together)
-        files.write_csv(folder / MEAN_FILE_NAME, MEAN_COLUMNS, means)
-        files.write_csv(folder / DETECTION_FILE_NAME, DETECTION_COLUMNS, areas)
+        MEANS.write(folder, means)
+        DETECTION.write(folder, areas)
         source = {"runs": [run.directory.name for run in together]}
         source["settings"] = asdict(together[0].config.flipping)
-        files.write_json((folder / MEAN_FILE_NAME).with_suffix(".json"), source)
+        files.write_json(MEANS.path(folder).with_suffix(".json"), source)
         yield f"mean of {len(together)} runs: {describe(means, areas)}", folder
 
 
-def is_done(run: Run) -> bool:
-    measured = [search_measurement(run), detection_measurement(run)]
-    if run.config.flipping.second_split:
-        measured.append(forgetting_measurement(run))
-    return run.finished and all(measurement.finished for measurement in measured)
+def measurements(run: Run) -> list[Measurement]:
+    found = [search_measurement(run), detection_measurement(run)]
+    return found + [forgetting_measurement(run)] * run.config.flipping.second_split
 
 
-def plan(run: Run) -> str:
-    """What `main` would do, and the disk that it takes."""
-    asked = 2 * run.config.flipping.examples
-    state = "done" if is_done(run) else f"up to {asked} examples to search"
-    if not run.finished:
-        state += f" once trained ({run.state})"
-    return f"{title(run.config)}: {state}, {files.megabytes(asked * 4096)}"
+def estimate_passes(run: Run) -> float:
+    """For each neuron the example and the references, then all others, in half of the network."""
+    settings, (train, _) = run.config.flipping, count_examples(run.config)
+    references = settings.reference_batch * (settings.reference_copies or settings.noise_copies)
+    search = NEURONS * 3 * (settings.noise_copies + references / settings.refresh_reference)
+    passes = min(2 * settings.examples, train) * (search + (settings.remaining or train)) / 2
+    halves = 8 * train * run.config.train.epochs  # trained on in turn, both ways round
+    return passes + halves * settings.second_split
 
+
+EXPERIMENT = Experiment(
+    key="flipping",
+    command="python neuron_flipping.py",
+    section="6.1",
+    question=(
+        "How many neurons must be ablated until an example's prediction flips, and what "
+        "does that cost the other examples?"
+    ),
+    tables=(FLIPPING, DETECTION),
+    figures=("plotting.neurons",),
+    measure=measure,
+    summarize=summarize,
+    passes=estimate_passes,
+    disk=lambda run: 2 * run.config.flipping.examples * 4096,
+    measurements=measurements,
+    conclude=conclude,
+)
 
 if __name__ == "__main__":
-    sys.exit(run_script(__doc__, main, plan, conclude=conclude))
+    sys.exit(run_script(EXPERIMENT, __doc__))

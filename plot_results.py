@@ -33,7 +33,8 @@ from engine.runs import files
 from engine.runs.stopping import ending_on_signals
 from models import network_file
 from plotting.families import Family, find_families
-from plotting.figures import KINDS, Kind, draw_all
+from plotting.figure_kind import FigureKind
+from plotting.figures import draw_all, figure_kinds
 from plotting.report.findings import find, table_claims
 from plotting.report.html import write_report
 from plotting.report.summary import keep_results, write_summary
@@ -42,12 +43,12 @@ from plotting.report.tables import TABLES, Table
 TITLE = "Where neural networks memorize"
 
 
-def choose_kinds(number: str | None) -> list[Kind]:
-    known = list(dict.fromkeys(n for kind in KINDS for n in kind.numbers))
+def choose_kinds(number: str | None) -> list[FigureKind]:
+    known = list(dict.fromkeys(n for kind in figure_kinds() for n in kind.numbers))
     if number not in (None, *known):
         hint = nearest(number, known) or f"; allowed: {', '.join(known)}"
         raise UserError(f"command line: --figure: {number!r} is not a figure{hint}")
-    return [kind for kind in KINDS if number in (None, *kind.numbers)]
+    return [kind for kind in figure_kinds() if number in (None, *kind.numbers)]
 
 
 def write_table(table: Table, folder: Path) -> Path:

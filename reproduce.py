@@ -19,75 +19,58 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 
-import example_tied_dropout
-import gradient_accounting
-import layer_retraining
-import layer_rewinding
-import neuron_flipping
 import plot_results
 from engine.config.load import load_configs
-from engine.config.schema import EXPERIMENTS, Config
+from engine.config.schema import OF_THE_PAPER, Config
 from engine.errors import UserError
 from engine.launch import slurm
-from engine.launch.cli import Ending, make_parser, reporting_ends
+from engine.launch.cli import Ending, announce, make_parser, reporting_ends
+from engine.launch.experiments import load_experiments
 from engine.launch.jobs import Job, are_done, by_run
 from engine.launch.local import LeftToOthers, at_once, collect, foresee, one_after_another
 from engine.launch.processes import Slot, make_slots
-from engine.runs.identity import without_dropout
+from engine.runs.experiment import Experiment
 from engine.runs.run import Run, each_once
 from engine.runs.stopping import OutOfTime, ending_on_signals, time_budget
 from engine.training.build import load_split
 from plotting.families import find_families
 
 QUICKSTART = Path(__file__).resolve().parent / "configs" / "quickstart.yaml"
-ON_PLAIN_RUNS = {
-    "rewinding": layer_rewinding,
-    "retraining": layer_retraining,
-    "flipping": neuron_flipping,
-}
-READS = {  # the epochs whose weights a script takes from disk, besides the last one's
-    layer_rewinding: layer_rewinding.epochs_read,
-    layer_retraining: lambda config: [0],
-}
 
 
 def make_jobs(configs: Sequence[Config]) -> list[Job]:
-    """Run by run, each script once; configurations that ask for the same work share it."""
+    """Run by run, each experiment once; configurations that ask for the same work share it."""
+    known = load_experiments()
 
-    def wanted(config: Config) -> Iterator[tuple[ModuleType, Config]]:
-        asked = EXPERIMENTS if config.experiments == "all" else config.experiments
-        plain, dropout = without_dropout(config), example_tied_dropout.without_accounting(config)
-        if set(asked) == {"dropout"}:
-            yield example_tied_dropout, dropout
-            return
-        yield gradient_accounting, plain
+    def wanted(config: Config) -> Iterator[Experiment]:
+        asked = OF_THE_PAPER if config.experiments == "all" else config.experiments
+        if set(asked) != {"dropout"}:
+            yield known["gradients"]
+        elif config.dropout.kind == "none":
+            yield known["dropout"]
         for name in asked:
-            if name in ON_PLAIN_RUNS:
-                yield ON_PLAIN_RUNS[name], plain
-        if "dropout" in asked and config.dropout.kind != "none":
-            yield example_tied_dropout, dropout
+            if name != "dropout" or config.dropout.kind != "none":
+                yield known[name]
 
     jobs, runs = {}, []
     for config in configs:
-        for script, own in wanted(config):
-            runs.append(run := Run.of(own))
-            require_weights(script, run)
-            trains = script not in ON_PLAIN_RUNS.values()
-            jobs.setdefault((script.__name__, run.directory), Job(script, run, trains))
+        for experiment in wanted(config):
+            runs.append(run := Run.of(experiment.training(config)))
+            require_weights(experiment, run)
+            jobs.setdefault((experiment.key, run.directory), Job(experiment, run))
     each_once(runs)
     return list(jobs.values())
 
 
-def require_weights(script: ModuleType, run: Run) -> None:
+def require_weights(experiment: Experiment, run: Run) -> None:
     """Refuse, before anything is trained, to measure on epochs that the training will not keep."""
-    read = READS.get(script, lambda config: [])
-    missing = [epoch for epoch in read(run.config) if not run.kept(epoch)]
+    missing = [epoch for epoch in experiment.epochs_read(run.config) if not run.kept(epoch)]
     if missing and not run.finished:
         kept = list(run.config.checkpoints.keep)
+        script = experiment.name.replace(" ", "_")
         raise UserError(
-            f"checkpoints.keep: {kept} is not enough: {script.__name__} reads the weights of "
+            f"checkpoints.keep: {kept} is not enough: {script} reads the weights of "
             f"epochs {missing}; keep them, or name in `experiments` what is to be done without it"
         )
 
@@ -100,9 +83,20 @@ def only(jobs: Sequence[Job], directory: Path) -> list[Job]:
 
 
 def command(given: argparse.Namespace, *more: str) -> list[str]:
-    """This very command, but for how it spreads its work."""
+    """Return this command without the options that spread its work."""
     wait = ["--wait"] if given.wait else []
     return [sys.executable, str(Path(__file__)), given.config, *given.overrides, *wait, *more]
+
+
+def command_for(run: Path, jobs: Sequence[Job], given: argparse.Namespace) -> list[str]:
+    """Return the command for one run, which resolves `auto` there as it was resolved here."""
+    config = next(job.run.config for job in jobs if job.run.directory == run)
+    settled = {"precision": config.precision, "train.compile": str(config.train.compile).lower()}
+    keys = tuple(f"{prefix}{key}=" for key in settled for prefix in ("", "sweep."))
+    kept = [override for override in given.overrides if not override.startswith(keys)]
+    own = argparse.Namespace(**vars(given) | {"overrides": kept})
+    own.overrides = [*kept, *(f"{key}={value}" for key, value in settled.items())]
+    return command(own, "--only", str(run))
 
 
 def work(
@@ -115,7 +109,7 @@ def work(
         return one_after_another(jobs, ending, given.wait)
     fetch_data(configs)
     slots = places(jobs, configs, given)
-    return at_once(jobs, slots, lambda run: command(given, "--only", str(run)), ending)
+    return at_once(jobs, slots, lambda run: command_for(run, jobs, given), ending)
 
 
 def places(jobs: Sequence[Job], configs: Sequence[Config], given: argparse.Namespace) -> list[Slot]:
@@ -142,7 +136,7 @@ def submit(jobs: Sequence[Job], configs: Sequence[Config], given: argparse.Names
     given.wait = True  # a job that went on elsewhere may meet the claim that it left behind
     settings = configs[0].slurm
     folder = folder_of("slurm", configs, given.config)
-    commands = [command(given, "--only", str(run)) for run in runs]
+    commands = [command_for(run, jobs, given) for run in runs]
     handles = slurm.submit(commands, folder, settings)
     for handle, run in zip(handles, runs):
         print(f"job {handle.job_id}  {run}")
@@ -152,9 +146,10 @@ def submit(jobs: Sequence[Job], configs: Sequence[Config], given: argparse.Names
 
 def conclude(jobs: Sequence[Job], folder: Path, title: str) -> None:
     """What several runs show together: means over seeds, figures, tables, and the report."""
-    flipped = [job.run for job in jobs if job.script is neuron_flipping]
-    for result, place in neuron_flipping.conclude(flipped):
-        print(f"{result}  {place}")
+    for experiment in dict.fromkeys(job.experiment for job in jobs):
+        runs = [job.run for job in jobs if job.experiment is experiment]
+        for result, place in experiment.conclude(runs):
+            print(f"{result}  {place}")
     directories = list(dict.fromkeys(job.run.directory for job in jobs))
     if directories:
         *_, summary, report = plot_results.present(find_families(directories), folder, title=title)
@@ -168,6 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         jobs = make_jobs(configs)
         if given.only:
             jobs = only(jobs, given.only)
+        announce([job.run for job in jobs])
         if given.dry_run:
             for line in foresee(jobs, places(jobs, configs, given)):
                 print(line, flush=True)
@@ -200,11 +196,11 @@ def folder_of(what: str, configs: Sequence[Config], config_file: str) -> Path:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = make_parser(__doc__, default_config=str(QUICKSTART))
+    parser = make_parser(__doc__, [""], default_config=str(QUICKSTART))
     parser.add_argument(
         "--time-budget", type=float, metavar="SECONDS", help="stop cleanly after so long"
     )
-    parser.add_argument("--gpus", type=_numbers, metavar="0,1,...", help="where --jobs compute")
+    parser.add_argument("--gpus", type=_gpus, metavar="0,1,...", help="where --jobs compute")
     spread = parser.add_mutually_exclusive_group()
     spread.add_argument("--jobs", type=_count, metavar="N", help="so many runs side by side")
     spread.add_argument("--slurm", action="store_true", help="each run as a job of the cluster")
@@ -226,10 +222,13 @@ def _count(written: str) -> int:
     return int(written)
 
 
-def _numbers(written: str) -> list[int]:
-    if not re.fullmatch(r"\d+(,\d+)*", written):
-        raise argparse.ArgumentTypeError(f"{written!r} is not a list of numbers, such as 0,1")
-    return [int(number) for number in written.split(",")]
+def _gpus(written: str) -> list[str]:
+    """Numbers, or names as `nvidia-smi -L` gives them; a MIG instance has no number."""
+    if not re.fullmatch(r"(\d+|(GPU|MIG)-[\w/-]+)(,(\d+|(GPU|MIG)-[\w/-]+))*", written):
+        raise argparse.ArgumentTypeError(
+            f"{written!r} is not a list of numbers or names, such as 0,1 or MIG-1a2b,MIG-3c4d"
+        )
+    return written.split(",")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ sys.path.insert(0, str(REPOSITORY))  # for this module's imports, and those of w
 from data import Split  # noqa: E402
 from engine.config.load import load_configs  # noqa: E402
 from engine.config.schema import Config  # noqa: E402
-from engine.training.devices import describe_device  # noqa: E402
+from engine.runs.provenance import describe_device  # noqa: E402
 
 Times = Mapping[str, list[float]]
 

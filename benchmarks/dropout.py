@@ -19,7 +19,6 @@ from engine.runs.files import megabytes
 from engine.training.build import load_split, make_model
 from engine.training.devices import compute_precision, resolve_device
 from engine.training.loop import train_epoch
-from engine.training.record import PlainBackward
 from models import build_model
 from models.dropout import ExampleTiedDropout, tied_layers
 
@@ -33,7 +32,7 @@ def with_kind(config: Config, kind: str) -> Config:
 def epoch_of(config: Config, split: Split) -> Callable[[], object]:
     model = make_model(config, split).to(split.images.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=config.train.momentum)
-    return lambda: train_epoch(model, optimizer, split, config, 1, PlainBackward().backward)
+    return lambda: train_epoch(model, optimizer, split, config, 1)
 
 
 def full_size_masks(p_gen: float, sites: str) -> int:

@@ -33,7 +33,7 @@ from engine.training.build import load_final_model, load_split
 from engine.training.devices import compute_precision, resolve_device
 from engine.training.evaluation import evaluate
 from neuron_flipping import (
-    choose_examples,
+    choose_searched,
     compute_flipping,
     draw_rows,
     noisy_copies,
@@ -142,7 +142,7 @@ def measure(run: Run, count: int, slow_count: int) -> None:
     split = load_split(run.config).to(device)
     model = load_final_model(run, split, device).eval().requires_grad_(False)
     correct = evaluate(model, split.images, split.label).correct.cpu()
-    rows = choose_examples(split, correct, count)
+    rows = choose_searched(split, correct, count)
     half, clock = len(rows) // 2, Clock(device)
     every = max(1, half // slow_count)
     slow_rows = [*rows[:half:every][:slow_count], *rows[half::every][:slow_count]]
@@ -188,7 +188,7 @@ def main() -> None:
         trained = [quickstart, [f"output_dir={folder}", *given.overrides]]
         (run,) = find_runs(*([given.run, given.overrides] if given.run else trained))
         if not given.run:
-            gradient_accounting.main(run)
+            gradient_accounting.EXPERIMENT.main(run)
         with compute_precision(run.config.precision, resolve_device(run.config)):
             measure(run, given.examples, given.slow)
 

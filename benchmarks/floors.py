@@ -37,7 +37,7 @@ from engine.training.compiling import compiled
 from engine.training.devices import compute_precision, resolve_device
 from engine.training.evaluation import evaluate
 from engine.training.loop import make_optimizer, train_epoch
-from engine.training.record import PlainBackward
+from engine.training.record import plain_backward
 from gradient_accounting import GradientAccountant
 from layer_rewinding import compute_predictions
 from models import MODELS
@@ -143,18 +143,18 @@ def pieces(config: Config, device: torch.device, steps: int) -> Iterator[Work]:
     images = batch.images.nbytes
     weights = sum(parameter.nbytes for parameter in model.parameters())
 
-    plain = training(config, model, split, PlainBackward().backward)
+    plain = training(config, model, split, plain_backward)
     yield Work("training step", plain, images + 4 * weights, steps)
     accounting = training(config, model, split, GradientAccountant(model).backward)
     yield Work("accounting step", accounting, images + 8 * weights, steps)
     if config.train.compile:
         with compiled(model, wanted=True) as network:
-            fast = training(config, network, split, PlainBackward().backward)
+            fast = training(config, network, split, plain_backward)
             yield Work("training step, compiled", fast, images + 4 * weights, steps, plain)
             fast = training(config, network, split, GradientAccountant(model).backward)
             yield Work("accounting step, compiled", fast, images + 8 * weights, steps, accounting)
     tied = replace(config, dropout=DropoutConfig(kind="example_tied"))
-    tied = training(tied, make_model(tied, split).to(device), split, PlainBackward().backward)
+    tied = training(tied, make_model(tied, split).to(device), split, plain_backward)
     yield Work("step with example-tied dropout", tied, images + 4 * weights, steps)
 
     model.eval()

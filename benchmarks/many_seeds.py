@@ -24,8 +24,8 @@ from engine.runs.identity import without_dropout
 from engine.runs.provenance import describe_device
 from engine.training.build import load_split, make_model
 from engine.training.devices import compute_precision, resolve_device
-from engine.training.loop import learning_rate, train_epoch
-from engine.training.record import PlainBackward
+from engine.training.epoch import learning_rate
+from engine.training.loop import train_epoch
 
 
 def training(config: Config, split: Split) -> Callable[[int], object]:
@@ -35,8 +35,7 @@ def training(config: Config, split: Split) -> Callable[[int], object]:
     optimizer = torch.optim.SGD(
         model.parameters(), lr=0.0, momentum=train.momentum, weight_decay=train.weight_decay
     )
-    backward = PlainBackward().backward
-    return lambda epoch: train_epoch(model, optimizer, split, config, epoch, backward)
+    return lambda epoch: train_epoch(model, optimizer, split, config, epoch)
 
 
 def stacked_training(configs: Sequence[Config], split: Split) -> Callable[[int], object]:

@@ -24,7 +24,6 @@ from engine.training.build import load_final_model, load_split
 from engine.training.devices import compute_precision, resolve_device
 from engine.training.evaluation import batch_size
 from engine.training.loop import train_epoch
-from engine.training.record import PlainBackward
 from layer_retraining import reset_group, retraining_config
 from layer_rewinding import compute_predictions, load_earlier_groups
 from models.layer_groups import StagedModel, layer_groups
@@ -62,15 +61,15 @@ def rewind(run: Run, final: StagedModel, split: Split) -> Grid:
 
 def epochs_of_training(run: Run, final: StagedModel, split: Split) -> dict[str, Callable]:
     """An epoch of plain training, and one of retraining the last group."""
-    group, backward = layer_groups(final)[-1], PlainBackward().backward
+    group = layer_groups(final)[-1]
     retrained = reset_group(final, run.read_checkpoint(0), group)
     full, clean = copy.deepcopy(final), split.subset(~split.memorized)
     config = retraining_config(run.config, group.index)
     own = torch.optim.SGD(group.parameters(retrained).values(), lr=0.0)
     everything = torch.optim.SGD(full.parameters(), lr=0.0)
     return {
-        "full": lambda: train_epoch(full, everything, split, run.config, 1, backward),
-        "last": lambda: train_epoch(retrained, own, clean, config, 1, backward),
+        "full": lambda: train_epoch(full, everything, split, run.config, 1),
+        "last": lambda: train_epoch(retrained, own, clean, config, 1),
     }
 
 
@@ -106,7 +105,7 @@ def main() -> None:
     asked = any(override.startswith("train.epochs=") for override in given.overrides)
     overrides = given.overrides if asked else ["train.epochs=10", *given.overrides]
     run = Run.of(without_dropout(quickstart(overrides)))
-    gradient_accounting.main(run)
+    gradient_accounting.EXPERIMENT.main(run)
     with compute_precision(run.config.precision, resolve_device(run.config)):
         measure(run, given.rounds)
 

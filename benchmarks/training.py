@@ -29,7 +29,7 @@ from engine.training import resume
 from engine.training.build import load_split, make_model
 from engine.training.devices import compute_precision, resolve_device
 from engine.training.loop import make_optimizer, train_epoch, write_epoch
-from engine.training.record import PlainBackward, Record
+from engine.training.record import PlainBackward, Record, plain_backward
 from gradient_accounting import GradientAccountant
 
 
@@ -59,7 +59,7 @@ def after_epoch(
     """What follows the last epoch of a training, whose record is the longest."""
     files.write_json(run.provenance_path, {"identity": run.expected})  # or it counts as removed
     record, epochs = Record(), run.config.train.epochs
-    train_epoch(model, optimizer, split, run.config, 1, PlainBackward().backward)  # for momentum
+    train_epoch(model, optimizer, split, run.config, 1)  # for momentum
     record.measure(model, split, epoch=1, lr=0.0)
     for rows in (record.history, record.correct, record.loss):
         rows *= epochs
@@ -67,7 +67,7 @@ def after_epoch(
     return {
         "evaluating": lambda: Record().measure(model, split, epoch=1, lr=0.0),
         "copying": lambda: (resume.snapshot(model, optimizer), record.snapshot()),
-        "writing": lambda: write_epoch(run, epochs, *copies, PlainBackward()),
+        "writing": lambda: write_epoch(run, epochs, *copies, PlainBackward),
     }
 
 
@@ -83,7 +83,7 @@ def measure(config: Config, rounds: int) -> None:
         return lambda: train_epoch(model, optimizer, split, still, 1, backward)
 
     ways = {
-        "plain": epoch_with(PlainBackward().backward),
+        "plain": epoch_with(plain_backward),
         "accounting": epoch_with(GradientAccountant(model).backward),
         "feeding": lambda: consume(batches(split, size, epoch_order(split.n, config.seed, 1))),
     }

@@ -8,17 +8,12 @@ A large distance to the class that one is trained as would be a plain reason.
 Reads finished runs. At some epochs, in eval mode, it measures for every training example the norm
 of its own gradient, its loss, and how far its feature (what goes into the final linear layer) lies
 from the mean feature of its class. Writes gradient_distance.csv, and the rank correlations of these
-in gradient_distance_summary.csv, into every run; the figure goes beside the seeds' folders.
-
-    --epochs 0,10,20  at these epochs, or 'all'; by default six of those on disk, evenly spread
-    --examples 1000   gradients of as many examples, the same ones for every seed; by default all
+in gradient_distance_summary.csv, into every run. `gradient_distance.epochs` chooses the epochs, and
+`gradient_distance.examples` measures a subset of the examples, the same for every seed.
 """
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -30,43 +25,35 @@ from tqdm import tqdm
 
 from data import Split, normalize
 from data.random_streams import random_stream
+from engine.config.kinds import listed_epochs
+from engine.config.schema import Config
 from engine.errors import UserError
-from engine.launch.cli import Parser, reporting_ends, run_script
+from engine.launch.cli import run_script
+from engine.launch.estimates import count_examples
+from engine.runs.experiment import Experiment
 from engine.runs.identity import title
 from engine.runs.measurement import Measurement
 from engine.runs.run import Run, load_weights
+from engine.runs.tables import ResultTable
 from engine.stats import compute_correlation
 from engine.training.build import load_final_model, load_split
 from engine.training.devices import compute_precision, resolve_device
 from engine.training.evaluation import batch_size, evaluate
 from models.dropout import examples
-from plotting.families import Family
-from plotting.figures import draw_figure
-from plotting.gradient_distance import (
-    COLUMNS,
-    FILE_NAME,
-    MEASURED,
-    PAIRS,
-    SUMMARY_COLUMNS,
-    SUMMARY_FILE_NAME,
-    Table,
-    middle_and_last,
-    plot_gradient_distance,
-    read_summary,
-    read_table,
-)
 
+MEASURED = ("gradient_norm", "loss", "distance", "distance_true")
+DISTANCES = ResultTable("gradient_distance.csv", ("epoch", "example", "memorized", *MEASURED))
+SUMMARY = ResultTable(
+    "gradient_distance_summary.csv",
+    ("epoch", "subset", "of", "with", "n", "rho", "low", "high"),
+    text=("subset", "of", "with"),
+)
+PAIRS = (("gradient_norm", "distance"), ("gradient_norm", "distance_true"), ("loss", "distance"))
 EPOCHS = 6  # by default
 LARGEST_CHUNK = 64
 GRADIENTS = 2**28  # numbers that the gradients of a chunk may take: 1 GB
 
-
-@dataclass(frozen=True)
-class Asked:
-    """What the command's own options say."""
-
-    epochs: list[int] | str | None
-    examples: int | None
+Columns = dict[str, np.ndarray]  # column -> values [rows]
 
 
 # ---------------------------------------------------------------- the measurement
@@ -100,7 +87,7 @@ def chunk_size(model: nn.Module) -> int:
 
 
 def compute_features(model: nn.Module, split: Split) -> tuple[Tensor, Tensor]:
-    """What goes into the final linear layer [n, d], and the losses [n]."""
+    """Return the inputs of the final linear layer [n, d], and the losses [n]."""
     final = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
     found = []
     hook = final.register_forward_pre_hook(lambda layer, inputs: found.append(inputs[0].float()))
@@ -140,7 +127,7 @@ def compute_distances(features: Tensor, toward: Tensor, split: Split) -> Tensor:
 
 
 def compute_epoch(model: nn.Module, split: Split, rows: Tensor, about: str) -> dict[str, Tensor]:
-    """What is measured of the chosen rows: a column each. Classes are made of all examples."""
+    """Measure the chosen rows, a column for each number; class means are of all examples."""
     features, loss = compute_features(model, split)
     found = {
         "loss": loss,
@@ -157,7 +144,7 @@ def compute_epoch(model: nn.Module, split: Split, rows: Tensor, about: str) -> d
 
 
 def choose_rows(n: int, count: int | None) -> Tensor:
-    """As many of n rows, ascending; no seed changes them. None: all."""
+    """Return `count` of n rows, ascending, the same for every seed; None: all rows."""
     order = random_stream("gradient distance examples").permutation(n)
     return torch.from_numpy(order[:count]).sort().values
 
@@ -171,7 +158,7 @@ def make_rows(epoch: int, split: Split, rows: Tensor, columns: Mapping[str, Tens
     return [{"epoch": epoch, **dict(zip(columns, row))} for row in zip(*columns.values())]
 
 
-def make_summary(table: Table, seed: int) -> list[dict[str, object]]:
+def make_summary(table: Columns, seed: int) -> list[dict[str, object]]:
     """Rank correlations at every epoch over the clean, the noisy, and all examples."""
     noisy, rows = table["memorized"] == 1, []
     subsets = {"clean": ~noisy, "noisy": noisy, "all": np.ones_like(noisy)}
@@ -188,8 +175,14 @@ def make_summary(table: Table, seed: int) -> list[dict[str, object]]:
 # ---------------------------------------------------------------- a run
 
 
-def chosen_epochs(run: Run, asked: list[int] | str | None) -> list[int]:
-    kept = run.epochs_in("checkpoints")
+def epochs_read(config: Config) -> Sequence[int]:
+    """Return the epochs that the configuration lists; 'all' means those on disk."""
+    asked = config.gradient_distance.epochs
+    return asked if isinstance(asked, tuple) else ()
+
+
+def chosen_epochs(run: Run) -> list[int]:
+    kept, asked = run.epochs_in("checkpoints"), run.config.gradient_distance.epochs
     if asked is None:
         places = np.linspace(0, len(kept) - 1, EPOCHS).round().astype(int)
         return [kept[place] for place in np.unique(places)]
@@ -197,23 +190,23 @@ def chosen_epochs(run: Run, asked: list[int] | str | None) -> list[int]:
         return kept
     if missing := set(asked) - set(kept):
         raise UserError(
-            f"--epochs: {min(missing)} is not allowed: {run.directory} has kept the weights of "
-            f"the epochs {', '.join(map(str, kept))}"
+            f"gradient_distance.epochs: {min(missing)} is not allowed: {run.directory} has kept "
+            f"the weights of the epochs {', '.join(map(str, kept))}"
         )
-    return sorted(set(asked))
+    return list(asked)
 
 
-def make_measurements(run: Run, asked: Asked) -> tuple[Measurement, Measurement]:
-    """The table of examples, and its summary."""
-    settings = {"examples": asked.examples}
-    selection = {"epochs": chosen_epochs(run, asked.epochs)}
+def measurements(run: Run) -> tuple[Measurement, Measurement]:
+    """Return the table of examples, and its summary."""
+    settings = {"examples": run.config.gradient_distance.examples}
+    selection = {"epochs": chosen_epochs(run)}
     return (
-        Measurement(run, FILE_NAME, COLUMNS, settings, selection),
-        Measurement(run, SUMMARY_FILE_NAME, SUMMARY_COLUMNS, settings, selection),
+        Measurement(run, DISTANCES, settings, selection),
+        Measurement(run, SUMMARY, settings, selection),
     )
 
 
-def measure(run: Run, measurement: Measurement, device: torch.device) -> None:
+def measure_distances(run: Run, measurement: Measurement, device: torch.device) -> None:
     """Each epoch is a part, and epochs can be added to it later.
 
     In fp32 whatever the run was trained in: less holds no gradient of a fitted example.
@@ -234,7 +227,32 @@ def measure(run: Run, measurement: Measurement, device: torch.device) -> None:
     measurement.finish(table, device)
 
 
-def describe(run: Run) -> str:
+def read_table(run: Run) -> Columns:
+    rows = DISTANCES.read(run.directory)
+    return {column: np.array([row[column] for row in rows]) for column in DISTANCES.columns}
+
+
+def read_summary(run: Run, subset: str, of: str, other: str) -> list[dict]:
+    rows = SUMMARY.read(run.directory)
+    return [row for row in rows if (row["subset"], row["of"], row["with"]) == (subset, of, other)]
+
+
+def middle_and_last(epochs: Sequence[float]) -> list[int]:
+    """Return the middle and the last of ascending epochs; the same one twice if there is one."""
+    return [int(epochs[(len(epochs) - 1) // 2]), int(epochs[-1])]
+
+
+def measure(run: Run) -> None:
+    """Measure the examples of one run, and correlate their numbers."""
+    device = resolve_device(run.config)
+    distances, summary = measurements(run)
+    if not distances.finished:
+        measure_distances(run, distances, device)
+    if not summary.finished:
+        summary.finish(make_summary(read_table(run), run.config.seed), device)
+
+
+def summarize(run: Run) -> str:
     """The correlations at two epochs in one line, and whatever has no number."""
     table, parts = read_table(run), []
     for epoch in dict.fromkeys(middle_and_last(np.unique(table["epoch"]))):
@@ -252,64 +270,31 @@ def describe(run: Run) -> str:
     ):
         if count := int((~np.isfinite(table[column])).sum()):
             parts.append(f"{count} of {len(table[column])} without a {column}: {why}")
-    return f"rank correlation of gradient norm with distance: {'; '.join(parts)}"
+    about = f"{title(run.config)}: rank correlation of gradient norm with distance"
+    return f"{about}: {'; '.join(parts)}"
 
 
-def main(run: Run, asked: Asked) -> str:
-    """Measure one run, unless that is done; its results in one line."""
-    run.require_finished()
-    device = resolve_device(run.config)
-    measurement, summary = make_measurements(run, asked)
-    if not measurement.finished:
-        measure(run, measurement, device)
-    if not summary.finished:
-        summary.finish(make_summary(read_table(run), run.config.seed), device)
-    return f"{title(run.config)}: {describe(run)}"
+def estimate_passes(run: Run) -> float:
+    """Forward for all examples, forward and backward for each that is measured, at every epoch."""
+    train, _ = count_examples(run.config)
+    asked = run.config.gradient_distance
+    count = len(listed_epochs(asked.epochs, run.config.train.epochs)) if asked.epochs else EPOCHS
+    return count * (train + 3 * min(asked.examples or train, train))
 
 
-def plan(run: Run, asked: Asked) -> str:
-    """What `main` would do, and the disk that it takes."""
-    if not run.finished:
-        return f"{title(run.config)}: to do after its training, which is {run.state}"
-    both = make_measurements(run, asked)
-    state = "finished" if all(m.finished for m in both) else "to do"
-    return f"{title(run.config)}: {len(both[0].settings['epochs'])} epochs {state}, a few MB"
-
-
-def conclude(runs: Sequence[Run]) -> Iterator[tuple[str, Path]]:
-    """A figure of the runs that differ in their seed alone, beside their folders."""
-    for folder in dict.fromkeys(run.directory.parent for run in runs):
-        family = Family(folder, tuple(run for run in runs if run.directory.parent == folder))
-        paths = draw_figure(
-            plot_gradient_distance, family, folder / "figures" / Path(FILE_NAME).stem
-        )
-        yield f"{family.seeds}: {' '.join(path.name for path in paths)}", folder / "figures"
-
-
-def parse(arguments: Sequence[str] | None) -> tuple[Asked, list[str]]:
-    """This command's own options, and what is left for all commands' ones."""
-    parser = Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--epochs")
-    parser.add_argument("--examples")
-    given, rest = parser.parse_known_args(arguments)
-    epochs, count = given.epochs, given.examples
-    try:
-        epochs = epochs if epochs in (None, "all") else [int(word) for word in epochs.split(",")]
-    except ValueError:
-        message = f"--epochs: {epochs!r} is not allowed: all, or epochs such as 0,10,20"
-        raise UserError(message) from None
-    if count is not None and not (count.isdecimal() and int(count) > 0):
-        raise UserError(f"--examples: {count!r} is not allowed: a whole number, 1 or more")
-    return Asked(epochs, None if count is None else int(count)), rest
-
-
-def command(arguments: Sequence[str] | None = None) -> int:
-    with reporting_ends() as ending:
-        asked, rest = parse(arguments)
-        work, what = partial(main, asked=asked), partial(plan, asked=asked)
-        ending.status = run_script(__doc__, work, what, rest, conclude=conclude)
-    return ending.status
-
+EXPERIMENT = Experiment(
+    key="gradient_distance",
+    command="python -m beyond.gradient_distance",
+    section="",
+    question=("Does an example's gradient norm follow its distance to its class in feature space?"),
+    tables=(DISTANCES, SUMMARY),
+    figures=("plotting.beyond.gradient_distance",),
+    measure=measure,
+    summarize=summarize,
+    passes=estimate_passes,
+    measurements=measurements,
+    epochs_read=epochs_read,
+)
 
 if __name__ == "__main__":
-    sys.exit(command())
+    sys.exit(run_script(EXPERIMENT, __doc__))

@@ -1,1 +1,1 @@
-"""What the scripts share, in rooms: config, runs, training, flipping and launch."""
+"""Shared code of the scripts, in rooms: config, runs, training, flipping and launch."""

@@ -7,7 +7,6 @@ import numpy as np
 
 from data.random_streams import random_stream
 
-DETECTION_COLUMNS = ("method", "on", "memorized", "clean", "auc", "low", "high")
 RESAMPLES = 1000
 INTERVAL = (2.5, 97.5)  # percentiles
 
@@ -22,7 +21,7 @@ class Area:
 
 
 def compute_area(positive: np.ndarray, negative: np.ndarray, seed: int) -> Area:
-    """How often a positive score is the higher one of a random pair; ties count one half.
+    """Return the share of pairs whose positive score is the higher one; ties count one half.
 
     For the interval, positive and negative examples are drawn again with replacement, each as many
     as there are. nan where either has no examples.
@@ -59,12 +58,12 @@ def compute_detection(
 
 
 def count_neurons(row: Mapping[str, float], max_neurons: int) -> float:
-    """Of a search's result; one that gave up counts as one more than the most that were allowed."""
+    """Return the neurons of a search; one that gave up counts as one more than it was allowed."""
     return row["neurons"] if row["flipped"] else max_neurons + 1
 
 
 def first_epoch_for_good(states: np.ndarray) -> np.ndarray:
-    """From which epoch on each example's state [epochs, n] stays true, counted from 1.
+    """Return the epoch, from 1, since which each example's state [epochs, n] stays true.
 
     One more than there are epochs where it is not true at the end.
     """
@@ -78,7 +77,7 @@ def first_epoch_for_good(states: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Correlation:
-    """Of n examples, with its 95% interval."""
+    """Rank correlation of n examples, with its 95% interval."""
 
     n: int
     rho: float
@@ -100,7 +99,7 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def compute_correlation(x: np.ndarray, y: np.ndarray, seed: int) -> Correlation:
-    """Of the examples whose two numbers are finite.
+    """Correlate the examples whose two numbers are finite.
 
     For the interval, examples are drawn again with replacement, as many as there are; a draw in
     which one of the numbers is constant has no correlation and is left out.

@@ -6,16 +6,15 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from data import DataError
-from engine.runs import files
 from engine.training.build import load_split_at_hand, make_model
+from example_tied_dropout import FORGOTTEN
 from models import network_file
 from models.dropout import tied_layers
 from plotting.examples import draw_sheet
 from plotting.families import Family
+from plotting.figure_kind import FigureKind
 from plotting.style import CLEAN, NOISY, PAGE, wrapped
 
-FORGOTTEN = "forgotten.csv"
-FORGOTTEN_COLUMNS = ("index", "label", "prediction_after", "typicality")
 EXAMPLES, NEURONS = 24, 64  # of each layer, at the most, evenly spread: more cannot be seen
 ACROSS, DOWN = 8, 3
 
@@ -54,7 +53,7 @@ def plot_forgotten(family: Family) -> Figure:
     """Figure 7: clean examples that are no longer right without the memorization neurons."""
     split = load_split_at_hand(family.config)
     run = family.runs[0]
-    rows = files.read_csv(run.directory / FORGOTTEN, FORGOTTEN_COLUMNS)
+    rows = FORGOTTEN.read(run.directory)
     place = {int(index): row for row, index in enumerate(split.index.tolist())}
     names = split.class_names
     shown = rows[: ACROSS * DOWN]
@@ -67,3 +66,15 @@ def plot_forgotten(family: Family) -> Figure:
     words = f"{family.title}, {run.directory.name}: {len(rows)} clean examples forgotten"
     axes.set_title(f"{wrapped(words, PAGE)}\nlabel (prediction after dropping)")
     return figure
+
+
+FIGURES = (
+    FigureKind(
+        ("6",), "masks", "dropout", FORGOTTEN.name, plot_masks,
+        "The masks that this model was trained with: blue for everybody, red for one example.",
+    ),
+    FigureKind(
+        ("7",), "forgotten", "dropout", FORGOTTEN.name, plot_forgotten,
+        "Clean examples that only the memorization neurons held: mostly odd or ambiguous ones.",
+    ),
+)  # fmt: skip

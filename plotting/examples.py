@@ -11,13 +11,14 @@ from torch import Tensor
 from data import Split
 from engine.training.build import load_split_at_hand
 from plotting.families import Family
+from plotting.figure_kind import FigureKind
 from plotting.style import PAGE
 
 ACROSS, DOWN = 12, 3  # images on each half of a sheet
 PITCH, ROOM = 1.15, 0.5  # in images: from one to the next, and for a caption above it
 
 
-def choose_examples(split: Split, kind: str) -> list[tuple[str, np.ndarray]]:
+def choose_shown(split: Split, kind: str) -> list[tuple[str, np.ndarray]]:
     """Two halves of a sheet, each with its heading and its rows of the split.
 
     Where typicality is known: the most and the least typical. Else: clean examples and memorized
@@ -41,7 +42,7 @@ def choose_examples(split: Split, kind: str) -> list[tuple[str, np.ndarray]]:
 def plot_examples(family: Family) -> Figure:
     """The sheet of a run's training set; it is the same for every seed."""
     split = load_split_at_hand(family.config)
-    halves = choose_examples(split, family.config.data.split)
+    halves = choose_shown(split, family.config.data.split)
     figure, panels = plt.subplots(2, 1, figsize=(PAGE, 5.6))
     for axes, (heading, rows) in zip(panels, halves):
         captions = [_caption(split, row, family.config.data.split) for row in rows]
@@ -74,3 +75,11 @@ def _caption(split: Split, row: int, kind: str) -> str:
     if kind == "atypical":
         return f"{given}, {split.typicality[row]:.2f}"
     return given if given == true else f"{given}\n({true})"
+
+
+FIGURES = (
+    FigureKind(
+        ("examples",), "examples", "gradients", "split.npz", plot_examples,
+        "What there is to memorize: judge for yourself whether a person would give these labels.",
+    ),
+)  # fmt: skip

@@ -12,20 +12,12 @@ import numpy as np
 from engine.config.load import SCHEMA, flatten
 from engine.config.schema import Config
 from engine.errors import UserError
+from engine.launch.experiments import load_experiments
 from engine.runs import files
 from engine.runs.identity import title
 from engine.runs.run import Run
+from engine.runs.tables import ResultTable
 
-# The settings of a table are those of a section of the configuration.
-SECTION_OF = {
-    "layer_rewinding": "rewinding",
-    "layer_retraining": "retraining",
-    "neuron_flipping": "flipping",
-    "mislabel_detection": "flipping",
-    "example_tied_dropout": "dropout",
-    "forgotten": "dropout",
-    "forgotten_typicality": "dropout",
-}
 # With these, another quantity is measured than the paper's, and every title says so.
 REDEFINING = {
     "rewinding.batchnorm", "flipping.ablate", "flipping.refresh_reference",
@@ -86,8 +78,9 @@ class Family:
     def measured_with(self) -> dict[str, object]:
         """How the first run's tables were measured, by key path, where that is not the default."""
         found = {}
-        for stem in SECTION_OF:
-            found |= _unusual(self.runs[0], f"{stem}.csv")
+        for experiment in load_experiments().values():
+            for table in experiment.tables:
+                found |= _unusual(self.runs[0], table.name)
         return found
 
     def having(self, file_name: str) -> "Family | None":
@@ -103,17 +96,16 @@ class Family:
         ]
         return replace(self, runs=tuple(alike), apart=self.apart + "".join(words))
 
-    def rows(self, file_name: str, columns: Sequence[str], text: Sequence[str] = ()) -> list[dict]:
-        """The rows of all runs, each of which has the file."""
-        paths = [run.directory / file_name for run in self.runs]
-        return [row for path in paths for row in files.read_csv(path, columns, text)]
+    def rows(self, table: ResultTable) -> list[dict]:
+        """Return the rows of all runs, each of which has the table."""
+        return [row for run in self.runs for row in table.read(run.directory)]
 
-    def table(self, file_name: str, columns: Sequence[str]) -> dict[str, np.ndarray]:
-        """Column -> values [seeds, rows]; each run has the file."""
-        tables = [files.read_csv(run.directory / file_name, columns) for run in self.runs]
-        if len({len(table) for table in tables}) > 1:
-            raise UserError(f"{self.folder}: the runs' {file_name} differ in length")
-        return {c: np.array([[row[c] for row in table] for table in tables]) for c in columns}
+    def table(self, table: ResultTable) -> dict[str, np.ndarray]:
+        """Return column -> values [seeds, rows]; each run has the table."""
+        seeds = [table.read(run.directory) for run in self.runs]
+        if len({len(rows) for rows in seeds}) > 1:
+            raise UserError(f"{self.folder}: the runs' {table.name} differ in length")
+        return {c: np.array([[row[c] for row in rows] for rows in seeds]) for c in table.columns}
 
 
 def find_families(places: Sequence[Path]) -> list[Family]:
@@ -161,7 +153,8 @@ def measured(run: Run, file_name: str) -> dict[str, object] | None:
 
 def _unusual(run: Run, file_name: str) -> dict[str, object]:
     """The settings of a measurement by key path, where they are not the defaults."""
-    section = SECTION_OF.get(Path(file_name).stem)
+    known = load_experiments().values()
+    section = next((e.key for e in known if file_name in [t.name for t in e.tables]), None)
     settings = measured(run, file_name) or {} if section else {}
     paths = {f"{section}.{key}": value for key, value in settings.items()}
     return {

@@ -1,147 +1,35 @@
-"""Every kind of figure: what it is called, what it is made from, and what to see in it."""
+"""All figures: which there are, and how they are drawn from result files."""
 
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from data import DataError
+from engine.launch.experiments import load_experiments
 from engine.runs import files
-from plotting.dropout import FORGOTTEN, plot_forgotten, plot_masks
-from plotting.examples import plot_examples
 from plotting.families import Family, alike
-from plotting.gradients import (
-    ACCOUNTING,
-    plot_gradient_cosines,
-    plot_gradient_norms,
-    plot_gradient_norms_compared,
-    plot_gradient_norms_over_training,
-    plot_learning_curves,
-)
-from plotting.layers import (
-    RETRAINING,
-    REWINDING,
-    plot_retraining,
-    plot_rewinding,
-    plot_rewinding_compared,
-    plot_rewinding_map,
-)
-from plotting.neurons import FLIPPING, plot_flipping, plot_flipping_compared
+from plotting.figure_kind import FigureKind
 from plotting.style import paper_style
 
 
-@dataclass(frozen=True)
-class Kind:
-    """A kind of figure: its numbers in the paper, its file, and what it is made from."""
-
-    numbers: tuple[str, ...]
-    name: str
-    experiment: str
-    source: str  # the result file that it needs
-    plot: Callable[..., Figure]  # of a family, or of several at once
-    see: str  # what to see in it, in one sentence
-    compares: str | None = None  # settings in which the families of one figure may differ
-
-    def concerns(self, family: Family) -> bool:
-        """Whether a family of runs could have this figure at all."""
-        kind = family.config.dropout.kind
-        if self.experiment == "dropout":
-            return kind == "example_tied"
-        return kind == "none" or self.source == "history.csv"
-
-    def comes_from(self, family: Family) -> bool:
-        """Whether a script makes what the figure needs of a family that does not have it."""
-        accounted = family.config.train.account_gradients or self.source != ACCOUNTING
-        return self.concerns(family) and accounted
-
-
-OF_ANY_MODEL = r"data\.noise_rate|(model|train)\..+"
-KINDS = (
-    Kind(
-        ("examples",), "examples", "gradients", "split.npz", plot_examples,
-        "What there is to memorize: judge for yourself whether a person would give these labels.",
-    ),
-    Kind(
-        ("learning-curves",), "learning_curves", "gradients", "history.csv", plot_learning_curves,
-        "Clean examples are learned first; mislabeled ones only later, if at all.",
-    ),
-    Kind(
-        ("1", "8", "11", "12", "13", "14"), "gradient_norms", "gradients", ACCOUNTING,
-        plot_gradient_norms,
-        "The memorized examples, though few, contribute about as much gradient as all others, in "
-        "every layer; the total is smaller than either, since the two oppose each other.",
-    ),
-    Kind(
-        ("2",), "gradient_cosines", "gradients", ACCOUNTING, plot_gradient_cosines,
-        "Dark: clean and memorized examples pull a layer in opposite directions in that epoch.",
-    ),
-    Kind(
-        ("10",), "gradient_norms_over_training", "gradients", ACCOUNTING,
-        plot_gradient_norms_over_training,
-        "How the two contributions compare from the first epochs to the last; mind the scales.",
-    ),
-    Kind(
-        ("11", "12", "13", "14"), "gradient_norms_compared", "gradients", ACCOUNTING,
-        plot_gradient_norms_compared,
-        "The memorized examples' contribution at every noise rate, and for every model.",
-        compares=OF_ANY_MODEL,
-    ),
-    Kind(
-        ("3", "9", "15", "16", "17"), "rewinding", "rewinding", REWINDING, plot_rewinding,
-        "Lines near the top: layers that can go back without losing the memorized examples; "
-        "layers that matter for these matter for the clean ones too.",
-    ),
-    Kind(
-        ("rewinding-map",), "rewinding_map", "rewinding", REWINDING, plot_rewinding_map,
-        "The same as a map: how late a layer's weights are still needed.",
-    ),
-    Kind(
-        ("3", "15", "16", "17"), "rewinding_compared", "rewinding", REWINDING,
-        plot_rewinding_compared,
-        "Which layers are critical differs between models and noise rates.",
-        compares=OF_ANY_MODEL,
-    ),
-    Kind(
-        ("4", "18", "19"), "retraining", "retraining", RETRAINING, plot_retraining,
-        "A high dashed line at any epoch after 0: the layer was not needed for memorizing, as what "
-        "it learns from clean examples alone is enough.",
-    ),
-    Kind(
-        ("5",), "neurons", "flipping", FLIPPING, plot_flipping,
-        "Memorized examples flip with fewer neurons, their removal costs the others less, and the "
-        "neurons lie in several layers.",
-    ),
-    Kind(
-        ("5",), "neurons_compared", "flipping", FLIPPING, plot_flipping_compared,
-        "How the number of neurons that hold an example grows with the network.",
-        compares=r"model\..+",
-    ),
-    Kind(
-        ("6",), "masks", "dropout", FORGOTTEN, plot_masks,
-        "The masks that this model was trained with: blue for everybody, red for one example.",
-    ),
-    Kind(
-        ("7",), "forgotten", "dropout", FORGOTTEN, plot_forgotten,
-        "Clean examples that only the memorization neurons held: mostly odd or ambiguous ones.",
-    ),
-)  # fmt: skip
-SCRIPTS = {
-    "gradients": "gradient_accounting.py",
-    "rewinding": "layer_rewinding.py",
-    "retraining": "layer_retraining.py",
-    "flipping": "neuron_flipping.py",
-    "dropout": "example_tied_dropout.py",
-}
+@cache
+def figure_kinds() -> tuple[FigureKind, ...]:
+    """Return the figures of all experiments, in the order of the experiments."""
+    modules = dict.fromkeys(name for e in load_experiments().values() for name in e.figures)
+    return tuple(kind for name in modules for kind in import_module(name).FIGURES)
 
 
 @dataclass(frozen=True)
 class Drawing:
     """A figure of some runs: its files, or why there are none."""
 
-    kind: Kind
+    kind: FigureKind
     about: str
     paths: tuple[Path, ...] = ()
     command: str = ""  # that makes what it is made from
@@ -159,7 +47,7 @@ class Drawing:
 def draw_all(
     families: Sequence[Family],
     folder: Path,
-    kinds: Sequence[Kind] = KINDS,
+    kinds: Sequence[FigureKind] | None = None,
     formats: Sequence[str] = ("pdf", "png"),
     concerning: bool = True,
     gather: bool = False,
@@ -168,7 +56,7 @@ def draw_all(
 
     With `gather` all lie in `folder`, those of a family in a folder with its name.
     """
-    for kind in kinds:
+    for kind in figure_kinds() if kinds is None else kinds:
         wanted = [family for family in families if not concerning or kind.concerns(family)]
         if kind.compares:
             measured = [part for family in wanted if (part := family.having(kind.source))]
@@ -188,8 +76,8 @@ def draw_all(
                 else:
                     yield Drawing(kind, about, paths)
             elif kind.comes_from(family):
-                script = SCRIPTS[kind.experiment]
-                commands = [shlex.join(["python", script, str(r.directory)]) for r in family.runs]
+                script = load_experiments()[kind.experiment].command
+                commands = [f"{script} {shlex.quote(str(r.directory))}" for r in family.runs]
                 yield Drawing(kind, family.title, command=" && ".join(commands))
             else:
                 yield Drawing(kind, family.title, lack=f"such a run has no {kind.source}")

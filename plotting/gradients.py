@@ -9,20 +9,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from engine.config.load import flatten
-from engine.runs.run import HISTORY_COLUMNS
+from engine.runs.tables import HISTORY
+from gradient_accounting import ACCOUNTS
 from plotting.families import Family, differing
+from plotting.figure_kind import OF_ANY_MODEL, FigureKind
 from plotting.style import COLUMN, PAGE, draw_band, names_of, wrapped
 
-ACCOUNTING = "gradient_accounting.csv"
-ACCOUNTING_COLUMNS = (
-    "epoch", "group", "norm_clean", "norm_noisy", "norm_total", "cosine", "parameters",
-)  # fmt: skip
 KINDS = ("clean", "noisy", "total")
 
 
 def read_curves(family: Family) -> dict[str, np.ndarray]:
     """Column -> values [seeds, epochs], the initialization being the first."""
-    return family.table("history.csv", HISTORY_COLUMNS)
+    return family.table(HISTORY)
 
 
 def plot_learning_curves(family: Family) -> Figure:
@@ -48,7 +46,7 @@ def draw_curves(axes: Axes, family: Family, kinds: Sequence[str]) -> None:
 
 def read_accounts(family: Family) -> dict[str, np.ndarray]:
     """Column -> values [seeds, epochs, groups]."""
-    table = family.table(ACCOUNTING, ACCOUNTING_COLUMNS)
+    table = family.table(ACCOUNTS)
     groups = int(table["group"].max()) + 1
     return {name: values.reshape(len(values), -1, groups) for name, values in table.items()}
 
@@ -164,3 +162,32 @@ def plot_gradient_cosines(family: Family) -> Figure:
     figure.colorbar(image, label=f"cosine of {clean} and {noisy} gradient")
     figure.suptitle(f"{wrapped(family.title, COLUMN)}\n({family.seeds})", fontsize=8)
     return figure
+
+
+FIGURES = (
+    FigureKind(
+        ("learning-curves",), "learning_curves", "gradients", HISTORY.name, plot_learning_curves,
+        "Clean examples are learned first; mislabeled ones only later, if at all.",
+    ),
+    FigureKind(
+        ("1", "8", "11", "12", "13", "14"), "gradient_norms", "gradients", ACCOUNTS.name,
+        plot_gradient_norms,
+        "The memorized examples, though few, contribute about as much gradient as all others, in "
+        "every layer; the total is smaller than either, since the two oppose each other.",
+    ),
+    FigureKind(
+        ("2",), "gradient_cosines", "gradients", ACCOUNTS.name, plot_gradient_cosines,
+        "Dark: clean and memorized examples pull a layer in opposite directions in that epoch.",
+    ),
+    FigureKind(
+        ("10",), "gradient_norms_over_training", "gradients", ACCOUNTS.name,
+        plot_gradient_norms_over_training,
+        "How the two contributions compare from the first epochs to the last; mind the scales.",
+    ),
+    FigureKind(
+        ("11", "12", "13", "14"), "gradient_norms_compared", "gradients", ACCOUNTS.name,
+        plot_gradient_norms_compared,
+        "The memorized examples' contribution at every noise rate, and for every model.",
+        compares=OF_ANY_MODEL,
+    ),
+)  # fmt: skip

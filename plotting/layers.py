@@ -10,31 +10,30 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from engine.runs import files
+from engine.runs.tables import ResultTable
+from layer_retraining import RETRAINING
+from layer_rewinding import REWINDING
 from plotting.families import Family
+from plotting.figure_kind import OF_ANY_MODEL, FigureKind
 from plotting.gradients import draw_curves
 from plotting.style import PAGE, draw_band, names_of, wrapped
 
-REWINDING = "layer_rewinding.csv"
-REWINDING_COLUMNS = ("group", "epoch", "acc_clean", "acc_noisy", "acc_total")
-RETRAINING = "layer_retraining.csv"
-RETRAINING_COLUMNS = ("group", "epoch", "acc_clean", "acc_noisy", "acc_train")
 LINES_AT_MOST = 11  # more would not be told apart
 
 
-def by_group(family: Family, file_name: str, columns: Sequence[str]) -> dict[str, np.ndarray]:
+def by_group(family: Family, table: ResultTable) -> dict[str, np.ndarray]:
     """The groups, the epochs, and each accuracy as [seeds, groups, epochs].
 
     It is nan where a seed lacks an epoch, as it does after the end of a retraining that stopped.
     """
-    tables = [files.read_csv(run.directory / file_name, columns) for run in family.runs]
+    tables = [table.read(run.directory) for run in family.runs]
     groups, epochs = (
-        sorted({row[axis] for table in tables for row in table}) for axis in ("group", "epoch")
+        sorted({row[axis] for rows in tables for row in rows}) for axis in ("group", "epoch")
     )
     shape = (len(tables), len(groups), len(epochs))
-    found = {name: np.full(shape, np.nan) for name in columns if name.startswith("acc_")}
-    for seed, table in enumerate(tables):
-        for row in table:
+    found = {name: np.full(shape, np.nan) for name in table.columns if name.startswith("acc_")}
+    for seed, rows in enumerate(tables):
+        for row in rows:
             place = seed, groups.index(row["group"]), epochs.index(row["epoch"])
             for name, values in found.items():
                 values[place] = row[name]
@@ -57,7 +56,7 @@ def plot_rewinding_compared(families: Sequence[Family]) -> Figure:
         curves.legend(loc="best")
         curves.set_ylabel("accuracy")
         curves.set_title(f"{wrapped(family.title, PAGE / 3)}\n({family.seeds})", loc="left")
-        table = by_group(family, REWINDING, REWINDING_COLUMNS)
+        table = by_group(family, REWINDING)
         scale = _draw_rewound(rewound, table, names_of(family.config.data.split))
         bar = figure.colorbar(scale, ax=rewound, label="rewound to epoch", pad=0.02)
         bar.locator = MaxNLocator(integer=True)
@@ -81,7 +80,7 @@ def _draw_rewound(panels: Sequence[Axes], table: dict, names: dict[str, str]) ->
 
 def plot_rewinding_map(family: Family) -> Figure:
     """The same as a map, layer by epoch: accuracy on the memorized examples."""
-    table = by_group(family, REWINDING, REWINDING_COLUMNS)
+    table = by_group(family, REWINDING)
     groups, epochs = table["group"], table["epoch"]
     names = names_of(family.config.data.split)
     every = -(-len(epochs) // LINES_AT_MOST)
@@ -102,7 +101,7 @@ def plot_rewinding_map(family: Family) -> Figure:
 
 def plot_retraining(family: Family) -> Figure:
     """A panel for each layer: accuracies while it is trained again, on clean examples only."""
-    table = by_group(family, RETRAINING, RETRAINING_COLUMNS)
+    table = by_group(family, RETRAINING)
     names = names_of(family.config.data.split)
     count = len(table["group"])
     rows = -(-count // 3)
@@ -124,3 +123,27 @@ def plot_retraining(family: Family) -> Figure:
     figure.supylabel("accuracy", fontsize=8)
     figure.suptitle(wrapped(f"{family.title} ({family.seeds})", PAGE), fontsize=8)
     return figure
+
+
+FIGURES = (
+    FigureKind(
+        ("3", "9", "15", "16", "17"), "rewinding", "rewinding", REWINDING.name, plot_rewinding,
+        "Lines near the top: layers that can go back without losing the memorized examples; "
+        "layers that matter for these matter for the clean ones too.",
+    ),
+    FigureKind(
+        ("rewinding-map",), "rewinding_map", "rewinding", REWINDING.name, plot_rewinding_map,
+        "The same as a map: how late a layer's weights are still needed.",
+    ),
+    FigureKind(
+        ("3", "15", "16", "17"), "rewinding_compared", "rewinding", REWINDING.name,
+        plot_rewinding_compared,
+        "Which layers are critical differs between models and noise rates.",
+        compares=OF_ANY_MODEL,
+    ),
+    FigureKind(
+        ("4", "18", "19"), "retraining", "retraining", RETRAINING.name, plot_retraining,
+        "A high dashed line at any epoch after 0: the layer was not needed for memorizing, as what "
+        "it learns from clean examples alone is enough.",
+    ),
+)  # fmt: skip

@@ -15,15 +15,10 @@ from engine.runs.identity import short_name
 from engine.runs.run import Run
 from engine.stats import count_neurons
 from models import MODELS, model_options
+from neuron_flipping import FLIPPING
 from plotting.families import Family
+from plotting.figure_kind import FigureKind
 from plotting.style import COLORS, DASHES, PAGE, names_of, wrapped
-
-FLIPPING = "neuron_flipping.csv"
-FLIPPING_COLUMNS = (
-    "example", "memorized", "neurons", "flipped",
-    "acc_remaining_before", "acc_remaining_after", "groups", "neurons_ids",
-)  # fmt: skip
-FLIPPING_TEXT = ("groups", "neurons_ids")
 
 
 def read_searched(run: Run) -> list[dict]:
@@ -32,9 +27,9 @@ def read_searched(run: Run) -> list[dict]:
     How many a search was allowed stands beside the table: it may be measured with other settings
     than those that the run was begun with.
     """
-    path = run.directory / FLIPPING
+    path = FLIPPING.path(run.directory)
     most = files.read_json(path.with_suffix(".json"))["settings"]["max_neurons"]
-    rows = files.read_csv(path, FLIPPING_COLUMNS, FLIPPING_TEXT)
+    rows = FLIPPING.read(run.directory)
     return [row | {"neurons": count_neurons(row, most)} for row in rows]
 
 
@@ -131,3 +126,17 @@ def _model_label(model: ModelConfig) -> str:
 
 def _each_seed(family: Family, kind: str) -> list[list[dict]]:
     return [dict(_of_both_kinds(read_searched(run)))[kind] for run in family.runs]
+
+
+FIGURES = (
+    FigureKind(
+        ("5",), "neurons", "flipping", FLIPPING.name, plot_flipping,
+        "Memorized examples flip with fewer neurons, their removal costs the others less, and the "
+        "neurons lie in several layers.",
+    ),
+    FigureKind(
+        ("5",), "neurons_compared", "flipping", FLIPPING.name, plot_flipping_compared,
+        "How the number of neurons that hold an example grows with the network.",
+        compares=r"model\..+",
+    ),
+)  # fmt: skip

@@ -73,3 +73,9 @@ def _same_random_numbers():
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         yield
+
+
+def complaints(error: str) -> list[str]:
+    """Return the lines of a command's stderr without the first, which names the device."""
+    lines = error.splitlines()
+    return lines[1:] if lines and lines[0].startswith("Device: ") else lines

@@ -16,7 +16,7 @@ class Killed(BaseException):
 
 @contextmanager
 def _dying(module: ModuleType, name: str, work: Callable) -> Iterator[None]:
-    """What runs inside calls `work` in place of the module's own, and dies of it."""
+    """Replace a function of a module by `work`, which raises Killed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, name, work)
         with pytest.raises(Killed):
@@ -25,7 +25,7 @@ def _dying(module: ModuleType, name: str, work: Callable) -> Iterator[None]:
 
 @contextmanager
 def killed_at_write(moment: int, before: bool = False) -> Iterator[None]:
-    """What runs inside dies just after the file of this number, from 0, got its name, or before."""
+    """Raise Killed just after the file of this number, from 0, got its name, or just before."""
     write, count = files.write_atomically, iter(range(10_000))
 
     def write_or_die(path, content):

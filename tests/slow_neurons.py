@@ -167,7 +167,7 @@ class SlowNeurons:
         return torch.cat(found).detach()
 
     def accuracy(self, images: torch.Tensor, label: torch.Tensor, left_out: int) -> float:
-        """Of every image (uint8) but one, each on its own, without noise."""
+        """Return the accuracy on every image (uint8) but one, each on its own, without noise."""
         correct = [
             int(self.model(normalize(images[i : i + 1])).argmax()) == int(label[i])
             for i in range(len(label))

@@ -42,7 +42,7 @@ PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP
 
 
 def why_not() -> str | None:
-    """What a cluster cannot be started here for, if anything."""
+    """Return the reason why no cluster can be started here, if there is one."""
     programs = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
     if missing := [program for program in programs if not shutil.which(program, path=_path())]:
         return f"Slurm is not installed: no {', '.join(missing)}"

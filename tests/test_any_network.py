@@ -47,10 +47,10 @@ def five_experiments(config) -> dict[str, bytes]:
     """The tables of all scripts, as bytes; those of the dropout run with its own prefix."""
     plain = Run.of(without_dropout(config))
     for script in SCRIPTS:
-        script.main(plain)
+        script.EXPERIMENT.main(plain)
     tables = contents(plain.directory, TABLES)
     tied = Run.of(example_tied_dropout.without_accounting(config))
-    example_tied_dropout.main(tied)
+    example_tied_dropout.EXPERIMENT.main(tied)
     return tables | {
         f"dropout/{name}": data for name, data in contents(tied.directory, DROPOUT_TABLES).items()
     }
@@ -140,8 +140,7 @@ def mine(tmp_path, monkeypatch, tiny_file):
 
 
 def run(script, *arguments) -> int:
-    training = getattr(script, "without_accounting", without_dropout)
-    return run_script(script.__doc__, script.main, script.plan, [*map(str, arguments)], training)
+    return run_script(script.EXPERIMENT, script.__doc__, [*map(str, arguments)])
 
 
 def the_run(config: Path, *overrides: str) -> Run:

@@ -15,18 +15,19 @@ from engine.config.load import load_configs
 from engine.errors import UserError
 from engine.launch.cli import find_runs
 from engine.runs import files
-from engine.runs.run import HISTORY_COLUMNS, Run
+from engine.runs.run import Run
+from engine.runs.tables import HISTORY
 from engine.training.build import load_final_model, load_split
 from engine.training.evaluation import Outcome, evaluate_split
 from example_tied_dropout import (
-    ABLATION_COLUMNS,
+    ABLATION,
     ACCURACIES,
-    COLUMNS,
-    FORGOTTEN_COLUMNS,
-    TYPICALITY_COLUMNS,
-    UNLEARNING_COLUMNS,
+    DROPOUT,
+    FORGOTTEN,
+    TYPICALITY,
+    UNLEARNING,
     accuracies,
-    choose_examples,
+    choose_learned,
     compute_typicality,
     compute_unlearning,
     dropped,
@@ -73,7 +74,7 @@ def trained(tmp_path_factory) -> Path:
     (directory / "a.yaml").write_text(TINY + f"output_dir: {directory / 'runs'}\n")
     (config,) = load_configs(directory / "a.yaml", (*OWN, *LEARNED))
     run = Run.of(without_accounting(config))
-    example_tied_dropout.main(run)
+    example_tied_dropout.EXPERIMENT.main(run)
     return run.directory
 
 
@@ -87,7 +88,7 @@ def finished(trained, run_of) -> Run:
 
 def states(run: Run) -> dict[str, dict]:
     path = run.directory / "example_tied_dropout.csv"
-    return {row["state"]: row for row in files.read_csv(path, COLUMNS, text=("dropout", "state"))}
+    return {row["state"]: row for row in DROPOUT.read(path.parent)}
 
 
 def contents(run: Run) -> dict[str, bytes]:
@@ -110,7 +111,7 @@ def test_each_training_example_is_recorded_under_its_own_mask(finished):
     with torch.no_grad():  # test images: the expected mask
         prediction = model(normalize(split.test_images)).argmax(1)
     correct = np.array(correct)
-    last = files.read_csv(finished.history_path, HISTORY_COLUMNS)[-1]
+    last = HISTORY.read(finished.directory)[-1]
     assert last["acc_total"] == pytest.approx(correct.mean())
     assert last["acc_noisy"] == pytest.approx(correct[split.memorized.numpy()].mean())
     assert last["acc_test"] == pytest.approx((prediction == split.test_label).double().mean())
@@ -123,10 +124,10 @@ def test_each_training_example_is_recorded_under_its_own_mask(finished):
 def test_a_resumed_run_has_the_same_masks_and_results(run_of, tmp_path, kind):
     """Standard dropout draws anew at every step, from the epoch's own stream."""
     whole, killed = (run_of(f"dropout.kind={kind}", f"output_dir={tmp_path}/{x}") for x in "ab")
-    example_tied_dropout.main(whole)
+    example_tied_dropout.EXPERIMENT.main(whole)
     with killed_after_epoch(1):
-        example_tied_dropout.main(killed)
-    example_tied_dropout.main(killed)
+        example_tied_dropout.EXPERIMENT.main(killed)
+    example_tied_dropout.EXPERIMENT.main(killed)
     assert contents(whole) == contents(killed)
     layers = [
         tied_layers(load_final_model(run, load_split(run.config), CPU)) for run in (whole, killed)
@@ -151,7 +152,7 @@ def test_a_step_trains_each_example_with_its_own_neurons(run_of, monkeypatch):
         "train.epochs=1", "train.peak_epoch=0", "train.batch_size=2", "train.weight_decay=0",
         "data.train_size=4", "dropout.p_mem=0.1",
     )  # fmt: skip
-    example_tied_dropout.main(run)
+    example_tied_dropout.EXPERIMENT.main(run)
     split = subset(run.config)
     layer = tied_layers(load_final_model(run, split, CPU))[-1]
     unused = layer.generalization + (~layer.masks[split.index].any(0)).nonzero().flatten()
@@ -165,7 +166,7 @@ def test_a_step_trains_each_example_with_its_own_neurons(run_of, monkeypatch):
 @pytest.mark.parametrize("kind", ["example_tied", "sparse"])
 def test_every_model_has_its_sites(run_of, model, kind):
     run = run_of(*MODELS[model], f"dropout.kind={kind}", "train.epochs=1")
-    line = example_tied_dropout.main(run)
+    line = example_tied_dropout.EXPERIMENT.main(run)
     assert f"{kind} 0.4" in line
     assert set(states(run)) == {"before", "after"}
 
@@ -173,7 +174,7 @@ def test_every_model_has_its_sites(run_of, model, kind):
 def test_p_gen_1_is_training_without_dropout(run_of):
     found = [run_of("dropout.p_gen=1"), run_of("dropout.kind=none")]
     for run in found:
-        example_tied_dropout.main(run)
+        example_tied_dropout.EXPERIMENT.main(run)
     weights = [run.read_checkpoint(3) for run in found]
     for name, value in weights[0].items():
         assert torch.equal(value, weights[1][name]), name
@@ -213,10 +214,10 @@ def test_other_scripts_read_such_a_run_by_its_directory(finished, tmp_path):
     assert run.config.dropout.kind == "example_tied"
     split = load_split(run.config)
     model = load_final_model(run, split, CPU)
-    history = files.read_csv(run.history_path, HISTORY_COLUMNS)[-1]
+    history = HISTORY.read(run.directory)[-1]
     found = accuracies(split, *evaluate_split(model, split))
     assert found == {name: pytest.approx(history[name]) for name in ACCURACIES}
-    assert "clean" in gradient_accounting.main(run)  # finished, so only read
+    assert "clean" in gradient_accounting.EXPERIMENT.main(run)  # finished, so only read
     with pytest.raises(UserError, match=r"dropout\.p_mem: cannot be changed"):
         Run.at(run.directory, ("dropout.p_mem=0.5",))
 
@@ -224,9 +225,9 @@ def test_other_scripts_read_such_a_run_by_its_directory(finished, tmp_path):
 def test_an_unfinished_run_that_accounts_gradients_is_left_to_its_script(tiny, monkeypatch):
     run = Run.of(tiny())
     with pytest.raises(UserError, match="no such run"):
-        example_tied_dropout.main(run)
-    gradient_accounting.main(run)
-    assert "no" in example_tied_dropout.main(run)
+        example_tied_dropout.EXPERIMENT.main(run)
+    gradient_accounting.EXPERIMENT.main(run)
+    assert "no" in example_tied_dropout.EXPERIMENT.main(run)
     assert states(run)["after"]["acc_noisy"] == states(run)["before"]["acc_noisy"]
 
 
@@ -249,7 +250,7 @@ def test_a_mistake_gets_one_line(tiny_file, overrides, message):
 
 def test_a_share_of_no_channel_at_all_gets_one_line(run_of):
     with pytest.raises(UserError, match=r"dropout: a share of 0\.1 of 6 channels is none at all"):
-        example_tied_dropout.main(run_of("dropout.p_gen=0.1"))
+        example_tied_dropout.EXPERIMENT.main(run_of("dropout.p_gen=0.1"))
 
 
 # ---------------------------------------------------------------- measuring
@@ -259,29 +260,27 @@ def test_measurement_settings_measure_again_and_never_train_again(finished, run_
     monkeypatch.setattr(example_tied_dropout, "train_run", None)
     first = states(finished)["after"]
     assert finished.directory == run_of(*LEARNED).directory
-    rows = files.read_csv(
-        finished.directory / "dropout_ablation.csv", ABLATION_COLUMNS, text=ABLATION_COLUMNS[:2]
-    )
+    rows = ABLATION.read(finished.directory)
     assert len(rows) == 4
     for row in rows:
         run = run_of(
             *LEARNED,
             f"dropout.rescale={row['rescale']}", f"dropout.batchnorm={row['batchnorm']}",
         )  # fmt: skip
-        example_tied_dropout.main(run)
+        example_tied_dropout.EXPERIMENT.main(run)
         after = states(run)["after"]
         assert {k: after[k] for k in ACCURACIES} == {k: row[k] for k in ACCURACIES}
         source = files.read_json(run.directory / "example_tied_dropout.json")
         assert source["settings"] == {k: row[k] for k in ("rescale", "batchnorm")}
-    example_tied_dropout.main(finished)
+    example_tied_dropout.EXPERIMENT.main(finished)
     assert states(finished)["after"] == first
 
 
 def test_finished_measurements_are_not_touched(finished):
     before = {p: p.stat().st_mtime_ns for p in finished.directory.rglob("*")}
-    example_tied_dropout.main(finished)
+    example_tied_dropout.EXPERIMENT.main(finished)
     assert {p: p.stat().st_mtime_ns for p in finished.directory.rglob("*")} == before
-    assert ": finished, measured, " in example_tied_dropout.plan(finished)
+    assert ": finished, measured, " in example_tied_dropout.EXPERIMENT.plan(finished)
 
 
 def test_recalibrated_statistics_are_those_of_the_images_and_are_put_back(finished):
@@ -315,7 +314,7 @@ def test_the_forgotten_are_clean_and_only_right_before(finished):
     before, _ = evaluate_split(model, split)
     with dropped(model, split, "none", "running"):
         after, _ = evaluate_split(model, split)
-    rows = files.read_csv(finished.directory / "forgotten.csv", FORGOTTEN_COLUMNS)
+    rows = FORGOTTEN.read(finished.directory)
     expected = {
         int(split.index[i]): (int(split.label[i]), int(after.prediction[i]), split.typicality[i])
         for i in range(split.n)
@@ -330,7 +329,7 @@ def test_the_forgotten_are_clean_and_only_right_before(finished):
     place = {int(index): i for i, index in enumerate(split.index)}
     losses = [after.loss[place[int(row["index"])]].item() for row in rows]
     assert losses == sorted(losses, reverse=True)
-    (gap,) = files.read_csv(finished.directory / "forgotten_typicality.csv", TYPICALITY_COLUMNS)
+    (gap,) = TYPICALITY.read(finished.directory)
     assert gap["forgotten"] == len(rows)
     assert gap["mean_forgotten"] == pytest.approx(np.mean([row["typicality"] for row in rows]))
 
@@ -362,7 +361,7 @@ def test_unlearning_measures_the_chosen_the_others_and_test(finished):
     split = load_split(finished.config)
     model = load_final_model(finished, split, CPU)
     before, _ = evaluate_split(model, split)
-    rows = choose_examples(split, before, 3, draw=1)
+    rows = choose_learned(split, before, 3, draw=1)
     assert split.memorized[rows].all()
     assert before.correct[rows].all()
     found = compute_unlearning(model, split, rows)
@@ -381,14 +380,14 @@ def test_unlearning_measures_the_chosen_the_others_and_test(finished):
         others = [i for i in range(split.n) if i not in chosen and split.memorized[i] == noisy]
         assert found[name] == pytest.approx(np.mean([correct[i] for i in others]))
 
-    table = files.read_csv(finished.directory / "unlearning.csv", UNLEARNING_COLUMNS)
+    table = UNLEARNING.read(finished.directory)
     (row,) = [r for r in table if (r["examples"], r["draw"]) == (3, 1)]
     assert {name: row[name] for name in found} == {k: pytest.approx(v) for k, v in found.items()}
 
 
 def test_baselines_have_no_neurons_to_drop(run_of):
     run = run_of("dropout.kind=standard", "dropout.batchnorm=recalibrated", "train.epochs=1")
-    example_tied_dropout.main(run)
+    example_tied_dropout.EXPERIMENT.main(run)
     before, after = states(run).values()
     assert {name: before[name] for name in ACCURACIES} == {n: after[n] for n in ACCURACIES}
     assert np.isnan(before["p_mem"])

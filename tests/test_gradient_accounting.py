@@ -9,9 +9,8 @@ import torch.nn.functional as F
 
 import gradient_accounting
 from data import Batch
-from engine.runs import files
 from engine.runs.run import Run
-from gradient_accounting import COLUMNS, GradientAccountant, compute_row
+from gradient_accounting import ACCOUNTS, GradientAccountant, compute_row
 from models import build_model
 from models.layer_groups import layer_groups
 
@@ -146,8 +145,8 @@ def test_the_identity_of_norms_holds_in_every_row_of_a_run(tiny, model):
         ],
     }  # fmt: skip
     run = Run.of(tiny(f"model.name={model}", *options[model]))
-    gradient_accounting.main(run)
-    rows = files.read_csv(run.directory / "gradient_accounting.csv", COLUMNS)
+    gradient_accounting.EXPERIMENT.main(run)
+    rows = ACCOUNTS.read(run.directory)
     assert (
         len(rows) == run.config.train.epochs * {"resnet9": 9, "resnet50": 6, "vit_small": 4}[model]
     )
@@ -163,7 +162,7 @@ def test_the_identity_of_norms_holds_in_every_row_of_a_run(tiny, model):
 def test_training_without_accounting_leaves_no_table(tiny):
     run = Run.of(tiny("train.account_gradients=false"))
     assert run.directory != Run.of(tiny()).directory
-    gradient_accounting.main(run)
+    gradient_accounting.EXPERIMENT.main(run)
     assert run.finished
     assert not (run.directory / "gradient_accounting.csv").exists()
 
@@ -173,7 +172,7 @@ def test_accounting_does_not_change_what_is_learned(tiny):
     histories = []
     for accounting in ("true", "false"):
         run = Run.of(tiny(f"train.account_gradients={accounting}", "train.epochs=1"))
-        gradient_accounting.main(run)
+        gradient_accounting.EXPERIMENT.main(run)
         state = run.read_checkpoint(1)
         histories.append(torch.cat([v.flatten().double() for v in state.values()]))
     torch.testing.assert_close(*histories, rtol=1e-2, atol=1e-4)
@@ -181,8 +180,8 @@ def test_accounting_does_not_change_what_is_learned(tiny):
 
 def test_without_noise_there_is_nothing_to_account_for_the_noisy(tiny):
     run = Run.of(tiny("data.noise_rate=0", "train.epochs=1"))
-    gradient_accounting.main(run)
-    for row in files.read_csv(run.directory / "gradient_accounting.csv", COLUMNS):
+    gradient_accounting.EXPERIMENT.main(run)
+    for row in ACCOUNTS.read(run.directory):
         assert row["norm_noisy"] == 0
         assert row["norm_total"] == row["norm_clean"]
         assert math.isnan(row["cosine"])

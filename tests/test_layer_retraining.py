@@ -11,12 +11,11 @@ import layer_retraining
 import layer_rewinding
 from data import batches, epoch_order
 from engine.launch.cli import run_script
-from engine.runs import files
 from engine.runs.run import Run
-from engine.training import loop
+from engine.training import epoch as one_epoch
 from engine.training.build import load_final_model, load_split
 from engine.training.evaluation import evaluate, mean_by_subset
-from layer_retraining import COLUMNS, compute_retraining, reset_group, retraining_config
+from layer_retraining import RETRAINING, compute_retraining, reset_group, retraining_config
 from models.layer_groups import layer_groups
 from tests.killing import killed_at_write
 
@@ -30,7 +29,7 @@ VIT = (
 
 def trained(config) -> Run:
     run = Run.of(config)
-    gradient_accounting.main(run)
+    gradient_accounting.EXPERIMENT.main(run)
     return run
 
 
@@ -40,7 +39,7 @@ def finished(tiny) -> Run:
 
 
 def table(run: Run) -> list[dict[str, float]]:
-    return files.read_csv(run.directory / "layer_retraining.csv", COLUMNS)
+    return RETRAINING.read(run.directory)
 
 
 def at(run: Run, *overrides: str) -> Run:
@@ -91,7 +90,7 @@ def check_one_group(run: Run, index: int, monkeypatch) -> None:
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim, "SGD", spy_on_sgd)
-        patch.setattr(loop, "batches", spy_on_batches)
+        patch.setattr(one_epoch, "batches", spy_on_batches)
         patch.setattr(F, "cross_entropy", spy_on_gradients)
         setting.retrain()
 
@@ -192,7 +191,7 @@ def test_agrees_with_a_loop_written_out_by_hand(finished):
 
 
 def test_the_table_of_a_run(finished):
-    line = layer_retraining.main(finished)
+    line = layer_retraining.EXPERIMENT.main(finished)
     rows = table(finished)
     assert [(row["group"], row["epoch"]) for row in rows] == [
         (group, epoch) for group in range(9) for epoch in (0, 1, 2)
@@ -211,9 +210,11 @@ def test_atypical_examples_are_not_trained_on_either(tiny, monkeypatch):
     run = trained(tiny("data.split=atypical", *SHORT))
     assert load_split(run.config).memorized.sum() > 3
     check_one_group(run, 8, monkeypatch)
-    layer_rewinding.main(run)
-    rows = files.read_csv(run.directory / "layer_rewinding.csv", layer_rewinding.COLUMNS)
-    assert all(0 <= row[name] <= 1 for row in rows for name in layer_rewinding.COLUMNS[2:])
+    layer_rewinding.EXPERIMENT.main(run)
+    rows = layer_rewinding.REWINDING.read(run.directory)
+    assert all(
+        0 <= row[name] <= 1 for row in rows for name in layer_rewinding.REWINDING.columns[2:]
+    )
 
 
 def test_groups_have_batches_of_their_own(finished):
@@ -224,7 +225,7 @@ def test_groups_have_batches_of_their_own(finished):
 
 
 def test_killed_at_every_write_and_started_again(finished, monkeypatch):
-    layer_retraining.main(finished)
+    layer_retraining.EXPERIMENT.main(finished)
     path = finished.directory / "layer_retraining.csv"
     expected = path.read_bytes()
     retrained, compute = [], layer_retraining.compute_retraining
@@ -238,27 +239,27 @@ def test_killed_at_every_write_and_started_again(finished, monkeypatch):
         for made in [*finished.directory.glob("layer_r*.*"), *finished.directory.glob("parts/*/*")]:
             made.unlink()
         with killed_at_write(moment):
-            layer_retraining.main(finished)
+            layer_retraining.EXPERIMENT.main(finished)
         retrained.clear()
-        layer_retraining.main(finished)
+        layer_retraining.EXPERIMENT.main(finished)
         assert len(retrained) == max(0, 8 - moment)
         assert path.read_bytes() == expected
 
 
 def test_other_settings_measure_again_and_the_old_parts_stay(finished, monkeypatch):
-    layer_retraining.main(finished)
+    layer_retraining.EXPERIMENT.main(finished)
     first = table(finished)
-    layer_retraining.main(at(finished, "retraining.peak_lr=0.05"))
+    layer_retraining.EXPERIMENT.main(at(finished, "retraining.peak_lr=0.05"))
     assert table(finished) != first
     monkeypatch.setattr(layer_retraining, "compute_retraining", None)
-    layer_retraining.main(finished)
+    layer_retraining.EXPERIMENT.main(finished)
     assert table(finished) == first
 
 
 def test_patience_ends_a_group_early(finished, monkeypatch):
     """At 100% clean accuracy for so many epochs in a row; without patience never."""
     perfect = iter([0.5, 1.0, 0.9, 1.0, 1.0, 1.0, 1.0])
-    monkeypatch.setattr(layer_retraining, "train_epoch", lambda *_: None)
+    monkeypatch.setattr(layer_retraining, "train_epoch", lambda *_, **__: None)
     monkeypatch.setattr(
         layer_retraining,
         "mean_by_subset",
@@ -280,14 +281,14 @@ def test_patience_ends_a_group_early(finished, monkeypatch):
 def test_an_epoch_that_is_needed_and_not_there(finished, capsys, epoch, expected):
     finished.checkpoint_path(epoch).unlink()
     arguments = [str(finished.directory)]
-    assert run_script("", layer_retraining.main, layer_retraining.plan, arguments) == 2
+    assert run_script(layer_retraining.EXPERIMENT, "", arguments) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert f"epoch_{epoch:03d}.pt: {expected}" in error
 
 
 def test_a_loss_that_is_no_number_names_the_group(finished, capsys):
     arguments = [str(finished.directory), "retraining.peak_lr=1e30"]
-    assert run_script("", layer_retraining.main, layer_retraining.plan, arguments) == 1
+    assert run_script(layer_retraining.EXPERIMENT, "", arguments) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert "retraining conv1: the loss became nan at epoch 1" in error
     assert "A lower retraining.peak_lr than 1e+30 may help" in error
@@ -296,5 +297,5 @@ def test_a_loss_that_is_no_number_names_the_group(finished, capsys):
 def test_without_clean_examples_there_is_nothing_to_retrain_on(tiny, capsys):
     run = trained(tiny("data.noise_rate=1", "train.epochs=1"))
     arguments = [str(run.directory)]
-    assert run_script("", layer_retraining.main, layer_retraining.plan, arguments) == 1
+    assert run_script(layer_retraining.EXPERIMENT, "", arguments) == 1
     assert "0 clean examples; retraining needs 2 or more" in capsys.readouterr().err

@@ -16,13 +16,15 @@ from data import normalize
 from engine.errors import UserError
 from engine.launch.cli import run_script
 from engine.runs import files
-from engine.runs.run import HISTORY_COLUMNS, Run
+from engine.runs.run import Run
+from engine.runs.tables import HISTORY
 from engine.training.build import load_final_model, load_split
 from engine.training.devices import compute_precision
 from engine.training.evaluation import batch_size, eval_mode, evaluate, mean_by_subset
-from layer_rewinding import COLUMNS, compute_predictions, load_earlier_groups
+from layer_rewinding import REWINDING, compute_predictions, load_earlier_groups
 from models import build_model
 from models.layer_groups import layer_groups
+from tests.conftest import complaints
 from tests.killing import killed_at_write
 
 CPU = torch.device("cpu")
@@ -37,7 +39,7 @@ ROWS = "rewinding.epochs=[0, 1, 2]"
 
 def trained(config) -> Run:
     run = Run.of(config)
-    gradient_accounting.main(run)
+    gradient_accounting.EXPERIMENT.main(run)
     return run
 
 
@@ -47,7 +49,7 @@ def finished(tiny) -> Run:
 
 
 def table(run: Run) -> dict[tuple[int, int], dict[str, float]]:
-    rows = files.read_csv(run.directory / "layer_rewinding.csv", COLUMNS)
+    rows = REWINDING.read(run.directory)
     return {(int(row["group"]), int(row["epoch"])): row for row in rows}
 
 
@@ -121,8 +123,8 @@ def test_predictions_are_those_of_the_slow_way(model, batchnorm):
 
 def test_reduced_precision_uses_each_epochs_own_weights(tiny):
     """Autocast remembers the weights that it rounded; those of another epoch must not be used."""
-    run = trained(tiny("precision=bf16", ROWS))
-    layer_rewinding.main(run)
+    run = trained(tiny("precision=bf16", "measure_precision=bf16", ROWS))
+    layer_rewinding.EXPERIMENT.main(run)
     split = load_split(run.config)
     final = load_final_model(run, split, CPU)
     for group in layer_groups(final):
@@ -138,7 +140,7 @@ def test_reduced_precision_uses_each_epochs_own_weights(tiny):
 def test_the_table_of_a_run(tiny, monkeypatch, batchnorm):
     run = trained(tiny(f"rewinding.batchnorm={batchnorm}"))
     monkeypatch.setattr(layer_rewinding, "batch_size", lambda device: 37)
-    layer_rewinding.main(run)
+    layer_rewinding.EXPERIMENT.main(run)
     split = load_split(run.config)
     final = load_final_model(run, split, CPU)
     assert list(table(run)) == [(group, epoch) for group in range(9) for epoch in (0, 3)]
@@ -153,23 +155,25 @@ def test_the_table_of_a_run(tiny, monkeypatch, batchnorm):
 
 def test_the_last_epoch_is_the_trained_model(tiny):
     run = trained(tiny("rewinding.epochs=all"))
-    layer_rewinding.main(run)
-    last = files.read_csv(run.history_path, HISTORY_COLUMNS)[-1]
+    layer_rewinding.EXPERIMENT.main(run)
+    last = HISTORY.read(run.directory)[-1]
     for group in range(9):
         row = table(run)[group, 3]
-        assert [row[name] for name in COLUMNS[2:]] == [last[name] for name in COLUMNS[2:]]
+        assert [row[name] for name in REWINDING.columns[2:]] == [
+            last[name] for name in REWINDING.columns[2:]
+        ]
 
 
 def test_a_finished_table_is_not_touched(finished):
-    layer_rewinding.main(finished)
+    layer_rewinding.EXPERIMENT.main(finished)
     before = {p: p.stat().st_mtime_ns for p in finished.directory.rglob("*")}
-    layer_rewinding.main(finished)
+    layer_rewinding.EXPERIMENT.main(finished)
     assert {p: p.stat().st_mtime_ns for p in finished.directory.rglob("*")} == before
 
 
 def test_without_noisy_examples_their_accuracy_is_nan(tiny):
     run = trained(tiny("data.noise_rate=0", "train.epochs=1"))
-    layer_rewinding.main(run)
+    layer_rewinding.EXPERIMENT.main(run)
     assert all(math.isnan(row["acc_noisy"]) for row in table(run).values())
     assert all(row["acc_total"] == row["acc_clean"] for row in table(run).values())
 
@@ -178,7 +182,7 @@ def test_without_noisy_examples_their_accuracy_is_nan(tiny):
 
 
 def spy_on_counts(monkeypatch) -> list[tuple[int, ...]]:
-    """Which epochs each batch is measured at."""
+    """Record the epochs that each batch is measured at."""
     calls, compute = [], layer_rewinding.compute_counts
 
     def spy(final, earlier, *rest):
@@ -194,22 +198,22 @@ def at(run: Run, *overrides: str) -> Run:
 
 
 def test_other_epochs_reuse_the_cells_that_are_there(finished, monkeypatch):
-    layer_rewinding.main(at(finished, "rewinding.epochs=[0, 2]"))
+    layer_rewinding.EXPERIMENT.main(at(finished, "rewinding.epochs=[0, 2]"))
     calls = spy_on_counts(monkeypatch)
-    layer_rewinding.main(at(finished, "rewinding.epochs=all"))
+    layer_rewinding.EXPERIMENT.main(at(finished, "rewinding.epochs=all"))
     assert set(calls) == {(1,)}
     assert {epoch for _, epoch in table(finished)} == {0, 1, 2, 3}
     calls.clear()
-    layer_rewinding.main(at(finished, "rewinding.epochs=[1]"))
+    layer_rewinding.EXPERIMENT.main(at(finished, "rewinding.epochs=[1]"))
     assert not calls
     assert {epoch for _, epoch in table(finished)} == {1}
-    layer_rewinding.main(at(finished, "rewinding.batchnorm=checkpoint"))
+    layer_rewinding.EXPERIMENT.main(at(finished, "rewinding.batchnorm=checkpoint"))
     assert set(calls) == {(0, 1, 2)}
 
 
 def test_killed_at_every_write_and_started_again(finished, monkeypatch):
     monkeypatch.setattr(layer_rewinding, "batch_size", lambda device: 40)
-    layer_rewinding.main(finished)
+    layer_rewinding.EXPERIMENT.main(finished)
     path = finished.directory / "layer_rewinding.csv"
     expected = path.read_bytes()
 
@@ -219,10 +223,10 @@ def test_killed_at_every_write_and_started_again(finished, monkeypatch):
         for part in finished.directory.glob("parts/*/*"):
             part.unlink()
         with killed_at_write(moment):
-            layer_rewinding.main(finished)
+            layer_rewinding.EXPERIMENT.main(finished)
         with monkeypatch.context() as patch:
             calls = spy_on_counts(patch)
-            layer_rewinding.main(finished)
+            layer_rewinding.EXPERIMENT.main(finished)
             assert len(calls) == max(0, 3 - moment)
         assert path.read_bytes() == expected
 
@@ -233,10 +237,10 @@ def test_killed_at_every_write_and_started_again(finished, monkeypatch):
 def complain(run: Run, capsys, *overrides: str) -> str:
     capsys.readouterr()
     arguments = [str(run.directory), *overrides]
-    assert run_script("", layer_rewinding.main, layer_rewinding.plan, arguments) == 2
+    assert run_script(layer_rewinding.EXPERIMENT, "", arguments) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    (line,) = printed.err.splitlines()
+    (line,) = complaints(printed.err)
     return line
 
 
@@ -251,7 +255,7 @@ class Bomb:
 
 
 def test_bad_checkpoints_get_one_line_and_nothing_is_lost(finished, tiny, tmp_path, capsys):
-    layer_rewinding.main(at(finished, "rewinding.epochs=[0]"))
+    layer_rewinding.EXPERIMENT.main(at(finished, "rewinding.epochs=[0]"))
     before = (finished.directory / "layer_rewinding.csv").read_bytes()
     path, trace = finished.checkpoint_path(1), tmp_path / "executed"
     good = path.read_bytes()
@@ -274,16 +278,16 @@ def test_bad_checkpoints_get_one_line_and_nothing_is_lost(finished, tiny, tmp_pa
 
     assert (finished.directory / "layer_rewinding.csv").read_bytes() == before
     path.write_bytes(good)
-    layer_rewinding.main(at(finished, ROWS))
+    layer_rewinding.EXPERIMENT.main(at(finished, ROWS))
     assert len(table(finished)) == 27
 
 
 def test_a_missing_run_is_status_2_and_a_dry_run_says_so(tiny_file, capsys):
     arguments = [str(tiny_file)]
-    script = (layer_rewinding.main, layer_rewinding.plan)
-    assert run_script("", *script, arguments) == 2
+    script = (layer_rewinding.EXPERIMENT, "")
+    assert run_script(*script, arguments) == 2
     assert "no such run; `python gradient_accounting.py" in capsys.readouterr().err
-    assert run_script("", *script, [*arguments, "--dry-run"]) == 0
+    assert run_script(*script, [*arguments, "--dry-run"]) == 0
     assert "to do after its training, which is to do" in capsys.readouterr().out
 
 
@@ -297,9 +301,9 @@ def test_each_example_keeps_its_own_mask_in_a_run_with_dropout(tiny):
     config = example_tied_dropout.without_accounting(tiny("dropout.kind=example_tied"))
     run = Run.of(dataclasses.replace(config, model=dataclasses.replace(config.model, width=0.1)))
     example_tied_dropout.train(run, CPU)
-    layer_rewinding.main(run)
-    history = files.read_csv(run.history_path, HISTORY_COLUMNS)[-1]
-    rows = files.read_csv(run.directory / "layer_rewinding.csv", COLUMNS)
+    layer_rewinding.EXPERIMENT.main(run)
+    history = HISTORY.read(run.directory)[-1]
+    rows = REWINDING.read(run.directory)
     last = [row for row in rows if row["epoch"] == history["epoch"]]
     assert {row["acc_total"] for row in last} == {history["acc_total"]}
 

@@ -24,12 +24,14 @@ from engine.flipping.search import Candidate, best_gates, search
 from engine.launch.cli import run_script
 from engine.runs import files
 from engine.runs.run import Run
-from engine.stats import DETECTION_COLUMNS, compute_area
+from engine.stats import compute_area
 from engine.training.build import load_final_model, load_split
 from engine.training.evaluation import evaluate
 from neuron_flipping import (
-    COLUMNS,
-    choose_examples,
+    DETECTION,
+    FLIPPING,
+    MEANS,
+    choose_searched,
     compute_flipping,
     noisy_copies,
 )
@@ -321,13 +323,13 @@ def test_noise_has_the_asked_for_size_and_is_the_examples_own():
 def test_chosen_are_only_those_predicted_as_trained(tiny):
     split = load_split(tiny())
     correct = torch.arange(split.n) % 3 != 0
-    rows = choose_examples(split, correct, 12)
+    rows = choose_searched(split, correct, 12)
     assert len(set(rows)) == 24
     assert correct[rows].all()
     assert split.memorized[rows].tolist() == [True] * 12 + [False] * 12
-    fewer = choose_examples(split, correct, 5)
+    fewer = choose_searched(split, correct, 5)
     assert fewer == rows[:5] + rows[12:17]
-    assert sum(split.memorized[choose_examples(split, correct, 10_000)]) == sum(
+    assert sum(split.memorized[choose_searched(split, correct, 10_000)]) == sum(
         split.memorized & correct
     )
 
@@ -350,7 +352,7 @@ def run_of(tiny, trained, tmp_path):
         trains = tuple(o for o in overrides if not o.startswith("flipping."))
         if trains not in trained:
             run = Run.of(tiny(*TRAINED, *trains))
-            gradient_accounting.main(run)
+            gradient_accounting.EXPERIMENT.main(run)
             keep = shutil.copytree(run.directory, run.directory.parents[2] / f"kept{len(trained)}")
             shutil.rmtree(run.directory)
             trained[trains] = keep
@@ -363,14 +365,12 @@ def run_of(tiny, trained, tmp_path):
 
 
 def results(run: Run) -> list[dict]:
-    return files.read_csv(
-        run.directory / neuron_flipping.FILE_NAME, COLUMNS, ("groups", "neurons_ids")
-    )
+    return FLIPPING.read(run.directory)
 
 
 def test_a_run_against_the_slow_way(run_of):
     run = run_of(*SMALL)
-    neuron_flipping.main(run)
+    neuron_flipping.EXPERIMENT.main(run)
     split = load_split(run.config)
     model = load_final_model(run, split, torch.device("cpu")).eval()
     order = neuron_flipping.draw_rows("flipping reference", 0, split.n, 20)
@@ -403,8 +403,8 @@ def test_a_run_against_the_slow_way(run_of):
 
 def test_a_killed_measurement_goes_on_and_ends_with_the_same_bytes(run_of, monkeypatch):
     run = run_of(*SMALL)
-    neuron_flipping.main(run)
-    path = run.directory / neuron_flipping.FILE_NAME
+    neuron_flipping.EXPERIMENT.main(run)
+    path = FLIPPING.path(run.directory)
     expected = path.read_bytes()
     path.unlink()
     parts = sorted((run.directory / "parts").glob("neuron_flipping-*/*.pt"))
@@ -419,30 +419,30 @@ def test_a_killed_measurement_goes_on_and_ends_with_the_same_bytes(run_of, monke
         return compute(run, split, model, rows)
 
     monkeypatch.setattr(neuron_flipping, "compute_flipping", counting)
-    neuron_flipping.main(run)
+    neuron_flipping.EXPERIMENT.main(run)
     assert path.read_bytes() == expected
     assert len(searched) == 4
 
 
 def test_other_settings_measure_again_and_never_train(run_of, monkeypatch):
     run = run_of(*SMALL)
-    first = neuron_flipping.main(run)
+    first = neuron_flipping.EXPERIMENT.main(run)
     monkeypatch.setattr(gradient_accounting, "train_run", None)
     other = run_of(*SMALL[:3], "flipping.max_neurons=1")
     assert other.directory == run.directory
-    neuron_flipping.main(other)
+    neuron_flipping.EXPERIMENT.main(other)
     assert max(row["neurons"] for row in results(other)) == 1
     source = files.read_json(run.directory / "neuron_flipping.json")
     assert source["settings"]["max_neurons"] == 1
-    assert neuron_flipping.main(run) == first
+    assert neuron_flipping.EXPERIMENT.main(run) == first
     more = run_of("flipping.examples=5", *SMALL[1:])
-    neuron_flipping.main(more)
+    neuron_flipping.EXPERIMENT.main(more)
     assert len(results(more)) == 10
 
 
 def test_a_search_that_gives_up_is_neither_dropped_nor_called_flipped(run_of):
     run = run_of(*SMALL[:3], "flipping.max_neurons=1")
-    line = neuron_flipping.main(run)
+    line = neuron_flipping.EXPERIMENT.main(run)
     rows = results(run)
     assert len(rows) == 8
     gave_up = [row for row in rows if not row["flipped"]]
@@ -454,7 +454,7 @@ def test_a_search_that_gives_up_is_neither_dropped_nor_called_flipped(run_of):
 
 
 def test_noise_that_flips_an_example_is_said(run_of):
-    line = neuron_flipping.main(run_of(*SMALL, "flipping.noise_ratio=5"))
+    line = neuron_flipping.EXPERIMENT.main(run_of(*SMALL, "flipping.noise_ratio=5"))
     assert "misclassified under noise already" in line
 
 
@@ -471,10 +471,8 @@ def test_every_gate_closed_ends_the_search():
 
 def test_without_memorized_examples(run_of):
     run = run_of(*SMALL, "data.noise_rate=0")
-    assert "memorized: none" in neuron_flipping.main(run)
-    rows = files.read_csv(
-        run.directory / "mislabel_detection.csv", DETECTION_COLUMNS, ("method", "on")
-    )
+    assert "memorized: none" in neuron_flipping.EXPERIMENT.main(run)
+    rows = DETECTION.read(run.directory)
     assert all(math.isnan(row["auc"]) for row in rows)
 
 
@@ -482,8 +480,8 @@ def test_without_checkpoints_or_without_a_run(run_of, tiny, tiny_file, capsys):
     run = run_of(*SMALL)
     run.checkpoint_path(20).unlink()
     with pytest.raises(UserError, match="is missing from a finished run"):
-        neuron_flipping.main(run)
-    status = run_script("", neuron_flipping.main, neuron_flipping.plan, [str(tiny_file), "seed=9"])
+        neuron_flipping.EXPERIMENT.main(run)
+    status = run_script(neuron_flipping.EXPERIMENT, "", [str(tiny_file), "seed=9"])
     assert status == 2
     assert "no such run" in capsys.readouterr().err
 
@@ -501,8 +499,8 @@ def test_other_models(tiny, model):
         tiny(f"model.name={model}", "train.epochs=1", *options, *SMALL[1:3],
              "flipping.examples=1", "flipping.max_neurons=2")
     )  # fmt: skip
-    gradient_accounting.main(run)
-    neuron_flipping.main(run)
+    gradient_accounting.EXPERIMENT.main(run)
+    neuron_flipping.EXPERIMENT.main(run)
     assert all(0 <= row["neurons"] <= 2 for row in results(run))
 
 
@@ -511,17 +509,16 @@ def test_other_models(tiny, model):
 
 def test_many_runs_are_averaged(tiny_file, tiny, capsys):
     arguments = [str(tiny_file), "train.epochs=2", "seed=[0,1]", *SMALL]
-    assert run_script("", gradient_accounting.main, gradient_accounting.plan, arguments) == 0
+    assert run_script(gradient_accounting.EXPERIMENT, "", arguments) == 0
     capsys.readouterr()
-    scripts = neuron_flipping.main, neuron_flipping.plan
-    status = run_script("", *scripts, arguments, conclude=neuron_flipping.conclude)
+    status = run_script(neuron_flipping.EXPERIMENT, "", arguments)
     lines = capsys.readouterr().out.splitlines()
     assert status == 0
     assert len(lines) == 3
     assert "mean of 2 runs" in lines[-1]
     runs = [Run.of(tiny("train.epochs=2", f"seed={seed}", *SMALL)) for seed in (0, 1)]
     folder = runs[0].directory.parent
-    means = files.read_csv(folder / "neuron_flipping_mean.csv", neuron_flipping.MEAN_COLUMNS)
+    means = MEANS.read(folder)
     first, second = ({row["example"]: row for row in results(run)} for run in runs)
     assert {row["example"] for row in means} == first.keys() & second.keys()
     for row in means:
@@ -535,9 +532,9 @@ def test_many_runs_are_averaged(tiny_file, tiny, capsys):
 
 def test_detection_of_a_run(run_of):
     run = run_of(*SMALL, "flipping.second_split=true")
-    neuron_flipping.main(run)
+    neuron_flipping.EXPERIMENT.main(run)
     path = run.directory / "mislabel_detection.csv"
-    rows = files.read_csv(path, DETECTION_COLUMNS, ("method", "on"))
+    rows = DETECTION.read(path.parent)
     found = {(row["method"], row["on"]): row for row in rows}
     methods = {"neurons", "learning time", "summed loss", "forgetting time"}
     assert found.keys() == {(m, "searched") for m in methods} | {
@@ -557,20 +554,20 @@ def test_detection_of_a_run(run_of):
 
 def test_a_deleted_forgetting_time_is_measured_again(run_of):
     run = run_of(*SMALL, "flipping.second_split=true")
-    neuron_flipping.main(run)
+    neuron_flipping.EXPERIMENT.main(run)
     table = run.directory / "second_split.csv"
     before = table.read_bytes()
     table.unlink()
-    assert not neuron_flipping.is_done(run)
-    neuron_flipping.main(run)
+    assert not neuron_flipping.EXPERIMENT.is_done(run)
+    neuron_flipping.EXPERIMENT.main(run)
     assert table.read_bytes() == before
 
 
 def test_a_dry_run_searches_nothing(run_of):
     run = run_of(*SMALL)
-    assert "up to 8 examples to search" in neuron_flipping.plan(run)
-    neuron_flipping.main(run)
-    assert "done" in neuron_flipping.plan(run)
+    assert ": to do, " in neuron_flipping.EXPERIMENT.plan(run)
+    neuron_flipping.EXPERIMENT.main(run)
+    assert ": finished, " in neuron_flipping.EXPERIMENT.plan(run)
 
 
 def test_compute_flipping_leaves_the_model_as_it_was(run_of):
@@ -587,7 +584,7 @@ def test_each_example_keeps_its_own_mask_in_a_run_with_dropout(tiny):
     overrides += ["flipping.examples=2", "flipping.noise_copies=2", "flipping.reference_batch=20"]
     run = Run.of(example_tied_dropout.without_accounting(tiny(*overrides)))
     example_tied_dropout.train(run, torch.device("cpu"))
-    neuron_flipping.main(run)
+    neuron_flipping.EXPERIMENT.main(run)
     split = load_split(run.config)
     model = load_final_model(run, split, torch.device("cpu"))
     correct = evaluate(model, split.images, split.label, index=split.index).correct

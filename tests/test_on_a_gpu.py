@@ -1,4 +1,4 @@
-"""What a GPU is asked to do: what a CPU does, and without waiting at every step.
+"""A GPU computes what a CPU computes, and no training step waits for it.
 
 Waiting and stray tensors show without a GPU too: torch's 'meta' device knows shapes only, so that
 reading a value from it, or mixing it with values of the CPU, is an error.
@@ -21,11 +21,12 @@ from engine.config.load import load_configs
 from engine.flipping import cached_passes
 from engine.flipping.fold import folded
 from engine.flipping.gates import Gates
-from engine.runs import files
 from engine.runs.run import Run
+from engine.training import epoch as epochs
 from engine.training import loop
 from engine.training.build import load_split, make_model
 from engine.training.evaluation import evaluate_split
+from engine.training.record import PlainBackward
 from gradient_accounting import GradientAccountant
 from tests.conftest import TINY
 
@@ -71,10 +72,10 @@ def test_a_training_step_never_waits_for_its_device(tiny, monkeypatch, overrides
     split = load_split(config)
     model = make_model(config, split).to(device)
     split = split.to(device)
-    accountant = GradientAccountant(model) if accounting else loop.PlainBackward()
+    accountant = (GradientAccountant if accounting else PlainBackward)(model)
     optimizer = loop.make_optimizer(model.parameters(), config.train)
     looks = []
-    monkeypatch.setattr(loop, "_require_finite", lambda *found: looks.append(found))
+    monkeypatch.setattr(epochs.EpochWalk, "require_finite", lambda walk: looks.append(walk))
     with WaitingCopies() as copies:
         loop.train_epoch(model, optimizer, split, config, 1, accountant.backward)
     assert len(looks) == 2, "at the first of five steps, and after the last"
@@ -84,7 +85,7 @@ def test_a_training_step_never_waits_for_its_device(tiny, monkeypatch, overrides
 
 
 def test_reading_and_mixing_are_errors_there():
-    """What the test above relies on."""
+    """The meta device fails where a value is read, which the test above relies on."""
     value = torch.ones(3, device="meta")
     for wait in (value.tolist, value[0].item, value.cpu, value.nonzero, lambda: bool(value[0])):
         with pytest.raises((NotImplementedError, RuntimeError)):
@@ -135,7 +136,7 @@ def trained(tmp_path_factory) -> Path:
     path = folder / "trained.yaml"
     path.write_text(TINY + f"output_dir: {folder / 'runs'}\n")
     (config,) = load_configs(path, TRAINED)
-    gradient_accounting.main(Run.of(config))
+    gradient_accounting.EXPERIMENT.main(Run.of(config))
     (config,) = load_configs(path, (*TRAINED, *TIED))
     run = Run.of(example_tied_dropout.without_accounting(config))
     example_tied_dropout.train(run, torch.device("cpu"))
@@ -151,9 +152,8 @@ def measured(script, trained: Path, place: Path, device: str, *overrides: str) -
         config = script.without_accounting(config)
     run = Run.of(config)
     assert run.finished
-    script.main(run)
-    table = run.directory / f"{script.__name__}.csv"
-    return files.read_csv(table, script.COLUMNS, text=("dropout", "state", "groups", "neurons_ids"))
+    script.EXPERIMENT.main(run)
+    return script.EXPERIMENT.tables[0].read(run.directory)
 
 
 # On the CPU these compare a run with itself, and show that the tests run and that it is repeatable.
@@ -200,8 +200,7 @@ def test_the_same_gradients_are_accounted(tiny, tmp_path, device):
     for name in ("cpu", device):
         place = (f"output_dir={tmp_path / str(len(tables))}", f"device={name}")
         run = Run.of(tiny("train.epochs=1", *place))
-        gradient_accounting.main(run)
-        table = run.directory / gradient_accounting.FILE_NAME
-        tables.append(files.read_csv(table, gradient_accounting.COLUMNS))
+        gradient_accounting.EXPERIMENT.main(run)
+        tables.append(gradient_accounting.ACCOUNTS.read(run.directory))
     for ours, others in zip(*tables, strict=True):
         assert others == {name: pytest.approx(value, rel=0.01) for name, value in ours.items()}

@@ -1,4 +1,4 @@
-"""What the paper's phenomena look like on real images, at a size that two CPU cores can do."""
+"""The paper's phenomena on real images, at a size that two CPU cores can do."""
 
 from pathlib import Path
 
@@ -11,10 +11,10 @@ import layer_rewinding
 import neuron_flipping
 from data import load_dataset
 from engine.config.load import load_configs
-from engine.runs import files
-from engine.runs.run import HISTORY_COLUMNS, Run
+from engine.runs.run import Run
+from engine.runs.tables import HISTORY
 from engine.training.build import load_split
-from gradient_accounting import COLUMNS
+from gradient_accounting import ACCOUNTS
 
 SMALL = Path(__file__).resolve().parents[1] / "configs" / "small"
 
@@ -47,7 +47,7 @@ def mnist_run(real_data, tmp_path_factory) -> Run:
     overrides = [f"data.root={real_data}", f"output_dir={tmp_path_factory.mktemp('runs')}"]
     (config,) = load_configs(SMALL / "mnist.yaml", [*overrides, "device=cpu"])
     run = Run.of(config)
-    gradient_accounting.main(run)
+    gradient_accounting.EXPERIMENT.main(run)
     return run
 
 
@@ -56,13 +56,13 @@ def mnist_run(real_data, tmp_path_factory) -> Run:
 @pytest.mark.timeout(1200)
 def test_gradients_of_the_mislabeled_oppose_those_of_the_clean(mnist_run):
     run = mnist_run
-    history = files.read_csv(run.history_path, HISTORY_COLUMNS)
+    history = HISTORY.read(run.directory)
     assert history[-1]["acc_clean"] > 0.999
     assert history[-1]["acc_noisy"] > 0.98
 
     # The epochs in which the mislabeled examples are learned.
     learning = [int(row["epoch"]) for row in history if 0.1 < row["acc_noisy"] < 0.95]
-    rows = files.read_csv(run.directory / "gradient_accounting.csv", COLUMNS)
+    rows = ACCOUNTS.read(run.directory)
     rows = [row for row in rows if row["epoch"] in learning]
     ratios = [row["norm_noisy"] / row["norm_clean"] for row in rows]
     assert 0.7 < np.median(ratios) < 1.3
@@ -80,22 +80,15 @@ def test_what_is_memorized_can_be_dropped_where_it_is_tied(real_data, tmp_path):
     configs = load_configs(SMALL / "dropout_mnist.yaml", overrides)
     runs = [Run.of(example_tied_dropout.without_accounting(config)) for config in configs]
     for run in runs:
-        example_tied_dropout.main(run)
-    tied, sparse = (
-        files.read_csv(
-            run.directory / "example_tied_dropout.csv",
-            example_tied_dropout.COLUMNS,
-            text=("dropout", "state"),
-        )
-        for run in runs
-    )
+        example_tied_dropout.EXPERIMENT.main(run)
+    tied, sparse = (example_tied_dropout.DROPOUT.read(run.directory) for run in runs)
     before, after = tied
     assert min(before["acc_clean"], before["acc_noisy"]) >= 0.99
     assert after["acc_clean"] >= 0.95
     assert after["acc_noisy"] <= 0.05
     assert sparse[1]["acc_noisy"] >= 0.9
     path = runs[0].directory / "forgotten_typicality.csv"
-    (gap,) = files.read_csv(path, example_tied_dropout.TYPICALITY_COLUMNS)
+    (gap,) = example_tied_dropout.TYPICALITY.read(path.parent)
     assert gap["high"] < 0
 
 
@@ -103,11 +96,11 @@ def test_what_is_memorized_can_be_dropped_where_it_is_tied(real_data, tmp_path):
 @pytest.mark.slow(reason="trains for some three minutes on two cores")
 @pytest.mark.timeout(1200)
 def test_the_mislabeled_are_not_memorized_in_the_last_layer(mnist_run):
-    history = files.read_csv(mnist_run.history_path, HISTORY_COLUMNS)
+    history = HISTORY.read(mnist_run.directory)
     before = max(int(row["epoch"]) for row in history if row["acc_noisy"] < 0.2)
     run = Run.at(mnist_run.directory, (f"rewinding.epochs=[0, {before}]",))
-    layer_rewinding.main(run)
-    rows = files.read_csv(run.directory / "layer_rewinding.csv", layer_rewinding.COLUMNS)
+    layer_rewinding.EXPERIMENT.main(run)
+    rows = layer_rewinding.REWINDING.read(run.directory)
     noisy = {(row["group"], row["epoch"]): row["acc_noisy"] for row in rows}
     assert noisy[8, before] > 0.8
     at_initialization = [noisy[group, 0] for group in range(9)]
@@ -121,7 +114,7 @@ def test_the_mislabeled_are_not_memorized_in_the_last_layer(mnist_run):
 def test_the_mislabeled_flip_with_fewer_neurons_and_less_damage(mnist_run):
     settings = ("flipping.examples=40", "flipping.reference_batch=128", "flipping.noise_copies=3")
     run = Run.at(mnist_run.directory, settings)
-    neuron_flipping.main(run)
+    neuron_flipping.EXPERIMENT.main(run)
     rows = neuron_flipping.read_results(run).values()
     memorized, clean = ([row for row in rows if row["memorized"] == kind] for kind in (1, 0))
     assert len(memorized) == len(clean) == 40

@@ -19,17 +19,16 @@ from engine.runs import files
 from engine.runs.run import Run
 from engine.training import build
 from engine.training.build import load_split
-from plotting.examples import choose_examples
+from plotting.examples import choose_shown
 from plotting.families import Family, by_numbers, find_families
-from plotting.figures import KINDS, draw_all
+from plotting.figures import draw_all, figure_kinds
 from plotting.gradients import (
-    ACCOUNTING_COLUMNS,
     plot_gradient_norms,
     plot_gradient_norms_compared,
     plot_learning_curves,
 )
-from plotting.layers import RETRAINING_COLUMNS, by_group, plot_retraining
-from plotting.neurons import FLIPPING_COLUMNS, plot_flipping, plot_flipping_compared, read_searched
+from plotting.layers import RETRAINING, by_group, plot_retraining
+from plotting.neurons import FLIPPING, plot_flipping, plot_flipping_compared, read_searched
 from plotting.report.headline_numbers import last_layer_comes_back, layers_that_come_back
 from plotting.report.tables import KINDS as ACCURACIES
 from plotting.report.tables import spread, table_2
@@ -39,7 +38,7 @@ from plotting.style import NOISY, paper_style
 @pytest.fixture
 def family(tiny, tmp_path):
     for seed in (0, 1):
-        gradient_accounting.main(Run.of(tiny(f"seed={seed}")))
+        gradient_accounting.EXPERIMENT.main(Run.of(tiny(f"seed={seed}")))
     (found,) = find_families([tmp_path / "runs"])
     return found
 
@@ -50,7 +49,7 @@ def test_every_figure_of_finished_runs(family, capsys):
     assert claims == f"table: {family.folder / 'tables' / 'table_claims.md'}"
     assert summary == f"summary: {family.folder / 'summary.json'}"
     assert report == f"report: {family.folder / 'report.html'}"
-    concerned = [kind for kind in KINDS if kind.concerns(family) and not kind.compares]
+    concerned = [kind for kind in figure_kinds() if kind.concerns(family) and not kind.compares]
     assert len(lines) == len(concerned)
     assert not any(kind.experiment == "dropout" for kind in concerned)
     measured = [kind for kind in concerned if family.having(kind.source)]
@@ -70,13 +69,13 @@ def test_the_same_results_are_the_same_files(family):
 
 
 def test_runs_of_different_settings_do_not_share_a_figure(family, tiny, tmp_path):
-    gradient_accounting.main(Run.of(tiny("data.noise_rate=0.4")))
+    gradient_accounting.EXPERIMENT.main(Run.of(tiny("data.noise_rate=0.4")))
     families = find_families([tmp_path / "runs"])
     assert sorted(len(f.runs) for f in families) == [1, 2]
 
 
 def test_noise_rates_are_compared_in_one_figure(family, tiny, tmp_path, capsys):
-    gradient_accounting.main(Run.of(tiny("data.noise_rate=0.4")))
+    gradient_accounting.EXPERIMENT.main(Run.of(tiny("data.noise_rate=0.4")))
     capsys.readouterr()
     assert plot_results.main([str(tmp_path / "runs"), "--figure", "11", "--format", "png"]) == 0
     *alone, together = capsys.readouterr().out.splitlines()
@@ -88,7 +87,7 @@ def test_noise_rates_are_compared_in_one_figure(family, tiny, tmp_path, capsys):
 
 def test_models_that_are_compared_are_told_apart(family, tiny, tmp_path):
     for overrides in (("model.width=0.1",), ("model.width=0.1", "train.peak_lr=0.05")):
-        gradient_accounting.main(Run.of(tiny(*overrides)))
+        gradient_accounting.EXPERIMENT.main(Run.of(tiny(*overrides)))
     with paper_style():
         figure = plot_gradient_norms_compared(find_families([tmp_path / "runs"]))
     titles = {" ".join(axes.get_title().split()) for axes in figure.axes if axes.get_visible()}
@@ -104,12 +103,12 @@ def test_a_figure_is_of_the_runs_that_have_its_data(family, capsys):
     (family.runs[0].directory / "gradient_accounting.csv").unlink()
     measured = family.having("gradient_accounting.csv")
     assert [run.config.seed for run in measured.runs] == [1]
-    (drawing,) = draw_all([family], family.folder, [KINDS[2]], ["png"])
+    (drawing,) = draw_all([family], family.folder, [figure_kinds()[2]], ["png"])
     assert drawing.about.endswith("n = 1 seed")
 
 
 def test_gradient_norms_are_means_over_epochs_and_seeds(family):
-    table = family.table("gradient_accounting.csv", ACCOUNTING_COLUMNS)
+    table = family.table(gradient_accounting.ACCOUNTS)
     expected = [table["norm_noisy"][table["group"] == group].mean() for group in range(9)]
     with paper_style():
         figure = plot_gradient_norms(family)
@@ -155,7 +154,7 @@ def test_images_that_are_gone_cost_the_figures_of_images_alone(tiny, tmp_path, c
     y = np.arange(80) % 4
     np.savez(tmp_path / "own.npz", x_train=x, y_train=y, x_test=x[:20], y_test=y[:20])
     own = ("data.name=npz", f"data.path={tmp_path / 'own.npz'}", "data.train_size=60")
-    gradient_accounting.main(Run.of(tiny(*own, "data.test_size=20")))
+    gradient_accounting.EXPERIMENT.main(Run.of(tiny(*own, "data.test_size=20")))
     (tmp_path / "own.npz").rename(tmp_path / "elsewhere.npz")
     build._load_dataset_once.cache_clear()
     capsys.readouterr()
@@ -167,7 +166,7 @@ def test_images_that_are_gone_cost_the_figures_of_images_alone(tiny, tmp_path, c
 
 
 def test_nothing_is_downloaded_for_a_figure(tiny, tmp_path, monkeypatch, capsys):
-    gradient_accounting.main(Run.of(tiny()))
+    gradient_accounting.EXPERIMENT.main(Run.of(tiny()))
     config_path = next((tmp_path / "runs").rglob("config.yaml"))
     monkeypatch.setattr(build, "at_hand", lambda name, root: False)
     monkeypatch.setattr(build, "load_split", None)
@@ -187,8 +186,8 @@ def test_layers_that_stop_early_do_not_mix(family):
             for group, values in accuracies[run.config.seed].items()
             for epoch, a in enumerate(values)
         ]
-        files.write_csv(run.directory / "layer_retraining.csv", RETRAINING_COLUMNS, rows)
-    table = by_group(family, "layer_retraining.csv", RETRAINING_COLUMNS)
+        RETRAINING.write(run.directory, rows)
+    table = by_group(family, RETRAINING)
     for seed, groups in accuracies.items():
         for group, values in groups.items():
             found = table["acc_noisy"][seed, group]
@@ -201,10 +200,10 @@ def test_layers_that_stop_early_do_not_mix(family):
 
 
 def test_a_search_counts_as_it_was_measured(family):
-    """How many neurons were allowed is the measurement's, not what the run was begun with."""
+    """The limit of neurons is the measurement's, not the one that the run was started with."""
     for run in family.runs:
         few = ("flipping.max_neurons=1", "flipping.examples=4", "flipping.reference_batch=8")
-        neuron_flipping.main(Run.at(run.directory, few))
+        neuron_flipping.EXPERIMENT.main(Run.at(run.directory, few))
     rows = [row for run in family.runs for row in read_searched(run)]
     assert {row["neurons"] for row in rows if row["flipped"] == 0} == {2}
 
@@ -212,11 +211,11 @@ def test_a_search_counts_as_it_was_measured(family):
 def test_a_table_holds_ours_beside_the_papers(tiny, tmp_path, capsys):
     overrides = ["dropout.kind=example_tied", "model.width=0.1", "dropout.forget_draws=1"]
     config = example_tied_dropout.without_accounting(tiny(*overrides))
-    example_tied_dropout.main(Run.of(config))
+    example_tied_dropout.EXPERIMENT.main(Run.of(config))
     assert plot_results.main([str(tmp_path / "runs"), "--format", "png"]) == 0
     assert "figure 7" in capsys.readouterr().out
     rows = (tmp_path / "runs" / "tables" / "table_1.csv").read_text().splitlines()
-    columns = example_tied_dropout.COLUMNS
+    columns = example_tied_dropout.DROPOUT.columns
     path = Run.of(config).directory / "example_tied_dropout.csv"
     before, after = files.read_csv(path, columns, text=("dropout", "state"))
     found = [f"{100 * row[f'acc_{k}']:.1f}%" for row in (before, after) for k in ACCURACIES]
@@ -229,7 +228,9 @@ def test_rows_and_figures_of_a_sweep_follow_its_values(tiny, tmp_path):
     tied = ("dropout.kind=example_tied", "model.width=0.1", "dropout.forget_draws=1")
     for share, mem in ((0.4, 0.2), (0.2, 0.2), (0.4, 0.02)):
         config = tiny(*tied, f"dropout.p_gen={share}", f"dropout.p_mem={mem}", "train.epochs=1")
-        example_tied_dropout.main(Run.of(example_tied_dropout.without_accounting(config)))
+        example_tied_dropout.EXPERIMENT.main(
+            Run.of(example_tied_dropout.without_accounting(config))
+        )
     found = find_families([tmp_path / "runs"])
     assert [(of.config.dropout.p_gen, of.config.dropout.p_mem) for of in found] == [
         (0.2, 0.2), (0.4, 0.02), (0.4, 0.2),
@@ -250,7 +251,7 @@ def test_spread_of_several_seeds():
 def test_contact_sheets_show_the_ends_of_typicality(tiny):
     config = tiny("data.split=atypical")
     split = load_split(config)
-    (_, least), (_, most) = choose_examples(split, "atypical")
+    (_, least), (_, most) = choose_shown(split, "atypical")
     assert split.typicality[int(least[0])] == split.typicality.min()
     assert split.typicality[int(most[0])] == split.typicality.max()
     assert split.memorized[least.tolist()].sum() >= split.memorized.sum().clamp(max=len(least))
@@ -258,7 +259,7 @@ def test_contact_sheets_show_the_ends_of_typicality(tiny):
 
 def test_contact_sheets_show_who_is_mislabeled(tiny):
     split = load_split(tiny())
-    (_, wrong), (_, right) = choose_examples(split, "noise")
+    (_, wrong), (_, right) = choose_shown(split, "noise")
     assert (split.label != split.true_label)[wrong.tolist()].all()
     assert (split.label == split.true_label)[right.tolist()].all()
 
@@ -278,7 +279,7 @@ def test_kept_results_among_the_runs_are_no_runs(family, capsys):
 
 def test_seeds_that_were_measured_in_different_ways_are_not_pooled(family, capsys):
     for run, epochs in zip(family.runs, ("[0,1]", "[0,2]")):
-        layer_rewinding.main(Run.at(run.directory, (f"rewinding.epochs={epochs}",)))
+        layer_rewinding.EXPERIMENT.main(Run.at(run.directory, (f"rewinding.epochs={epochs}",)))
     capsys.readouterr()
     (found,) = find_families([family.folder])
     said = capsys.readouterr().err
@@ -290,14 +291,14 @@ def test_seeds_that_were_measured_in_different_ways_are_not_pooled(family, capsy
 
 def test_titles_tell_runs_apart(tiny, tmp_path):
     for decay in ("0.0", "0.001"):
-        gradient_accounting.main(Run.of(tiny(f"train.weight_decay={decay}")))
+        gradient_accounting.EXPERIMENT.main(Run.of(tiny(f"train.weight_decay={decay}")))
     titles = {found.title for found in find_families([tmp_path / "runs"])}
     plain = "glyphs 150 resnet9 width 0.05 noise 0.2"
     assert titles == {f"{plain}, train.weight_decay={decay}" for decay in ("0.0", "0.001")}
 
 
 def test_no_command_is_named_that_would_not_help(tiny, tmp_path, capsys):
-    gradient_accounting.main(Run.of(tiny("train.account_gradients=false")))
+    gradient_accounting.EXPERIMENT.main(Run.of(tiny("train.account_gradients=false")))
     capsys.readouterr()
     assert plot_results.main([str(tmp_path / "runs"), "--figure", "2"]) == 0
     assert "such a run has no gradient_accounting.csv" in capsys.readouterr().out
@@ -315,11 +316,11 @@ def plant_search(family: Family, rows: list[dict], **settings: object) -> None:
     for run in family.runs:
         source = {"settings": {"max_neurons": 9} | settings}
         files.write_json(run.directory / "neuron_flipping.json", source)
-        files.write_csv(run.directory / "neuron_flipping.csv", FLIPPING_COLUMNS, rows)
+        FLIPPING.write(run.directory, rows)
 
 
 def test_examples_that_flip_at_once_have_no_neurons_to_show(family):
-    row = dict.fromkeys(FLIPPING_COLUMNS, 1) | {"neurons": 0, "groups": "", "neurons_ids": ""}
+    row = dict.fromkeys(FLIPPING.columns, 1) | {"neurons": 0, "groups": "", "neurons_ids": ""}
     plant_search(family, [row])
     with paper_style():
         figure = plot_flipping(family)
@@ -337,7 +338,7 @@ def test_a_run_of_which_nothing_was_searched_ends_no_report(family, capsys):
 
 
 def test_how_a_table_was_measured_is_said_wherever_it_is_shown(family, tmp_path):
-    row = dict.fromkeys(FLIPPING_COLUMNS, 1) | {"groups": "0", "neurons_ids": "x"}
+    row = dict.fromkeys(FLIPPING.columns, 1) | {"groups": "0", "neurons_ids": "x"}
     plant_search(family, [row], ablate="weight", noise_copies=5, examples=2)
     for name in ("neuron_flipping_mean.csv", "neuron_flipping_mean.json"):
         (family.folder / name).write_text("over seeds", encoding="utf-8")
@@ -370,7 +371,7 @@ def test_neurons_of_several_widths_are_compared(tiny):
     for width, neurons in ((0.1, [(2, 4), (6, 8)]), (0.05, [(1, 1), (9, 3)])):
         runs = [Run.of(tiny(f"model.width={width}", f"seed={seed}")) for seed in (0, 1)]
         for run, (clean, noisy) in zip(runs, neurons):
-            row = dict.fromkeys(FLIPPING_COLUMNS, 1) | {"groups": "0", "neurons_ids": "x"}
+            row = dict.fromkeys(FLIPPING.columns, 1) | {"groups": "0", "neurons_ids": "x"}
             rows = [
                 row | {"memorized": 0, "neurons": clean},
                 row | {"memorized": 1, "neurons": noisy},
@@ -378,7 +379,7 @@ def test_neurons_of_several_widths_are_compared(tiny):
             ]
             source = {"settings": {"max_neurons": 9}}
             files.write_json(run.directory / "neuron_flipping.json", source)
-            files.write_csv(run.directory / "neuron_flipping.csv", FLIPPING_COLUMNS, rows)
+            FLIPPING.write(run.directory, rows)
         families.append(Family(runs[0].directory.parent, tuple(runs)))
     with paper_style():
         figure = plot_flipping_compared(families)

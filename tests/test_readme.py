@@ -1,21 +1,25 @@
-"""The pages are true: their tables, commands and links, and the example of one's own data."""
+"""The pages are true: their numbers, tables, commands, links and examples."""
 
 import csv
+import json
 import re
 import shlex
 import subprocess
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
+import example_tied_dropout
 import gradient_accounting
 import reproduce
 from engine.config.load import describe_keys, load_configs
 from engine.launch.cli import run_script
+from engine.runs.run import Run
+from tests.conftest import TINY
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+RESULTS = REPOSITORY / "results"
 README, CONFIGURATION = REPOSITORY / "README.md", REPOSITORY / "docs" / "configuration.md"
 PAGES = [README] + [
     page
@@ -25,72 +29,220 @@ PAGES = [README] + [
 ]
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
 
+# The columns of the claims in results/README.md: folder, and the end of `about` in summary.json.
+COLUMNS = {
+    "MNIST 4,000": ("mnist_4000", "width 0.25 noise 0.1"),
+    "MNIST 4,000, width 1": ("mnist_4000_full_width", "resnet9 noise 0.1"),
+    "CIFAR-10 (JPEG) 5,000": ("cifar10_jpeg_5000", "width 0.25 noise 0.1"),
+    "CIFAR-10 (JPEG) 20,000": ("cifar10_jpeg_20000", "width 0.25 noise 0.1"),
+    "CIFAR-10 (JPEG) 50,000": ("cifar10_jpeg_50000", "width 0.25 noise 0.1"),
+    "CIFAR-10 (JPEG) 50,000, width 0.5": ("cifar10_jpeg_50000_half_width", "width 0.5 noise 0.1"),
+}
+# The rows of the README's table of results: folder and claim.
+SHOWN = {
+    "gradient accounting": ("cifar10_jpeg_50000_half_width", "gradients.norm_ratio"),
+    "layer rewinding": ("cifar10_jpeg_50000_half_width", "rewinding.last_layer"),
+    "layer retraining": ("cifar10_jpeg_5000", "retraining.layers"),
+    "neuron flipping": ("cifar10_jpeg_50000_half_width", "flipping.neurons_clean"),
+    "example-tied dropout": ("cifar10_jpeg_50000", "dropout.after_noisy"),
+}
+
 
 def blocks(page: Path, language: str) -> list[str]:
+    """Return the page's fenced blocks of this language."""
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
 
 
-def kept_table(page: Path, name: str) -> str:
-    """What stands between two comments of this name."""
+def kept_tables(page: Path, name: str) -> list[list[list[str]]]:
+    """Return the tables between pairs of comments of this name, as rows of cells."""
     text = page.read_text(encoding="utf-8")
-    return re.search(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", text, re.DOTALL).group(1)
+    found = re.findall(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", text, re.DOTALL)
+    return [[split_row(line) for line in table.splitlines()] for table in found]
+
+
+def split_row(line: str) -> list[str]:
+    """Return the cells of a table's line."""
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def table_below(page: Path, heading: str) -> list[list[str]]:
+    """Return the rows, without their head, of the first table below a heading."""
+    _, _, text = page.read_text(encoding="utf-8").partition(f"\n{heading}\n")
+    lines = re.search(r"((?:^\|.*\n)+)", text, re.MULTILINE).group(1).splitlines()
+    return [split_row(line) for line in lines[2:]]
 
 
 def commands() -> list[str]:
-    """Every call of a script, in the pages' shell blocks and at the head of every config."""
+    """Return every call of Python in the pages' shell blocks and at the head of every config."""
     shell = "".join(block for page in PAGES for block in blocks(page, "sh"))
     lines = shell.replace("\\\n", " ").splitlines()
     for path in CONFIGS:
         lines += [line[1:] for line in path.read_text().splitlines() if line.startswith("#   ")]
     calls = [call.partition("#")[0].strip() for line in lines for call in line.split("&&")]
-    return sorted({c for c in calls if c.startswith("python ") and not c.startswith("python -m")})
+    return sorted({c for c in calls if c.startswith("python ")})
+
+
+# ---------------------------------------------------------------- the README
+
+
+def test_the_readme_is_short_and_shows_the_result_first():
+    lines = README.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 160
+    assert lines[0].startswith("# ")
+    first = next(i for i, line in enumerate(lines) if line.startswith("!["))
+    assert first < 10
+    assert [line for line in lines if line.startswith("## ")] == [
+        "## Results",
+        "## Run",
+        "## Scripts",
+        "## Example-tied dropout in your own training loop",
+        "## Read on",
+        "## Compared with the authors' published code",
+        "## Citation",
+    ]
+
+
+def kept_claims(folder: str) -> list[dict]:
+    """Return the claims of a folder's summary.json that were measured."""
+    summary = json.loads((RESULTS / folder / "summary.json").read_text(encoding="utf-8"))
+    return [claim for claim in summary["claims"] if claim["n"]]
+
+
+def kept_claim(folder: str, name: str) -> dict:
+    """Return a claim about 10% random label noise."""
+    (claim,) = [
+        claim
+        for claim in kept_claims(folder)
+        if claim["claim"] == name and re.search(r" noise 0\.1(,|$)", claim["about"])
+    ]
+    return claim
+
+
+def as_shown(claim: dict, like: str) -> str:
+    """Return mean ± standard deviation of a claim, in the unit and digits of another cell."""
+    scale, unit = (100, "%") if like.split(" (")[0].endswith("%") else (1, "")
+    digits = 1 if unit else 2
+    values = [claim["mean"]] + ([] if claim["std"] is None else [claim["std"]])
+    return " ± ".join(f"{scale * value:.{digits}f}" for value in values) + unit
+
+
+def test_the_five_results_are_those_of_the_kept_summaries():
+    rows = table_below(README, "## Results")
+    assert [row[0] for row in rows] == list(SHOWN)
+    for experiment, _, paper, ours, where, agrees in rows:
+        claim = kept_claim(*SHOWN[experiment])
+        assert ours == as_shown(claim, ours)
+        assert paper.strip("'") in claim["paper"]
+        assert agrees == {"agrees": "yes", "differs": "no"}[claim["verdict"]]
+        size, width, seeds = re.fullmatch(
+            r"([\d,]+) images, width ([\d.]+), (\d+) seeds?", where
+        ).groups()
+        assert claim["about"].startswith(f"cifar10 {size} resnet9 width {width} ")
+        assert int(seeds) == claim["n"]
+
+
+def test_the_disagreements_in_the_readme_are_those_of_the_kept_summaries():
+    (text,) = re.findall(r"Disagreements remain: (.*?)\[All", README.read_text("utf-8"), re.DOTALL)
+    area = kept_claim("cifar10_jpeg_50000_half_width", "flipping.auc_neurons")
+    layers = kept_claim("mnist_4000", "retraining.layers")
+    assert area["verdict"] == layers["verdict"] == "differs"
+    assert f"AUC of {area['mean']:.2f} (paper: {area['paper']})" in text
+    assert f"{layers['mean']:.1%} of the layers" in text
+
+
+def test_the_caption_of_the_readme_s_figure_is_that_of_the_kept_tables():
+    text = README.read_text(encoding="utf-8")
+    (figure,) = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    caption = " ".join(text.partition("**Layer rewinding on all")[2].partition("##")[0].split())
+    run = RESULTS / Path(figure).parts[1] / "tables" / Path(figure).parts[3] / "seed0"
+    epoch = re.search(r"At epoch (\d+) the", caption).group(1)
+    history = {row["epoch"]: row for row in csv.DictReader((run / "history.csv").open())}
+    assert f"predicts {float(history[epoch]['acc_noisy']):.0%} of the wrong labels" in caption
+    rewound = list(csv.DictReader((run / "layer_rewinding.csv").open()))
+    (last,) = [row for row in rewound if (row["group"], row["epoch"]) == ("8", epoch)]
+    assert f"a noisy accuracy of {float(last['acc_noisy']):.0%}." in caption
+
+
+def test_the_benchmarks_in_the_readme_are_those_of_the_benchmarks():
+    measured = (REPOSITORY / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    cells = {row[0].partition(",")[0]: row[2] for row in table_below(README, "## Compared with "
+             "the authors' published code")}  # fmt: skip
+    accounting = table_below(REPOSITORY / "benchmarks" / "README.md", "## training.py")
+    assert {row[3] for row in accounting} - {"-"} == {cells["gradient accounting"].split()[0]}
+    flipping = table_below(REPOSITORY / "benchmarks" / "README.md", "## flipping.py")
+    ratios = sorted(row[6] for row in flipping if row[6] != "-")
+    assert cells["neuron flipping"].startswith(f"{ratios[0]} to {ratios[-1]} times")
+    (masks,) = set(re.findall(r"([\d.]+) MB \|", measured))
+    assert cells["masks of example-tied dropout"] == f"{round(float(masks))} MB"
+
+
+# ---------------------------------------------------------------- results/README.md
+
+
+def test_the_claims_are_those_of_the_kept_summaries():
+    tables = kept_tables(RESULTS / "README.md", "claims")
+    rows = {}
+    for header, _, *body in tables:
+        assert header == ["claim", "in `summary.json`", "paper", *COLUMNS]
+        rows |= {row[1].strip("`"): row for row in body}
+    expected = {}
+    for column, (folder, about) in COLUMNS.items():
+        for claim in kept_claims(folder):
+            if re.search(rf"{re.escape(about)}(,|$)", claim["about"]):
+                expected.setdefault(claim["claim"], {})[column] = claim
+    assert list(rows) == list(expected)
+    assert len({row[0] for row in rows.values()}) == len(rows)
+    assert f"[All {len(rows)} claims" in README.read_text(encoding="utf-8")
+    for name, (_, _, paper, *cells) in rows.items():
+        found = expected[name]
+        assert paper == "; ".join(dict.fromkeys(claim["paper"] for claim in found.values()))
+        for column, cell in zip(COLUMNS, cells):
+            shown = "-"
+            if claim := found.get(column):
+                shown = f"{as_shown(claim, cell)} ({claim['n']})"
+            assert cell == shown, f"{name}, {column}"
+
+
+def test_every_kept_folder_is_described():
+    described = {row[0].strip("`") for row in table_below(RESULTS / "README.md", "## Folders")}
+    folders = {path.name for path in RESULTS.iterdir() if path.is_dir()} - {"open_questions"}
+    folders |= {
+        f"open_questions/{path.name}"
+        for path in (RESULTS / "open_questions").iterdir()
+        if path.is_dir()
+    }
+    assert described == folders
+
+
+# ---------------------------------------------------------------- every page
 
 
 def test_the_table_of_keys_is_that_of_the_code():
     rows = ["| key | default | allowed | meaning |", "|---|---|---|---|"]
     rows += ["| " + " | ".join((f"`{k}`", d, a, m)) + " |" for k, d, a, m in describe_keys()]
     expected = "\n".join(rows)
-    found = kept_table(CONFIGURATION, "keys")
+    text = CONFIGURATION.read_text(encoding="utf-8")
+    found = re.search(r"<!-- keys -->\n(.*?)\n<!-- /keys -->", text, re.DOTALL).group(1)
     assert found == expected, f"put this into docs/configuration.md:\n{expected}"
-
-
-def claims_at_small_size() -> list[str]:
-    """Every claim about label noise, as the kept results have it: ours, and of how many seeds."""
-    columns = {
-        "MNIST, 4,000": ("mnist_4000", "width 0.25"),
-        "the same, width 1": ("mnist_4000_full_width", "resnet9"),
-        "CIFAR-10 (JPEG), 5,000": ("cifar10_jpeg_5000", "width 0.25"),
-        "CIFAR-10 (JPEG), 20,000": ("cifar10_jpeg_20000", "width 0.25"),
-        "CIFAR-10 (JPEG), 50,000": ("cifar10_jpeg_50000", "width 0.25"),
-        "the same, width 0.5": ("cifar10_jpeg_50000_half_width", "width 0.5"),
-    }
-    papers, cells = defaultdict(dict), defaultdict(dict)
-    for column, (folder, model) in columns.items():
-        path = REPOSITORY / "results" / folder / "tables" / "table_claims.csv"
-        for row in csv.DictReader(path.open(encoding="utf-8", newline="")):
-            if re.search(rf"{model} noise 0\.1(,|$)", row["data, model"]):
-                papers[row["claim"]][row["paper"]] = None
-                n = "" if row["n"] == "-" else f" ({row['n']})"
-                assert column not in cells[row["claim"]]
-                cells[row["claim"]][column] = row["ours ± std"] + n
-    rows = [("claim", "paper", *columns), ("---",) * (2 + len(columns))]
-    for claim, found in cells.items():
-        ours = (found.get(column, "-") for column in columns)
-        rows.append((claim, "; ".join(papers[claim]), *ours))
-    return ["| " + " | ".join(row) + " |" for row in rows]
-
-
-def test_the_table_of_claims_is_that_of_the_kept_results():
-    expected = "\n".join(claims_at_small_size())
-    assert kept_table(README, "claims") == expected, f"put this into the README:\n{expected}"
 
 
 @pytest.mark.parametrize("command", commands())
 def test_every_command_names_a_script_and_a_configuration_that_are_there(command):
     python, script, *arguments = shlex.split(command)
     assert python == "python"
+    if script == "-m":
+        module, *arguments = arguments
+        if module == "pytest":
+            return
+        script = module.replace(".", "/") + ".py"
+        if "NAME" in module:
+            return
     assert (REPOSITORY / script).exists()
     if script.startswith("benchmarks/"):  # each with options of its own
+        return
+    if script == "plot_results.py":
+        text = (REPOSITORY / script).read_text(encoding="utf-8")
+        assert all(f'"{option}"' in text for option in arguments if option.startswith("--"))
         return
     if script == "reproduce.py":
         given = reproduce.parse(arguments)
@@ -98,40 +250,121 @@ def test_every_command_names_a_script_and_a_configuration_that_are_there(command
     else:
         named = [argument for argument in arguments if not argument.startswith("--")]
         config, *overrides = named or [str(reproduce.QUICKSTART)]
-    assert load_configs(REPOSITORY / config, overrides)
+    if config not in ("RUN", "RUN_DIRECTORY"):
+        assert load_configs(REPOSITORY / config, overrides)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
-def test_every_configuration_begins_with_what_one_wants_to_know(path):
+def test_every_configuration_begins_with_its_purpose_command_cost_and_expectation(path):
     head = path.read_text(encoding="utf-8").partition("\nname:")[0]
-    for word in ("python ", "Hardware:", "Duration", "Disk:", "Expect:"):
-        assert word.lower() in head.lower(), f"{path.name} does not say: {word}"
+    for word in ("#   python ", "Hardware: ", "Duration", "Disk: ", "Expect: "):
+        assert word in head, f"{path.name} does not say: {word}"
     assert f"configs/{path.relative_to(REPOSITORY / 'configs')}" in head
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
-        assert target.startswith("https://") or (page.parent / target).exists(), target
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if target.startswith("https://"):
+            continue
+        place, _, anchor = target.partition("#")
+        path = page.parent / place if place else page
+        assert path.exists(), target
+        if anchor:
+            assert anchor in anchors(path), target
 
 
-def test_ci_installs_and_tests_as_the_readme_says():
-    ci = (REPOSITORY / ".ci" / "run").read_text()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_every_row_of_a_table_stands_on_its_own(page):
+    rows = re.findall(r"^\|(?!-)(.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    unclear = re.compile(r"\s*(the same|and|so|there|ditto|it)\b", re.IGNORECASE)
+    assert not [row for row in rows if unclear.match(row)]
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_page_of_docs_is_linked_from_the_readme():
+    text = README.read_text(encoding="utf-8")
+    for page in (REPOSITORY / "docs").glob("*.md"):
+        assert f"(docs/{page.name})" in text
+
+
+def test_every_measurement_beyond_the_paper_is_listed():
+    page = REPOSITORY / "docs" / "measurements.md"
+    listed = {row[0].strip("`") for row in table_below(page, "## Beyond the paper")}
+    scripts = [
+        path for path in (REPOSITORY / "beyond").glob("*.py") if "__main__" in path.read_text()
+    ]
+    assert listed == {f"beyond.{path.stem}" for path in scripts}
+
+
+WORKFLOW = REPOSITORY / ".github" / "workflows" / "tests.yml"
+
+
+@pytest.mark.parametrize("path", [REPOSITORY / ".ci" / "run", WORKFLOW], ids=lambda p: p.name)
+def test_ci_installs_and_tests_as_the_readme_says(path):
+    ci = path.read_text(encoding="utf-8")
     assert "pip install -r requirements-dev.txt && python -m pytest" in README.read_text("utf-8")
-    assert "pip install --quiet -r requirements-dev.txt" in ci
-    assert "python -m pytest" in ci
+    assert re.search(r"pip install (--quiet )?-r requirements-dev\.txt", ci)
+    for command in ("ruff check .", "ruff format --check .", "python -m pytest"):
+        assert command in ci
 
 
 def test_your_own_data(tmp_path, monkeypatch, capsys):
     """The example makes a file, and the command beside it trains on that."""
     monkeypatch.chdir(tmp_path)
-    (example,) = [block for block in blocks(README, "python") if "bars.npz" in block]
+    page = REPOSITORY / "docs" / "data.md"
+    (example,) = [block for block in blocks(page, "python") if "bars.npz" in block]
     subprocess.run([sys.executable, "-c", example], check=True, timeout=60)
     (command,) = [c for c in commands() if "bars.npz" in c]
     _, script, config, *overrides = shlex.split(command)
     assert script == "gradient_accounting.py"
     small = ["train.epochs=2", "train.peak_epoch=1", "model.width=0.1", "device=cpu"]
     arguments = [str(REPOSITORY / config), *overrides, *small]
-    status = run_script("", gradient_accounting.main, gradient_accounting.plan, arguments)
+    status = run_script(gradient_accounting.EXPERIMENT, "", arguments)
     assert status == 0, capsys.readouterr().err
     assert (tmp_path / capsys.readouterr().out.split()[-1] / "history.csv").exists()
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory) -> Path:
+    """Return a folder with a run RUN and a run TIED with example-tied dropout, of the same data."""
+    place = tmp_path_factory.mktemp("python")
+    config = place / "tiny.yaml"
+    config.write_text(
+        TINY + f"output_dir: {place / 'runs'}\nretraining: {{epochs: 2, peak_epoch: 1}}\n"
+    )
+    (plain,) = load_configs(config)
+    tied = ["dropout.kind=example_tied", "model.width=0.1", "dropout.forget_draws=1"]
+    tied = example_tied_dropout.without_accounting(load_configs(config, tied)[0])
+    gradient_accounting.EXPERIMENT.main(Run.of(plain))
+    example_tied_dropout.EXPERIMENT.main(Run.of(tied))
+    Run.of(plain).directory.rename(place / "RUN")
+    Run.of(tied).directory.rename(place / "TIED")
+    return place
+
+
+def test_the_examples_in_python(two_runs, monkeypatch):
+    """The page's blocks run as written, and what they find agrees with the files of the run."""
+    monkeypatch.chdir(two_runs)
+    names: dict = {}
+    for block in blocks(REPOSITORY / "docs" / "python.md", "python"):
+        exec(block, names)
+    split, last = names["split"], names["history"][-1]
+    assert names["outcome"].correct.double().mean().item() == pytest.approx(last["acc_total"])
+    score, marked = names["score"], names["marked"]
+    pairs = [(a > b) + (a == b) / 2 for a in score[marked] for b in score[~marked]]
+    assert names["area"].auc == pytest.approx(sum(pairs) / len(pairs))
+    assert len(names["accounts"]) == len(names["correct"]) == 9
+    with (two_runs / "TIED" / "example_tied_dropout.csv").open() as file:
+        before, after = csv.DictReader(file)
+    for state, outcome in ((before, names["before"]), (after, names["after"])):
+        clean = outcome.correct[~split.memorized].double().mean().item()
+        assert clean == pytest.approx(float(state["acc_clean"]))
+    assert [row["epoch"] for row in names["curve"]] == [0, 1, 2]
+    assert names["found"]["example"] in split.index

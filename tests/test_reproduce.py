@@ -96,8 +96,8 @@ def test_a_deleted_measurement_is_measured_again_and_nothing_else(tiny_file, cap
 def test_configurations_that_ask_for_the_same_work_share_it(tiny_file):
     configs = load_configs(tiny_file, ["sweep.dropout.kind=[none, example_tied, sparse]"])
     jobs = reproduce.make_jobs(configs)
-    assert [job.script.__name__ for job in jobs].count("gradient_accounting") == 1
-    assert [job.script.__name__ for job in jobs].count("example_tied_dropout") == 2
+    assert [job.experiment.key for job in jobs].count("gradients") == 1
+    assert [job.experiment.key for job in jobs].count("dropout") == 2
 
 
 def test_experiments_are_a_choice(tiny_file):
@@ -109,8 +109,8 @@ def test_experiments_are_a_choice(tiny_file):
 def test_dropout_alone_is_what_its_script_does(tiny_file):
     kinds = "sweep.dropout.kind=[example_tied, none]"
     jobs = reproduce.make_jobs(load_configs(tiny_file, ["experiments=[dropout]", kinds]))
-    found = [(job.script.__name__, job.run.config.dropout.kind) for job in jobs]
-    assert found == [("example_tied_dropout", "example_tied"), ("example_tied_dropout", "none")]
+    found = [(job.experiment.key, job.run.config.dropout.kind) for job in jobs]
+    assert found == [("dropout", "example_tied"), ("dropout", "none")]
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -131,7 +131,7 @@ def test_out_of_time_stops_cleanly_and_the_same_command_goes_on(tiny_file, capsy
         for place in ([], [f"output_dir={tiny_file.parent / 'whole'}"])
     )
     assert stopped.finished
-    gradient_accounting.main(whole)
+    gradient_accounting.EXPERIMENT.main(whole)
     for name in ("history.csv", "gradient_accounting.csv"):
         assert (stopped.directory / name).read_bytes() == (whole.directory / name).read_bytes()
 

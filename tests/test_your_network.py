@@ -10,7 +10,6 @@ import pytest
 import plot_results
 from engine.config.load import load_configs
 from engine.launch.cli import run_script
-from engine.runs.identity import without_dropout
 from models import build_model
 from models.any_network import NetworkError
 from models.layer_groups import layer_groups
@@ -62,9 +61,8 @@ def test_an_example_from_its_files_to_a_report(number, tmp_path, monkeypatch, no
             assert plot_results.main(arguments) == 0
             continue
         module = importlib.import_module(script.removesuffix(".py"))
-        training = getattr(module, "without_accounting", without_dropout)
         quick = [*arguments, *QUICK, *OF_SCRIPT[module.__name__]]
-        status = run_script(module.__doc__, module.main, module.plan, quick, training)
+        status = run_script(module.EXPERIMENT, module.__doc__, quick)
         assert status == 0, capsys.readouterr().err
     assert Path("runs/report.html").exists()
 

@@ -76,12 +76,14 @@ def number(
     return Kind("a number" + _range_words(least, most, above), parse)
 
 
-def flag() -> Kind:
-    def parse(value: object) -> bool:
-        _require(isinstance(value, bool))
+def flag(auto: bool = False) -> Kind:
+    """Return the kind of true and false, and of 'auto' where a machine may choose."""
+
+    def parse(value: object) -> bool | str:
+        _require(isinstance(value, bool) or (auto and value == "auto"))
         return value
 
-    return Kind("true or false", parse)
+    return Kind("auto, true or false" if auto else "true or false", parse)
 
 
 def one_of(*choices: str) -> Kind:

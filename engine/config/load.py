@@ -39,7 +39,7 @@ def schema(section: type = Config, prefix: str = "") -> dict[str, dataclasses.Fi
 
 
 SCHEMA = schema()
-MEASURING = ("rewinding.", "retraining.", "flipping.", "slurm.", "checkpoints.")
+TRAINED = ("data", "model", "train", "dropout")  # sections with keys that decide a training
 SECTIONS = sorted({key.rpartition(".")[0] for key in SCHEMA} - {""})
 
 
@@ -230,7 +230,8 @@ def _checked(source: str, key: str, value: object) -> object:
         return kind.parse(value)
     except (ValueError, OverflowError):
         hint = nearest(value, kind.choices) if isinstance(value, str) else ""
-        trained = not key.startswith(MEASURING)  # what only measures has one value at a time
+        section = key.partition(".")[0]
+        trained = section == key or section in TRAINED  # a measurement has one value at a time
         if isinstance(value, list) and key != "seed" and trained and not hint:
             hint = f"; to try several, write sweep: {{{key}: [...]}}"
         message = f"{source}: {key}: {_shown(value)} is not allowed: {kind.allowed}{hint}"

@@ -28,7 +28,16 @@ from models import MODELS, is_name_of_network, model_options
 DATASETS = ("cifar10", "mnist", "svhn", "glyphs", "npz")
 HUMAN_COLUMNS = ("aggre_label", "random_label1", "random_label2", "random_label3", "worse_label")
 OTHER = "torchvision:NAME"  # stands for every network that is not ours
-EXPERIMENTS = ("rewinding", "retraining", "flipping", "dropout")
+# The experiments by name, and the module that declares each; the first one trains for the others.
+EXPERIMENTS = {
+    "gradients": "gradient_accounting",
+    "rewinding": "layer_rewinding",
+    "retraining": "layer_retraining",
+    "flipping": "neuron_flipping",
+    "dropout": "example_tied_dropout",
+    "gradient_distance": "beyond.gradient_distance",
+}
+OF_THE_PAPER = ("rewinding", "retraining", "flipping", "dropout")
 
 
 @dataclass(frozen=True)
@@ -108,8 +117,10 @@ class TrainConfig:
     account_gradients: bool = option(
         True, flag(), "sum up clean and noisy gradients apart (Section 4); a second backward pass"
     )
-    compile: bool = option(
-        False, flag(), "torch.compile for the training; on a CPU it costs minutes, saves little"
+    compile: bool | str = option(
+        "auto",
+        flag(auto=True),
+        "torch.compile for the training; auto: in bf16 on a GPU, where Triton is installed",
     )
 
 
@@ -202,6 +213,16 @@ class DropoutConfig:
 
 
 @dataclass(frozen=True)
+class GradientDistanceConfig:
+    epochs: str | tuple[int, ...] | None = option(
+        None, optional(epochs()), "epochs to measure at; null: six of those on disk, evenly spread"
+    )
+    examples: int | None = option(
+        None, optional(integer(1)), "measure a fixed random subset of the training examples"
+    )
+
+
+@dataclass(frozen=True)
 class SlurmConfig:
     partition: str | None = option(None, optional(text()), "null: the cluster's own choice")
     account: str | None = option(None, optional(text()), "who pays; null: the user's own")
@@ -219,14 +240,23 @@ class Config:
     output_dir: str = option("runs", text(), "where run directories are made")
     experiments: str | tuple[str, ...] = option(
         "all",
-        some_of(*EXPERIMENTS),
-        "what reproduce.py does after training and accounting; [dropout] needs neither",
+        some_of(*list(EXPERIMENTS)[1:]),
+        "measurements that reproduce.py makes after training; all: the paper's four",
     )
     device: str = option(
         "auto", one_of("auto", "cpu", "cuda"), "auto takes the GPU if there is one"
     )
     precision: str = option(
-        "fp32", one_of("fp32", "tf32", "bf16"), "of matrix products and convolutions"
+        "auto",
+        one_of("auto", "fp32", "tf32", "bf16"),
+        "precision of matrix products and convolutions in training; auto: tf32 on a GPU of compute "
+        "capability 8 or more, fp32 elsewhere",
+    )
+    measure_precision: str = option(
+        "auto",
+        one_of("auto", "fp32", "tf32", "bf16"),
+        "precision of measurements on a trained network; auto: as trained, but never bf16, and "
+        "tf32 only where the device has it",
     )
     seed: int = option(
         0, integer(0, 2**31 - 1), "initialization and batch order; a list is a sweep"
@@ -239,6 +269,9 @@ class Config:
     retraining: RetrainingConfig = dataclasses.field(default_factory=RetrainingConfig)
     flipping: FlippingConfig = dataclasses.field(default_factory=FlippingConfig)
     dropout: DropoutConfig = dataclasses.field(default_factory=DropoutConfig)
+    gradient_distance: GradientDistanceConfig = dataclasses.field(
+        default_factory=GradientDistanceConfig
+    )
     slurm: SlurmConfig = dataclasses.field(default_factory=SlurmConfig)
 
 

@@ -12,18 +12,17 @@ from torch import Tensor
 from data import Split
 from data.random_streams import random_stream
 from engine.config.schema import Config
-from engine.runs import files
 from engine.runs.measurement import Measurement
 from engine.runs.run import Run
+from engine.runs.tables import ResultTable
 from engine.stats import first_epoch_for_good
 from engine.training.build import make_model
 from engine.training.devices import compute_precision
 from engine.training.evaluation import evaluate
 from engine.training.loop import make_optimizer, train_epoch
-from engine.training.record import PlainBackward
 
-FILE_NAME = "second_split.csv"
-COLUMNS = ("example", "forgotten")  # epoch from which it stays wrong; epochs + 1 is never
+# `forgotten` is the epoch from which an example stays wrong; epochs + 1 where there is none.
+SECOND_SPLIT = ResultTable("second_split.csv", ("example", "forgotten"))
 
 
 def halves(n: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -35,12 +34,12 @@ def compute_forgetting(config: Config, split: Split, own: Tensor, other: Tensor)
     """The epoch of the second phase from which each example of the first half stays wrong."""
     model = make_model(config, split).to(split.label.device)
     first, second = (split.subset(rows.to(split.label.device)) for rows in (own, other))
-    train, backward = config.train, PlainBackward().backward
+    train = config.train
     wrong = []
     for phase, half in enumerate((first, second)):
         optimizer = make_optimizer(model.parameters(), train)
         for epoch in range(1, train.epochs + 1):
-            train_epoch(model, optimizer, half, config, epoch, backward)
+            train_epoch(model, optimizer, half, config, epoch)
             if phase == 1:
                 correct = evaluate(model, first.images, first.label, index=first.index).correct
                 wrong.append(~correct.cpu().numpy())
@@ -48,7 +47,7 @@ def compute_forgetting(config: Config, split: Split, own: Tensor, other: Tensor)
 
 
 def forgetting_measurement(run: Run) -> Measurement:
-    return Measurement(run, FILE_NAME, COLUMNS, {})
+    return Measurement(run, SECOND_SPLIT, {})
 
 
 def measure_forgetting(run: Run, split: Split) -> None:
@@ -66,10 +65,10 @@ def measure_forgetting(run: Run, split: Split) -> None:
             measurement.save(order, times)
         forgotten[own.numpy()] = times
     rows = zip(split.index.tolist(), forgotten.tolist())
-    measurement.finish((dict(zip(COLUMNS, row)) for row in rows), device)
+    measurement.finish((dict(zip(SECOND_SPLIT.columns, row)) for row in rows), device)
 
 
 def read_forgetting(run: Run) -> np.ndarray:
     """The forgetting time of every training example, in order."""
-    rows = files.read_csv(forgetting_measurement(run).path, COLUMNS)
+    rows = SECOND_SPLIT.read(run.directory)
     return np.array([row["forgotten"] for row in rows])

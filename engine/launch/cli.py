@@ -2,22 +2,26 @@
 
 import argparse
 import io
-import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
 
 from data import DataError
-from engine.config.load import describe_keys, load_configs
+from engine.config.load import SECTIONS, describe_keys, load_configs
 from engine.config.schema import Config
 from engine.errors import RunFailed, UserError
+from engine.launch.memory import free_memory_of, out_of_memory
+from engine.runs.experiment import Experiment
 from engine.runs.identity import without_dropout
 from engine.runs.locking import lock
 from engine.runs.run import Run, each_once
 from engine.runs.stopping import Terminated, ending_on_signals
+from engine.training.devices import describe_computing
+
+TRAINING_SECTIONS = ("data", "train")
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,12 +31,42 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"command line: {message}; see --help")
 
 
-def make_parser(description: str, default_config: str | None = None) -> argparse.ArgumentParser:
-    """The arguments of every script; without a default, the configuration must be named."""
-    keys = [f"  {key}: {meaning} [{default}]" for key, default, _, meaning in describe_keys()]
+class _HelpOfAllKeys(argparse.Action):
+    """Print the help with every key of a configuration, and exit."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        parser.epilog = describe_sections(["", *SECTIONS])
+        parser.print_help()
+        parser.exit()
+
+
+def describe_sections(sections: Sequence[str]) -> str:
+    """Return a line for each key of some sections of a configuration, and the other sections."""
+    lines, others = [], {}
+    for key, default, allowed, meaning in describe_keys():
+        section = key.partition(".")[0] if "." in key else ""
+        if section in sections:
+            lines.append(f"  {key}: {meaning}; {allowed} [{default}]")
+        else:
+            others[section or key] = None
+    if others:
+        lines.append(f"others, see --help-all: {', '.join(others)}")
+    return "\n".join(["keys: meaning; allowed [default]", *lines])
+
+
+def make_parser(
+    description: str, sections: Sequence[str] = (), default_config: str | None = None
+) -> argparse.ArgumentParser:
+    """Return the arguments that all scripts share; its help describes the keys of some sections.
+
+    Without a default, the configuration must be named.
+    """
     parser = Parser(
         description=description,
-        epilog="\n".join(["keys, with their defaults:", *keys]),
+        epilog=describe_sections(sections),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     optional = {"help": "a YAML file, or the directory of a run"}
@@ -40,9 +74,9 @@ def make_parser(description: str, default_config: str | None = None) -> argparse
         optional = {"help": "a YAML file", "nargs": "?", "default": default_config}
     parser.add_argument("config", metavar="CONFIG", **optional)
     parser.add_argument(
-        "overrides", nargs="*", metavar="key.path=value", help="the value is read as YAML"
+        "overrides", nargs="*", metavar="key.path=value", help="overrides; values are YAML"
     )
-    parser.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    parser.add_argument("--dry-run", action="store_true", help="only print what would be done")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"))
     if default_config is None:
         parser.add_argument(
@@ -51,6 +85,7 @@ def make_parser(description: str, default_config: str | None = None) -> argparse
     parser.add_argument(
         "--wait", action="store_true", help="wait for runs that another process works on"
     )
+    parser.add_argument("--help-all", action=_HelpOfAllKeys, help="describe every key, and exit")
     return parser
 
 
@@ -72,35 +107,38 @@ def find_runs(
 
 
 def run_script(
-    description: str,
-    work: Callable[[Run], str],
-    plan: Callable[[Run], str],
-    arguments: Sequence[str] | None = None,
-    training: Callable[[Config], Config] = without_dropout,
-    conclude: Callable[[list[Run]], Iterable[tuple[str, Path]]] = lambda runs: (),
+    experiment: Experiment, description: str, arguments: Sequence[str] | None = None
 ) -> int:
-    """Do the work of a script for every run, a line of results each; the exit status.
+    """Measure every run of the command line, print a line for each, and return the exit status.
 
-    `work` returns what came out, `plan` says in words what it would do; neither names the run's
-    directory, which ends every line. `conclude` gives a line and its folder for what several
-    finished runs show together.
+    Every line ends with the run's directory, or with the folder of the runs that it concludes.
     """
     with reporting_ends() as ending, ending_on_signals():
-        given = make_parser(description).parse_intermixed_args(arguments)
+        sections = [experiment.key] if experiment.key in SECTIONS else TRAINING_SECTIONS
+        given = make_parser(description, sections).parse_intermixed_args(arguments)
         device = [f"device={given.device}"] if given.device else []
         done = []
-        for run in find_runs(given.config, [*given.overrides, *device], training, given.trust):
+        runs = find_runs(
+            given.config, [*given.overrides, *device], experiment.training, given.trust
+        )
+        announce(runs)
+        for run in runs:
             with ending.one_of_several(run.directory):
                 if given.dry_run:
-                    result = plan(run)
+                    result = experiment.plan(run)
                 else:
                     with lock(run.directory, given.wait):
-                        result = work(run)
+                        result = experiment.main(run)
                 print(f"{result}  {run.directory}", flush=True)
                 done.append(run)
-        for result, folder in () if given.dry_run else conclude(done):
+        for result, folder in () if given.dry_run else experiment.conclude(done):
             print(f"{result}  {folder}", flush=True)
     return ending.status
+
+
+def announce(runs: Sequence[Run]) -> None:
+    """Say on stderr on which device, and in which precision, the runs compute."""
+    print(describe_computing([run.config for run in runs]), file=sys.stderr, flush=True)
 
 
 class Ending:
@@ -110,12 +148,20 @@ class Ending:
 
     @contextmanager
     def one_of_several(self, directory: Path) -> Iterator[None]:
-        """A run that fails is reported, and the others go on: they may do better."""
+        """Report a run that fails, or that runs out of memory, and continue with the others."""
         try:
             yield
         except RunFailed as error:
-            tqdm.write(f"{directory}: {error}", file=sys.stderr)  # on a line without a bar
-            self.status = 1
+            self._report(directory, str(error))
+        except (MemoryError, RuntimeError) as error:
+            if (reason := out_of_memory(error)) is None:
+                raise
+            free_memory_of(error)
+            self._report(directory, reason)
+
+    def _report(self, directory: Path, reason: str) -> None:
+        tqdm.write(f"{directory}: {reason}", file=sys.stderr)  # on a line without a bar
+        self.status = 1
 
 
 @contextmanager
@@ -131,16 +177,9 @@ def reporting_ends() -> Iterator[Ending]:
         print(error, file=sys.stderr)
         ending.status = 2
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search(
-            "(out of|allocate) memory", str(error)
-        ):
+        if (reason := out_of_memory(error)) is None:
             raise
-        reason = str(error).strip().partition("\n")[0].partition(". ")[0]
-        print(
-            f"out of memory: {reason}; a smaller model, train.batch_size or data.train_size may "
-            "help",
-            file=sys.stderr,
-        )
+        print(reason, file=sys.stderr)
         ending.status = 1
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""

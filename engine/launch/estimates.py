@@ -9,7 +9,7 @@ import heapq
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,20 +17,18 @@ from pathlib import Path
 import torch
 
 from data import DataError, Split, outline
-from engine.config.kinds import listed_epochs
 from engine.config.schema import Config, ModelConfig
 from engine.errors import UserError
 from engine.runs import files
+from engine.runs.experiment import Experiment
 from engine.runs.provenance import describe_device
 from engine.runs.run import Run
-from engine.training.build import estimate_disk, make_model, outline_model
+from engine.training.build import make_model, outline_model
 from engine.training.devices import compute_precision, derive_seed, resolve_device
 from engine.training.loop import train_epoch
-from engine.training.record import PlainBackward
 from models.layer_groups import layer_groups
 
 CALIBRATION = 2.0  # seconds
-NEURONS = 5  # that an example flips with: known only afterwards
 
 
 # ---------------------------------------------------------------- passes
@@ -44,37 +42,6 @@ def training_passes(run: Run) -> float:
     return (run.config.train.epochs - done) * (step * train + train + test)
 
 
-def rewinding_passes(run: Run) -> float:
-    """From the rewound group to the end: half of the network on average; the last epoch is free."""
-    train, _ = count_examples(run.config)
-    epochs = listed_epochs(run.config.rewinding.epochs, run.config.train.epochs)
-    return train * (1 + count_groups(run.config) * (len(epochs) - 1) / 2)
-
-
-def retraining_passes(run: Run) -> float:
-    """Forward, backward through half of the network on average, and evaluation."""
-    train, _ = count_examples(run.config)
-    return count_groups(run.config) * run.config.retraining.epochs * train * 3
-
-
-def flipping_passes(run: Run) -> float:
-    """For each neuron the example and the references, then all others, in half of the network."""
-    settings, (train, _) = run.config.flipping, count_examples(run.config)
-    references = settings.reference_batch * (settings.reference_copies or settings.noise_copies)
-    search = NEURONS * 3 * (settings.noise_copies + references / settings.refresh_reference)
-    passes = min(2 * settings.examples, train) * (search + (settings.remaining or train)) / 2
-    halves = 8 * train * run.config.train.epochs  # trained on in turn, both ways round
-    return passes + halves * settings.second_split
-
-
-def dropout_passes(run: Run) -> float:
-    settings, sizes = run.config.dropout, count_examples(run.config)
-    evaluations = 2
-    if settings.kind == "example_tied":
-        evaluations += 6 + len(settings.forget) * settings.forget_draws
-    return (0 if run.finished else training_passes(run)) + evaluations * sum(sizes)
-
-
 def count_groups(config: Config) -> int:
     return len(layer_groups(outline_model(config)))
 
@@ -83,22 +50,6 @@ def count_examples(config: Config) -> tuple[int, int]:
     """Training and test examples, the latter about: what is not at hand cannot be counted."""
     train = outline(config.data.name, config.data.path).train_count
     return config.data.train_size or train, config.data.test_size or train // 5
-
-
-PASSES: dict[str, Callable[[Run], float]] = {
-    "gradient_accounting": training_passes,
-    "layer_rewinding": rewinding_passes,
-    "layer_retraining": retraining_passes,
-    "neuron_flipping": flipping_passes,
-    "example_tied_dropout": dropout_passes,
-}
-
-
-def disk_of(script: str, run: Run) -> float:
-    """Bytes; all but weights and searches is small."""
-    if script in ("gradient_accounting", "example_tied_dropout"):
-        return estimate_disk(run)
-    return 2 * run.config.flipping.examples * 4096 if script == "neuron_flipping" else 1e6
 
 
 # ---------------------------------------------------------------- seconds
@@ -130,9 +81,9 @@ class Speeds:
         self.past: dict[tuple[str, str], dict[Shape, list[float]]] = {}
         self.known: dict[tuple[Shape, str], float] = {}
 
-    def seconds(self, script: str, run: Run) -> float:
-        """Of what a script has still to do on a run."""
-        return PASSES[script](run) * self.of(run.config)
+    def seconds(self, experiment: Experiment, run: Run) -> float:
+        """Estimate the remaining seconds of an experiment on a run."""
+        return experiment.passes(run) * self.of(run.config)
 
     def of(self, config: Config) -> float:
         key = Shape.of(config), config.device
@@ -196,7 +147,7 @@ def calibrate(config: Config, device: torch.device) -> float:
     def step(size: int) -> float:
         part = split.subset(torch.arange(split.n, device=device) < size)
         began = time.perf_counter()
-        train_epoch(model, optimizer, part, config, 1, PlainBackward().backward)
+        train_epoch(model, optimizer, part, config, 1)
         return time.perf_counter() - began
 
     least, whole = min(2, split.n), split.n

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 from engine.errors import RunFailed, UserError
+from engine.runs.experiment import Experiment
 from engine.runs.run import Run
 
 
@@ -13,26 +13,25 @@ from engine.runs.run import Run
 class Job:
     """One script's work on one run."""
 
-    script: ModuleType
+    experiment: Experiment
     run: Run
-    trains: bool  # or measures what another job of this run trained
 
     @property
     def name(self) -> str:
-        return self.script.__name__.replace("_", " ")
+        return self.experiment.name
 
     @property
     def done(self) -> bool:
         try:
-            return self.script.is_done(self.run)
+            return self.experiment.is_done(self.run)
         except UserError:  # a damaged file; whoever needs it says which
             return False
 
     def do(self) -> str:
         """Whatever is not done yet; the results in one line that ends with the run's directory."""
-        if not self.trains and not self.run.finished:
+        if not self.experiment.trains and not self.run.finished:
             raise RunFailed(f"no {self.name}, as the training did not come to its end")
-        return f"{self.name}: {self.script.main(self.run)}  {self.run.directory}"
+        return f"{self.name}: {self.experiment.main(self.run)}  {self.run.directory}"
 
 
 def by_run(jobs: Sequence[Job]) -> dict[Path, list[Job]]:

@@ -14,7 +14,7 @@ import torch
 
 from engine.errors import RunFailed
 from engine.launch.cli import Ending
-from engine.launch.estimates import Speeds, disk_of, duration, makespan
+from engine.launch.estimates import Speeds, duration, makespan
 from engine.launch.jobs import Job, are_done, by_run
 from engine.launch.processes import Slot, side_by_side, why
 from engine.launch.progress import Progress
@@ -149,13 +149,13 @@ def foresee(jobs: Sequence[Job], slots: Sequence[Slot]) -> Iterator[str]:
     for share in by_run(jobs).values():
         in_slots.append(0.0)
         for job in share:
-            line = f"{job.name}: {job.script.plan(job.run)}"
+            line = f"{job.name}: {job.experiment.plan(job.run)}"
             if not job.done:
-                own = alone.seconds(job.script.__name__, job.run)
+                own = alone.seconds(job.experiment, job.run)
                 line += f", about {duration(own)}"
                 seconds, count = seconds + own, count + 1
-                in_slots[-1] += shared.seconds(job.script.__name__, job.run)
-                disk += disk_of(job.script.__name__, job.run)
+                in_slots[-1] += shared.seconds(job.experiment, job.run)
+                disk += job.experiment.disk(job.run)
             yield f"{line}  {job.run.directory}"
     total = f"total: {count} of {len(jobs)} jobs to do"
     if count:

@@ -34,25 +34,31 @@ class Slot:
         return found if self.gpu is None else found | {"CUDA_VISIBLE_DEVICES": self.gpu}
 
 
-def make_slots(jobs: int | None, gpus: Sequence[int] | None) -> list[Slot]:
+def make_slots(jobs: int | None, gpus: Sequence[str] | None) -> list[Slot]:
     """So many slots (else one for each GPU), over the GPUs (else over all of them) in turn.
 
     A CPU's threads are shared out, unless OMP_NUM_THREADS says how many a process has.
     """
     present = _visible_gpus()
-    chosen = [str(gpu) for gpu in (range(len(present)) if gpus is None else gpus)]
-    for gpu in chosen:
-        if int(gpu) >= len(present):
-            there = f"has {len(present)}, counted from 0" if present else "has no usable GPU"
-            raise UserError(f"command line: --gpus: {gpu} is not allowed: this machine {there}")
+    chosen = present if gpus is None else [_named(gpu, present) for gpu in gpus]
     count = jobs or len(chosen) or 1
     threads = torch.get_num_threads()
     if "OMP_NUM_THREADS" not in os.environ:
         threads = max(1, threads // count)
     if not chosen:
         return [Slot(None, threads, sharing=count)] * count
-    turns = [present[int(chosen[k % len(chosen)])] for k in range(count)]
+    turns = [chosen[k % len(chosen)] for k in range(count)]
     return [Slot(gpu, threads, sharing=turns.count(gpu)) for gpu in turns]
+
+
+def _named(gpu: str, present: Sequence[str]) -> str:
+    """Return the name of a GPU by its number; names stay, torch counts one MIG instance only."""
+    if not gpu.isdecimal():
+        return gpu
+    if int(gpu) >= len(present):
+        there = f"has {len(present)}, counted from 0" if present else "has no usable GPU"
+        raise UserError(f"command line: --gpus: {gpu} is not allowed: this machine {there}")
+    return present[int(gpu)]
 
 
 def _visible_gpus() -> list[str]:

@@ -8,7 +8,7 @@ from typing import TextIO
 import torch
 from tqdm import tqdm
 
-from engine.launch.estimates import PASSES, Speeds, duration
+from engine.launch.estimates import Speeds, duration
 from engine.launch.jobs import Job
 
 
@@ -21,7 +21,7 @@ class Progress:
             dynamic_ncols=True,
             bar_format="{desc} |{bar}| {n_fmt} of {total_fmt} jobs done, {elapsed} passed{postfix}",
         )
-        self.work = {job: PASSES[job.script.__name__](job.run) for job in jobs}
+        self.work = {job: job.experiment.passes(job.run) for job in jobs}
         self.open = [job for job in jobs if not job.done]
         self.to_do = self._open_work()
         self.began = time.monotonic()

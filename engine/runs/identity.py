@@ -7,10 +7,13 @@ import re
 from functools import lru_cache
 from pathlib import Path
 
+import torch
+
 from data import file_digest
 from engine.config.load import SCHEMA, flatten
 from engine.config.schema import OTHER, Config, DropoutConfig, HumanLabelsConfig
 from engine.errors import UserError
+from engine.runs.machine import can_compile, default_precision, device_type
 from models import MODELS, model_options, network_file
 from models.any_network import NetworkError, require_file
 
@@ -18,6 +21,8 @@ from models.any_network import NetworkError, require_file
 DECIDING = re.compile(
     r"seed|precision|(data|model|train)\..+|dropout\.(kind|p_gen|p_mem|sites|seed)"
 )
+# `auto` stands for the machine's choice; these are left out of an identity, as they always were.
+_IMPLIED = {"precision": "fp32", "train.compile": False}
 # Where a file lies does not matter; what is in it does (see deciding_settings).
 PLACES = ("data.root", "data.path", "data.c_scores", "data.human_labels.path")
 _SPLIT_KEYS = {
@@ -33,6 +38,51 @@ _DROPOUT_KEYS = {
 }
 
 
+def resolved(config: Config) -> Config:
+    """Return the configuration with this machine's choice in place of `auto`."""
+    device, precision, compile = device_type(config.device), config.precision, config.train.compile
+    if precision == "auto":
+        precision = default_precision(device)
+    if compile == "auto":
+        compile = device == "cuda" and precision == "bf16" and can_compile()
+    return _with_choice(config, precision, compile)
+
+
+def _with_choice(config: Config, precision: str, compile: bool) -> Config:
+    train = dataclasses.replace(config.train, compile=compile)
+    return dataclasses.replace(config, precision=precision, train=train)
+
+
+def resolutions(config: Config) -> list[Config]:
+    """Return what `auto` may have meant where the run was begun; this machine's choice first."""
+    own = resolved(config)
+    precisions = dict.fromkeys([own.precision, "fp32", "tf32"])
+    found = [own.precision] if config.precision != "auto" else list(precisions)
+    compiled = {own.train.compile: None, not own.train.compile: None}
+    either = config.train.compile == "auto" and own.precision == "bf16"
+    return [
+        _with_choice(config, precision, compile)
+        for compile in (compiled if either else [own.train.compile])
+        for precision in found
+    ]
+
+
+def measuring_precision(config: Config, device: torch.device) -> str:
+    """Return the precision in which a run's network is measured on a device."""
+    asked = config.measure_precision
+    if asked != "auto":
+        return asked
+    trained = resolved(config).precision
+    return "fp32" if trained == "fp32" else default_precision(device.type)
+
+
+def measuring_settings(config: Config) -> dict[str, str]:
+    """Return the setting of a table that was not measured as its run was trained; else nothing."""
+    asked, trained = config.measure_precision, resolved(config).precision
+    as_trained = asked == trained or (asked == "auto" and trained != "bf16")
+    return {} if as_trained else {"measure_precision": asked}
+
+
 def deciding_settings(config: Config, contents: bool = True) -> dict[str, object]:
     """The settings that decide a training's weights, those that have no effect left out.
 
@@ -41,6 +91,7 @@ def deciding_settings(config: Config, contents: bool = True) -> dict[str, object
     A value at its default is left out too (but for the three that name the run), so that a key
     which a later version adds does not rename the runs of an earlier one.
     """
+    config = resolved(config)
     without_effect = {
         *PLACES,
         *(key for kind, keys in _SPLIT_KEYS.items() if kind != config.data.split for key in keys),
@@ -55,7 +106,7 @@ def deciding_settings(config: Config, contents: bool = True) -> dict[str, object
         for key, value in flatten(config).items()
         if DECIDING.fullmatch(key)
         and key not in without_effect
-        and (key in always or value != SCHEMA[key].default)
+        and (key in always or value != _IMPLIED.get(key, SCHEMA[key].default))
     }
     for key in PLACES[1:] if contents else ():
         if (path := flatten(config)[key]) is not None:

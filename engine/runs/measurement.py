@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from engine.errors import UserError
 from engine.runs import files, provenance
 from engine.runs.run import Run
 from engine.runs.stopping import safe_point
+from engine.runs.tables import ResultTable
 
 
 class Measurement:
@@ -33,13 +34,12 @@ class Measurement:
     def __init__(
         self,
         run: Run,
-        file_name: str,
-        columns: Sequence[str],
+        table: ResultTable,
         settings: Mapping[str, object],
         selection: Mapping[str, object] | None = None,
     ) -> None:
-        self.run, self.columns = run, tuple(columns)
-        self.path = run.directory / file_name
+        self.run, self.table = run, table
+        self.path = table.path(run.directory)
         self.source_path = self.path.with_suffix(".json")
         # As JSON gives them back: tuples are lists there.
         self.settings = json.loads(json.dumps({**settings, **(selection or {})}))
@@ -92,13 +92,18 @@ class Measurement:
         files.write_tensors(self._part_path(key), part)
         safe_point()
 
-    def finish(self, rows: Iterable[Mapping[str, object]], device: torch.device) -> None:
+    def finish(
+        self,
+        rows: Iterable[Mapping[str, object]],
+        device: torch.device,
+        precision: str | None = None,
+    ) -> None:
         """Write the table and where it came from."""
         if (state := self._state()) not in ("finished", "to do"):
             print(f"{state}; it is made again from its parts", file=sys.stderr)
         self.run.require_present()
-        files.write_csv(self.path, self.columns, rows)
-        source = provenance.describe(device) | {
+        self.table.write(self.run.directory, rows)
+        source = provenance.describe(device, precision or self.run.config.precision) | {
             "identity": self.run.identity,
             "settings": self.settings,
             "sha256": file_digest(self.path),

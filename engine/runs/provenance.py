@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from engine.runs.machine import describe_gpu
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -31,7 +33,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def describe(device: torch.device) -> dict[str, object]:
+def describe(device: torch.device, precision: str) -> dict[str, object]:
+    """Return where a result comes from: code, versions, device, precision, command, time."""
     changes = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "git_commit": _git("rev-parse", "HEAD"),
@@ -41,6 +44,8 @@ def describe(device: torch.device) -> dict[str, object]:
             **{package: _version(package) for package in ("torch", "torchvision", "numpy")},
         },
         "device": describe_device(device),
+        "precision": precision,
+        **({"gpu": describe_gpu(device)} if device.type == "cuda" else {}),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

@@ -28,16 +28,12 @@ from engine.runs.identity import (
     deciding_settings,
     digest_of,
     identity_of,
+    resolutions,
     run_directory,
     short_name,
 )
+from engine.runs.tables import HISTORY
 from models import network_file
-
-HISTORY_COLUMNS = (
-    "epoch", "lr",
-    "loss_clean", "loss_noisy", "loss_total", "loss_test",
-    "acc_clean", "acc_noisy", "acc_total", "acc_test",
-)  # fmt: skip
 
 _AGAIN = "the script that trained this run makes it again"
 
@@ -52,8 +48,15 @@ class Run:
 
     @classmethod
     def of(cls, config: Config) -> "Run":
-        """The run that a configuration asks for, whether it is there yet or not."""
-        return cls(run_directory(config), config, identity_of(config))
+        """Return the run that a configuration asks for, whether it is there yet or not.
+
+        Where a precision is left to the machine, a run that another machine began is found again.
+        """
+        found = [
+            cls(run_directory(chosen), chosen, identity_of(chosen))
+            for chosen in resolutions(config)
+        ]
+        return next((run for run in found if run.provenance_path.exists()), found[0])
 
     @classmethod
     def at(cls, directory: Path, overrides: tuple[str, ...] = ()) -> "Run":
@@ -223,7 +226,7 @@ class Run:
 
     @property
     def history_path(self) -> Path:
-        return self.directory / "history.csv"
+        return HISTORY.path(self.directory)
 
     @property
     def examples_path(self) -> Path:

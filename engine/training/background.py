@@ -1,4 +1,4 @@
-"""Writing in the background: a program goes on while a thread saves what it did."""
+"""Write files in the background, while the program continues."""
 
 from collections.abc import Callable
 from concurrent import futures
@@ -6,11 +6,11 @@ from types import TracebackType
 
 
 class BackgroundWriter:
-    """One thread, which does one piece of work at a time; at most one waits to be done.
+    """Thread that does one piece of work at a time; at most one piece is pending.
 
-    What a piece raises comes out, as it is, where it is waited for: when the next piece is handed
-    over, or at the end. Leaving the context waits whatever happened inside, so that nothing is
-    written any more; if that work failed, its error replaces later ones, which it came before.
+    An error of a piece is raised where that piece is waited for: when the next one is handed over,
+    or at the end. Leaving the context always waits, so that nothing is written afterwards; the
+    error of a piece then replaces later ones.
     """
 
     def __init__(self) -> None:
@@ -18,12 +18,12 @@ class BackgroundWriter:
         self._pending: futures.Future | None = None
 
     def hand_over(self, write: Callable[[], object]) -> None:
-        """Begin a piece of work as soon as the one before it is done."""
+        """Begin a piece of work as soon as the previous one is done."""
         self.wait()
         self._pending = self._pool.submit(write)
 
     def wait(self) -> None:
-        """Until all that was handed over is done."""
+        """Wait until everything that was handed over is done."""
         if self._pending is not None:
             futures.wait([self._pending])  # a signal may end this, and the error is not lost
             done, self._pending = self._pending, None

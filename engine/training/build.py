@@ -1,4 +1,4 @@
-"""From a configuration to the things that it names: the split and the model."""
+"""Build the split and the model that a configuration names."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -37,7 +37,7 @@ _load_dataset_once = lru_cache(maxsize=1)(load_dataset)
 
 
 def _load_dataset(data: DataConfig) -> Dataset:
-    with _while_nobody_downloads(data):
+    with _downloading_once(data):
         return _load_dataset_once(
             data.name,
             root=data.root,
@@ -48,8 +48,8 @@ def _load_dataset(data: DataConfig) -> Dataset:
 
 
 @contextmanager
-def _while_nobody_downloads(data: DataConfig) -> Iterator[None]:
-    """One process downloads; others, wherever they are, wait until all files are whole."""
+def _downloading_once(data: DataConfig) -> Iterator[None]:
+    """Let one process download; processes on any host wait until all files are whole."""
     root = Path(data.root).expanduser()
     if at_hand(data.name, root) and not holder_of(root):
         yield
@@ -59,7 +59,7 @@ def _while_nobody_downloads(data: DataConfig) -> Iterator[None]:
 
 
 def load_split(config: Config) -> Split:
-    """The training and test examples, with their labels and who is memorized."""
+    """Load training and test examples, their labels, and the memorized set."""
     data = config.data
     dataset = _load_dataset(data)
     c_scores = human_label = None
@@ -85,7 +85,7 @@ def load_split(config: Config) -> Split:
 
 
 def load_split_at_hand(config: Config) -> Split:
-    """The same, where it takes no download."""
+    """Load the split if that needs no download; else raise DataError."""
     data = config.data
     if not at_hand(data.name, data.root):
         raise DataError(f"{data.name} does not lie below {data.root}")
@@ -96,7 +96,7 @@ def load_split_at_hand(config: Config) -> Split:
 
 
 def load_typicality(config: Config, split: Split) -> Tensor | None:
-    """How typical each training example is, where that is known without a download."""
+    """Return each training example's typicality; None where that needs a download."""
     data = config.data
     if split.typicality is not None:
         return split.typicality
@@ -107,7 +107,7 @@ def load_typicality(config: Config, split: Split) -> Tensor | None:
 
 
 def make_model(config: Config, split: Split, proof: bool = True) -> StagedModel:
-    """The network at its initialization, on the CPU, with dropout where it is trained with it.
+    """Build the network at its initialization, on the CPU, with the configured dropout.
 
     Weights lie channels-last, and so do the activations that convolutions make with them: that is
     the faster layout on CPUs and on tensor cores (tf32, bf16), and changes no shape.
@@ -152,7 +152,7 @@ def _dropout_places(
 def _add_dropout(
     model: StagedModel, dropout: DropoutConfig, places: Mapping[str, Output], n_examples: int
 ) -> None:
-    """Dropout of the configured kind behind the model's sites, with masks of their own."""
+    """Insert dropout of the configured kind after each of the model's sites."""
     p, seed = dropout.p_gen, dropout.seed
     layers = {}
     for number, (site, output) in enumerate(places.items()):
@@ -187,7 +187,7 @@ def _build(
 
 
 def load_final_model(run: Run, split: Split, device: torch.device) -> StagedModel:
-    """The network as a finished training left it, which was on these very examples."""
+    """Load the network of a finished training, which must have used these examples."""
     run.require_finished()
     run.check_split(split)
     model = make_model(run.config, split, proof=False)
@@ -197,7 +197,7 @@ def load_final_model(run: Run, split: Split, device: torch.device) -> StagedMode
 
 
 def estimate_disk(run: Run) -> float:
-    """Bytes that a run takes while it trains; no data are downloaded, no weights allocated."""
+    """Estimate the bytes that a run takes on disk, without a download and without weights."""
     config = run.config
     known = outline(config.data.name, config.data.path)
     state = outline_model(config).state_dict()
@@ -209,7 +209,7 @@ def estimate_disk(run: Run) -> float:
 
 
 def outline_model(config: Config) -> StagedModel:
-    """The network without dropout and without memory for its weights: names and shapes only."""
+    """Build the network without dropout on the meta device: names and shapes only."""
     known = outline(config.data.name, config.data.path)
     # Cutting a network that is not ours takes a pass, so its weights need memory.
     with torch.device("cpu" if is_name_of_network(config.model.name) else "meta"):

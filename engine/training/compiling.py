@@ -1,4 +1,4 @@
-"""torch.compile for a training: what it needs of torch, and one line where it cannot work."""
+"""torch.compile for a training, with one line where it cannot work."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,17 +13,17 @@ MOST_GRAPHS = 10_000
 
 
 @contextmanager
-def compiled(model: nn.Module, wanted: bool) -> Iterator[nn.Module]:
-    """What to call in place of the model inside: the same parameters, and compiled if wanted.
+def compiled(model: nn.Module, wanted: bool | str) -> Iterator[nn.Module]:
+    """Yield the model, compiled if wanted is True, with the same parameters.
 
-    Every size of a batch has a graph of its own, so that an interrupted training goes on with the
-    very graphs, and bits, that it would have had: graphs for any size would be made, or not,
-    depending on the sizes that came before.
+    Every size of a batch has a graph of its own, so that an interrupted training is resumed with
+    the same graphs, and bits: graphs for any size would be made, or not, depending on the sizes
+    that came before.
     """
-    if not wanted:
+    if wanted is not True:
         yield model
         return
-    # Importing them takes seconds, which only those who compile should wait for.
+    # Importing them takes seconds.
     from torch._dynamo import config as graphs
     from torch._dynamo.exc import TorchDynamoException
     from torch._functorch import config as gradients

@@ -1,7 +1,7 @@
 """Where a run computes, in which precision, and with which random numbers."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -10,24 +10,51 @@ import torch
 from data.random_streams import random_stream
 from engine.config.schema import Config
 from engine.errors import UserError
+from engine.runs.identity import measuring_precision, resolved
+from engine.runs.machine import default_precision, device_type, gpu_problem
+from engine.runs.provenance import describe_device
 
 SHARED_BY = "MEMORY_SHARED_BY"  # environment variable: how many processes compute on this device
 
 
 def resolve_device(config: Config) -> torch.device:
-    """auto | cpu | cuda as a device that exists, and that computes in the precision asked for."""
+    """Return the device that auto, cpu or cuda names; it must exist."""
     name = config.device
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: 'cuda' is not allowed: this machine has no usable GPU; use cpu")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu" and config.precision == "tf32":
+        problem = gpu_problem()
+        raise UserError(
+            "device: 'cuda' is not allowed: this machine has no usable GPU; use cpu"
+            + (f" ({problem})" if problem else "")
+        )
+    return torch.device(device_type(name))
+
+
+def require_precision(config: Config, device: torch.device) -> None:
+    """Refuse to train in a precision that the device does not have."""
+    if device.type == "cpu" and config.precision == "tf32":
         raise UserError("precision: 'tf32' is not allowed: a CPU has none; use fp32 or bf16")
-    return torch.device(name)
+
+
+def describe_computing(configs: Sequence[Config]) -> str:
+    """Return device and precision of all runs in one line, and a warning of an unused GPU."""
+    asked = {config.device for config in configs}
+    missing = "cuda" in asked and not torch.cuda.is_available()
+    devices = {device_type(name) for name in asked if not (missing and name == "cuda")}
+    names = [f"{name}, {describe_device(torch.device(name))}" for name in sorted(devices)]
+    names += ["cuda, not available here"] * missing
+    trained = sorted({resolved(config).precision for config in configs})
+    measured = {
+        measuring_precision(config, torch.device(device_type(config.device))) for config in configs
+    }
+    line = f"Device: {', '.join(names)}; precision: {', '.join(trained)}"
+    if measured != set(trained):
+        line += f"; measured in {', '.join(sorted(measured))}"
+    problem = gpu_problem() if any(c.device != "cpu" for c in configs) else None
+    return f"{line}\nWarning: {problem}" if problem else line
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that could be allocated now: what results may take, and never depend on.
+    """Return the bytes that could be allocated now; results may use them, never depend on them.
 
     Processes that compute side by side each have their share of it.
     """
@@ -48,7 +75,7 @@ def _free_memory(device: torch.device) -> int:
 
 @contextmanager
 def compute_precision(precision: str, device: torch.device) -> Iterator[None]:
-    """fp32, tf32 or bf16 for what runs inside; the settings before are restored.
+    """Compute in fp32, tf32 or bf16 inside, auto for the device's default; then restore settings.
 
     fp32 means fp32: the GPU's default of rounding convolutions to TF32 is switched off. bf16 does
     without autocast's cache, which would keep the weights of the first step for as long as this
@@ -56,6 +83,8 @@ def compute_precision(precision: str, device: torch.device) -> Iterator[None]:
     """
     backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
     before = [backend.fp32_precision for backend in backends]
+    if precision == "auto":
+        precision = default_precision(device.type)
     half = torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
     autocast = half if precision == "bf16" else nullcontext()
     try:
@@ -68,17 +97,28 @@ def compute_precision(precision: str, device: torch.device) -> Iterator[None]:
             backend.fp32_precision = value
 
 
+@contextmanager
+def tuned_convolutions(device: torch.device) -> Iterator[None]:
+    """Let cuDNN time its algorithms once for every shape: for work whose shapes stay the same."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = device.type == "cuda"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 def derive_seed(purpose: str, *numbers: int) -> int:
-    """A seed for torch's generators, such that no two purposes share a stream."""
+    """Return a seed for torch's generators; no two purposes share a stream."""
     return int(random_stream(purpose, *numbers).integers(2**63))
 
 
 @contextmanager
 def isolated_rng(seed: int, device: torch.device) -> Iterator[None]:
-    """A random stream of its own for layers that draw from torch's global one (ViT's dropout).
+    """Give layers that draw from torch's global stream (ViT's dropout) a stream of their own.
 
-    The global state is put back afterwards. Seeding every epoch anew is what lets an interrupted
-    run go on exactly, without storing generator states.
+    The global state is restored afterwards. With a seed for every epoch, an interrupted run is
+    resumed exactly after a whole epoch, without stored generator states.
     """
     on_gpu = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if on_gpu else []):
@@ -90,7 +130,7 @@ def isolated_rng(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def random_states(device: torch.device) -> dict[str, torch.Tensor]:
-    """Where torch's global streams are now, such that `set_random_states` goes on from there."""
+    """Return the states of torch's global streams, which `set_random_states` restores."""
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)

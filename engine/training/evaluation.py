@@ -1,4 +1,4 @@
-"""What a model does with every single example, and accuracies over subsets of them."""
+"""Evaluate a model on every single example; average over subsets of them."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from data import Split, normalize
 from models.dropout import examples
+
+LARGE_GPU = 14 << 30  # bytes; what such a GPU may hold does not depend on what is free
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -24,13 +26,20 @@ class Outcome:
 
 
 def batch_size(device: torch.device) -> int:
-    """How many images go forward at once; a CPU's caches hold few."""
-    return 100 if device.type == "cpu" else 500
+    """Return how many images go forward at once: a CPU's caches hold few, a small GPU fewer."""
+    if device.type == "cpu":
+        return 100
+    large = device.type != "cuda" or _memory_of(device) >= LARGE_GPU
+    return 2000 if large else 500
+
+
+def _memory_of(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode; afterwards each is back in the mode that it had."""
+    """Put every module into eval mode; afterwards restore the mode that each had."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -48,9 +57,9 @@ def evaluate(
     index: Tensor | None = None,
     size: int | None = None,
 ) -> Outcome:
-    """What becomes of every image (uint8) under its label, in eval mode.
+    """Evaluate every image (uint8) under its label, in eval mode.
 
-    With the `index` of training examples, each goes through example-tied dropout in its own way.
+    With their `index`, training examples go through example-tied dropout under their own masks.
     """
     size = size or batch_size(label.device)
     losses, predictions = [], []
@@ -66,7 +75,7 @@ def evaluate(
 
 
 def evaluate_split(model: nn.Module, split: Split) -> tuple[Outcome, Outcome]:
-    """Every training example under the label it is trained on, and every test example."""
+    """Evaluate every training example under the label it is trained on, and every test example."""
     return (
         evaluate(model, split.images, split.label, index=split.index),
         evaluate(model, split.test_images, split.test_label),
@@ -74,7 +83,7 @@ def evaluate_split(model: nn.Module, split: Split) -> tuple[Outcome, Outcome]:
 
 
 def mean_by_subset(values: Tensor, memorized: Tensor, name: str) -> dict[str, float]:
-    """Means over the clean, the noisy and all training examples; nan for an empty subset."""
+    """Return means over the clean, the noisy and all training examples; nan for an empty subset."""
     values = values.double()
     return {
         f"{name}_clean": values[~memorized].mean().item(),

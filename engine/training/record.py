@@ -1,7 +1,7 @@
 """Measurements of a training, epoch by epoch: accuracies, losses, and accounted gradients."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,36 +13,46 @@ from torch import Tensor, nn
 
 from data import Batch, Split
 from engine.runs import files
-from engine.runs.run import HISTORY_COLUMNS, Run
+from engine.runs.run import Run
+from engine.runs.tables import HISTORY, ResultTable
 from engine.training.evaluation import evaluate_split, mean_by_subset
 
 
-class Accountant(Protocol):
-    """Takes over the backward pass, and has something to say about every epoch."""
+def plain_backward(losses: Tensor, batch: Batch) -> None:
+    """Plain backward pass, without accounting."""
+    losses.mean().backward()
 
-    file_name: str
-    columns: tuple[str, ...]
+
+class Accountant(Protocol):
+    """Backward pass that sums something up at every step, and reports it after every epoch.
+
+    Implementations are passed as classes; a training makes the instance for its model.
+    """
+
+    table: ResultTable | None
+
+    def __init__(self, model: nn.Module) -> None: ...
 
     def backward(self, losses: Tensor, batch: Batch) -> None:
-        """Leave in every parameter's .grad the gradient of losses.mean()."""
+        """Leave the gradient of losses.mean() in every parameter's .grad."""
 
     def epoch_rows(self, epoch: int) -> list[dict[str, float]]:
-        """What was accounted since the last call, as rows of the file."""
+        """Return rows of the file for what was summed up since the last call, and reset it."""
 
     @property
-    def sums(self) -> list[Tensor]:
-        """What was summed up since then, to be saved and filled in again within an epoch."""
+    def sums(self) -> Sequence[Tensor]:
+        """The present sums, to be saved and restored in the middle of an epoch."""
 
 
 class PlainBackward:
-    """The backward pass of everybody who accounts nothing."""
+    """Accountant that accounts nothing."""
 
-    file_name = ""
-    columns = ()
+    table = None
     sums = ()
+    backward = staticmethod(plain_backward)
 
-    def backward(self, losses: Tensor, batch: Batch) -> None:
-        losses.mean().backward()
+    def __init__(self, model: nn.Module) -> None:
+        pass
 
     def epoch_rows(self, epoch: int) -> list[dict[str, float]]:
         return []
@@ -50,7 +60,7 @@ class PlainBackward:
 
 @dataclass
 class Record:
-    """All that a run has measured so far; whole in memory, small on disk."""
+    """Everything that a run has measured so far; whole in memory, small on disk."""
 
     history: list[dict[str, float]] = field(default_factory=list)
     accounts: list[dict[str, float]] = field(default_factory=list)
@@ -59,7 +69,7 @@ class Record:
     seconds: float = 0.0
 
     def measure(self, model: nn.Module, split: Split, epoch: int, lr: float) -> dict[str, float]:
-        """Evaluate every example, and append what comes out."""
+        """Evaluate every example, append the results, and return the history's new row."""
         train, test = evaluate_split(model, split)
         row = {"epoch": epoch, "lr": lr}
         row |= mean_by_subset(train.loss, split.memorized, "loss")
@@ -73,25 +83,21 @@ class Record:
         return row
 
     def snapshot(self) -> "Record":
-        """A record to which later epochs add nothing."""
+        """Return a copy to which later epochs add nothing."""
         return Record(**{name: copy.copy(value) for name, value in vars(self).items()})
 
-    def tables(self, run: Run, accountant: Accountant) -> dict[Path, Callable[[], None]]:
-        """The CSV files that are kept up to date while a run trains, and what writes each."""
-        found = {
-            run.history_path: partial(
-                files.write_csv, run.history_path, HISTORY_COLUMNS, self.history
-            )
-        }
-        if accountant.columns:
-            path = run.directory / accountant.file_name
-            found[path] = partial(files.write_csv, path, accountant.columns, self.accounts)
+    def tables(self, run: Run, accounting: type[Accountant]) -> dict[Path, Callable[[], None]]:
+        """Map each CSV file that training keeps up to date to the function that writes it."""
+        found = {run.history_path: partial(HISTORY.write, run.directory, self.history)}
+        if accounting.table:
+            path = accounting.table.path(run.directory)
+            found[path] = partial(accounting.table.write, run.directory, self.accounts)
         return found
 
-    def results(self, run: Run, accountant: Accountant) -> dict[Path, Callable[[], None]]:
-        """All files but weights that a finished training leaves behind, and what writes each."""
+    def results(self, run: Run, accounting: type[Accountant]) -> dict[Path, Callable[[], None]]:
+        """Map each file of a finished training, except weights, to the function that writes it."""
         examples = {run.examples_path: partial(self.write_examples, run.examples_path)}
-        return self.tables(run, accountant) | examples
+        return self.tables(run, accounting) | examples
 
     def write_examples(self, path: Path) -> None:
         bits, loss = torch.stack(self.correct).numpy(), torch.stack(self.loss).numpy()

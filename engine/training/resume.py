@@ -1,4 +1,4 @@
-"""What it takes to go on with a training: after a whole epoch, or in the middle of one."""
+"""Save what it takes to resume a training: after a whole epoch, or in the middle of one."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -9,18 +9,11 @@ from torch import Tensor, nn
 from engine.errors import UserError
 from engine.runs import files
 from engine.runs.run import Run, load_weights
-
-
-class Cut(Exception):
-    """A place between two steps of an epoch: how many are done, and the random streams there."""
-
-    def __init__(self, done: int, random: dict[str, Tensor]) -> None:
-        super().__init__(f"after step {done}")
-        self.done, self.random = done, random
+from engine.training.epoch import Position
 
 
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, object]:
-    """Copies on the CPU of a model's weights and their momentum, which no later step changes."""
+    """Copy a model's weights and their momentum to the CPU, where no later step changes them."""
 
     def copy_of(value: Tensor | None) -> Tensor | None:
         return None if value is None else value.detach().to("cpu", copy=True)
@@ -33,7 +26,7 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, ob
 
 
 def save_epoch(run: Run, epoch: int, state: Mapping[str, object], record: object) -> None:
-    """This epoch's weights and what it takes to go on; the epoch before it stays as a reserve."""
+    """Save an epoch's weights and what resuming takes; keep the epoch before it as a reserve."""
     run.write_checkpoint(epoch, state["model"])
     content = {"identity": run.identity, "epoch": epoch, "momentum": state["momentum"]}
     files.write_tensors(run.resume_path(epoch), content | vars(record))
@@ -43,13 +36,13 @@ def save_epoch(run: Run, epoch: int, state: Mapping[str, object], record: object
 def resume_epoch(
     run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, record: object
 ) -> int:
-    """Restore the newest epoch whose files are whole; -1 where there is nothing to go on from."""
+    """Restore the newest epoch whose files are whole and return it; -1 if there is none."""
     for epoch in run.resumable_epochs():
         try:
             content = run.read_own(run.resume_path(epoch), epoch)
             state = run.read_checkpoint(epoch)
         except UserError as error:
-            print(f"{error}; going back an epoch", file=sys.stderr)
+            print(f"{error}; resuming from the epoch before", file=sys.stderr)
             continue
         load_weights(model, state, run.checkpoint_path(epoch))
         _set_momentum(model, optimizer, content["momentum"])
@@ -65,35 +58,36 @@ def save_within(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     sums: Sequence[Tensor],
-    cut: Cut,
+    position: Position,
 ) -> None:
-    """What it takes to go on in the middle of an epoch; the epochs before it stay as they are."""
+    """Save what resuming in the middle of an epoch takes; keep the epochs before it."""
     content = {
         "identity": run.identity,
         "epoch": epoch,
         **snapshot(model, optimizer),
         "sums": [value.cpu() for value in sums],
-        **vars(cut),
+        "done": position.done,
+        "random": dict(position.random),
     }
     files.write_tensors(run.within_path, content)
 
 
 def resume_within(
     run: Run, epoch: int, model: nn.Module, optimizer: torch.optim.Optimizer, sums: Sequence[Tensor]
-) -> Cut | None:
-    """Where this epoch goes on, if a signal ended it in its middle."""
+) -> Position | None:
+    """Restore the middle of an epoch that a signal ended there, and return its position."""
     if not run.within_path.exists():
         return None
     try:
         content = run.read_own(run.within_path, epoch)
     except UserError as error:
-        print(f"{error}; epoch {epoch} begins anew", file=sys.stderr)
+        print(f"{error}; restarting epoch {epoch}", file=sys.stderr)
         return None
     load_weights(model, content["model"], run.within_path)
     _set_momentum(model, optimizer, content["momentum"])
     for own, saved in zip(sums, content["sums"]):
         own.copy_(saved)
-    return Cut(content["done"], content["random"])
+    return Position(content["done"], content["random"])
 
 
 def _set_momentum(

@@ -9,13 +9,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from engine.config.schema import Config
+from example_tied_dropout import DROPOUT
+from gradient_accounting import ACCOUNTS
+from layer_retraining import RETRAINING
+from layer_rewinding import REWINDING
+from neuron_flipping import DETECTION, FLIPPING
 from plotting.families import Family
-from plotting.gradients import ACCOUNTING
-from plotting.layers import RETRAINING, REWINDING
-from plotting.neurons import FLIPPING
 from plotting.report import headline_numbers
 from plotting.report.headline_numbers import Values
-from plotting.report.tables import DETECTION, DROPOUT, PAPER_AUC, PAPER_TABLE_3
+from plotting.report.tables import PAPER_AUC, PAPER_TABLE_3
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ CLAIMS = (
         "Gradient norm of all mislabeled examples over that of all clean ones, while they are "
         "learned (median over layers and epochs)",
         "'the same', about 1",
-        ACCOUNTING,
+        ACCOUNTS.name,
         headline_numbers.norm_ratio,
         between(0.67, 1.5),
     ),
@@ -79,7 +81,7 @@ CLAIMS = (
         "4.1",
         "The same for a single mislabeled and a single clean example",
         "'an order of magnitude higher'",
-        ACCOUNTING,
+        ACCOUNTS.name,
         headline_numbers.norm_ratio_each,
         above(3.16, "above 3.16: nearer to ten times than to once"),
     ),
@@ -89,7 +91,7 @@ CLAIMS = (
         "The same ratio in the layer where it is highest: 'no layer receives significantly more' "
         "from mislabeled examples",
         "none above clean",
-        ACCOUNTING,
+        ACCOUNTS.name,
         headline_numbers.norm_ratio_highest,
         below(1.5),
     ),
@@ -98,7 +100,7 @@ CLAIMS = (
         "1 and 4",
         "Norm ratio of the last layer over that of the median layer: it 'does not stand out'",
         "about 1",
-        ACCOUNTING,
+        ACCOUNTS.name,
         headline_numbers.norm_ratio_last,
         below(1.5),
     ),
@@ -107,7 +109,7 @@ CLAIMS = (
         "A.1, Figure 10",
         "Epochs in which the mislabeled examples' gradient is 'nearly as large' (at least 2/3)",
         "all",
-        ACCOUNTING,
+        ACCOUNTS.name,
         headline_numbers.norm_ratio_epochs,
         above(0.95, "above 95%"),
         percent=True,
@@ -118,7 +120,7 @@ CLAIMS = (
         "Cosine of clean and mislabeled gradient, while the mislabeled are learned (median over "
         "layers and epochs)",
         "below -0.75",
-        ACCOUNTING,
+        ACCOUNTS.name,
         headline_numbers.cosine,
         below(-0.75),
     ),
@@ -127,7 +129,7 @@ CLAIMS = (
         "4.2, Figure 2",
         "Layers whose median cosine is below -0.75 in these epochs",
         "all",
-        ACCOUNTING,
+        ACCOUNTS.name,
         headline_numbers.cosine_layers,
         above(0.999, "all"),
         percent=True,
@@ -138,7 +140,7 @@ CLAIMS = (
         "Norm ratio against noise rate: from 'slightly lower' than clean to 'very high' (rank "
         "correlation)",
         "rising",
-        ACCOUNTING,
+        ACCOUNTS.name,
         headline_numbers.mean_norm_ratio,
         above(0.5, "correlation above 0.5"),
         over="data.noise_rate",
@@ -150,7 +152,7 @@ CLAIMS = (
         "Mislabeled accuracy kept when the last layer goes back to the last epoch with less than "
         "20% of it",
         "'does not reduce', 100%",
-        REWINDING,
+        REWINDING.name,
         headline_numbers.kept_by_last_layer,
         above(0.95, "above 95%"),
         percent=True,
@@ -160,7 +162,7 @@ CLAIMS = (
         "5.1, Figure 3",
         "Layers that can go back there and keep 80% of the mislabeled accuracy",
         "most",
-        REWINDING,
+        REWINDING.name,
         headline_numbers.layers_that_keep,
         above(0.5, "above 50%"),
         percent=True,
@@ -171,7 +173,7 @@ CLAIMS = (
         "Mislabeled accuracy with the last layer at its initialization, less the mean over all "
         "other layers there: memorization is not in the last layer",
         "above 0",
-        REWINDING,
+        REWINDING.name,
         headline_numbers.last_against_others,
         above(0, "above 0"),
         percent=True,
@@ -182,7 +184,7 @@ CLAIMS = (
         "Rank correlation, over layers at their initialization, of clean and mislabeled accuracy: "
         "the critical layers are 'similar'",
         "'similar'",
-        REWINDING,
+        REWINDING.name,
         headline_numbers.critical_layers_alike,
         above(0.5),
     ),
@@ -191,7 +193,7 @@ CLAIMS = (
         "5.2, Figure 4",
         "Layers that reach 70% mislabeled accuracy at some epoch of training on clean ones only",
         "most",
-        RETRAINING,
+        RETRAINING.name,
         headline_numbers.layers_that_come_back,
         above(0.5, "above 50%"),
         percent=True,
@@ -201,7 +203,7 @@ CLAIMS = (
         "5.2, Figure 4",
         "Mislabeled accuracy that the last layer reaches so: it is redundant",
         "near 100%",
-        RETRAINING,
+        RETRAINING.name,
         headline_numbers.last_layer_comes_back,
         above(0.9, "above 90%"),
         percent=True,
@@ -212,7 +214,7 @@ CLAIMS = (
         "6.1, Figure 5a",
         "Neurons to flip a mislabeled example (mean)",
         "5.1",
-        FLIPPING,
+        FLIPPING.name,
         headline_numbers.neurons_noisy,
         below(10, "below 10, the paper's 'small number'"),
     ),
@@ -221,7 +223,7 @@ CLAIMS = (
         "6.1, Figure 5a",
         "Neurons to flip a clean example, over those for a mislabeled one (means)",
         "15.7 / 5.1 = 3.1",
-        FLIPPING,
+        FLIPPING.name,
         headline_numbers.neurons_ratio,
         above(1.5, "above 1.5, 'significantly larger'"),
     ),
@@ -230,7 +232,7 @@ CLAIMS = (
         "6.1",
         "Mislabeled examples that flip with fewer than 10",
         "more than 90%",
-        FLIPPING,
+        FLIPPING.name,
         headline_numbers.flipped_below_ten,
         above(0.9, "above 90%"),
         percent=True,
@@ -241,7 +243,7 @@ CLAIMS = (
         "Accuracy on all other training examples after the removal for a mislabeled example, less "
         "that for a clean one (means)",
         "+10%",
-        FLIPPING,
+        FLIPPING.name,
         headline_numbers.remaining_difference,
         above(0),
         percent=True,
@@ -251,7 +253,7 @@ CLAIMS = (
         "6.1, Figure 5c",
         "Share of neurons that lie in the same layers for both (overlap of the two histograms)",
         "'similar'",
-        FLIPPING,
+        FLIPPING.name,
         headline_numbers.layers_shared,
         above(0.5, "above 50%"),
         percent=True,
@@ -261,7 +263,7 @@ CLAIMS = (
         "6.1, Figure 5c",
         "Layers that the mislabeled examples' neurons are scattered over (exp of the entropy)",
         "'multiple'",
-        FLIPPING,
+        FLIPPING.name,
         headline_numbers.layers_effective,
         above(2),
     ),
@@ -271,7 +273,7 @@ CLAIMS = (
             "6.1",
             f"AUC of telling mislabeled from clean examples by {method}",
             f"{PAPER_AUC[method]:g}",
-            DETECTION,
+            DETECTION.name,
             headline_numbers.area(method),
             above(round(PAPER_AUC[method] - 0.05, 3), f"above {PAPER_AUC[method] - 0.05:g}"),
         )
@@ -285,7 +287,7 @@ CLAIMS = (
             f"Example-tied dropout, accuracy {'with' if state == 'before' else 'without'} the "
             f"memorization neurons: {kind} examples",
             "Table 1",
-            DROPOUT,
+            DROPOUT.name,
             headline_numbers.accuracy(state, kind),
             rule,
             percent=True,
@@ -304,7 +306,7 @@ CLAIMS = (
         "Change of the gap between clean and test accuracy by dropping: 'lowering the "
         "generalization gap'",
         "-12.5% (cifar10)",
-        DROPOUT,
+        DROPOUT.name,
         headline_numbers.gap_change,
         below(0),
         percent=True,
@@ -316,7 +318,7 @@ CLAIMS = (
         "Typicality of the clean examples that dropping forgets, less that of the others (means): "
         "they are 'ambiguous or exceptional'",
         "below 0",
-        DROPOUT,
+        DROPOUT.name,
         headline_numbers.forgotten_less_typical,
         below(0),
         dropout="example_tied",
@@ -327,7 +329,7 @@ CLAIMS = (
             "6.2, Table 3",
             f"Mislabeled examples that a network with {words} has memorized",
             f"{PAPER_TABLE_3[kind][1]:.1%}",
-            DROPOUT,
+            DROPOUT.name,
             headline_numbers.accuracy("after", "noisy"),
             above(0.9, "above 90%"),
             percent=True,
@@ -341,7 +343,7 @@ CLAIMS = (
             "6.2, Table 2",
             f"Accuracy on {words} examples after dropping against p_gen (rank correlation)",
             "rising",
-            DROPOUT,
+            DROPOUT.name,
             headline_numbers.accuracy("after", kind),
             above(0.5, "correlation above 0.5"),
             dropout="example_tied",
@@ -356,7 +358,7 @@ CLAIMS = (
         "Gradient norm of all atypical examples over that of all typical ones (median over layers, "
         "mean over epochs)",
         "about 1",
-        ACCOUNTING,
+        ACCOUNTS.name,
         headline_numbers.mean_norm_ratio,
         between(0.67, 1.5),
         splits=("atypical",),
@@ -367,7 +369,7 @@ CLAIMS = (
         "Atypical accuracy with the last layer at its initialization, less the mean over all other "
         "layers there: memorization is 'dispersed'",
         "above 0",
-        REWINDING,
+        REWINDING.name,
         headline_numbers.last_against_others,
         above(0),
         percent=True,
@@ -379,7 +381,7 @@ CLAIMS = (
         "Layers that reach 70% atypical accuracy at some epoch of training on typical ones only: "
         "'none of the layers are important'",
         "all",
-        RETRAINING,
+        RETRAINING.name,
         headline_numbers.layers_that_come_back,
         above(0.999, "all"),
         percent=True,

@@ -9,28 +9,21 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from engine.runs import files
-from engine.stats import DETECTION_COLUMNS, rank_correlation
+from engine.stats import rank_correlation
+from example_tied_dropout import DROPOUT, TYPICALITY
+from layer_retraining import RETRAINING
+from layer_rewinding import REWINDING
+from neuron_flipping import DETECTION
 from plotting.families import Family
 from plotting.gradients import read_accounts, read_curves
-from plotting.layers import (
-    RETRAINING,
-    RETRAINING_COLUMNS,
-    REWINDING,
-    REWINDING_COLUMNS,
-    by_group,
-)
+from plotting.layers import by_group
 from plotting.neurons import read_searched
-from plotting.report.tables import DETECTION, DROPOUT, DROPOUT_COLUMNS
 
 Values = Sequence[float] | np.ndarray
 LEARNING = (0.10, 0.95)
 NOT_YET_LEARNED = 0.20  # the paper's bound for 'before it is memorized'
 KEPT, HIGH = 0.8, 0.7
 OPPOSED = -0.75
-TYPICALITY = "forgotten_typicality.csv"
-TYPICALITY_COLUMNS = (
-    "forgotten", "kept", "mean_forgotten", "mean_kept", "difference", "low", "high",
-)  # fmt: skip
 
 
 # ---------------------------------------------------------------- gradient accounting
@@ -104,7 +97,7 @@ def cosine_layers(family: Family) -> Values:
 
 
 def _rewound(family: Family) -> dict[str, np.ndarray]:
-    return by_group(family, REWINDING, REWINDING_COLUMNS)
+    return by_group(family, REWINDING)
 
 
 def _back_before_learning(family: Family) -> np.ndarray:
@@ -151,7 +144,7 @@ def _at_initialization(family: Family, kind: str) -> np.ndarray:
 
 def _peaks(family: Family) -> np.ndarray:
     """[seeds, layers]: the highest noisy accuracy after an epoch of retraining."""
-    table = by_group(family, RETRAINING, RETRAINING_COLUMNS)
+    table = by_group(family, RETRAINING)
     return np.fmax.reduce(table["acc_noisy"][:, :, 1:], axis=2)
 
 
@@ -239,7 +232,7 @@ def area(method: str) -> Callable[[Family], Values]:
     """The AUC of a way to tell mislabeled from clean examples, on those that were searched."""
 
     def measure(family: Family) -> Values:
-        rows = family.rows(DETECTION, DETECTION_COLUMNS, text=("method", "on"))
+        rows = family.rows(DETECTION)
         return [r["auc"] for r in rows if (r["method"], r["on"]) == (method, "searched")]
 
     return measure
@@ -250,7 +243,7 @@ def area(method: str) -> Callable[[Family], Values]:
 
 def accuracy(state: str, kind: str) -> Callable[[Family], Values]:
     def measure(family: Family) -> Values:
-        rows = family.rows(DROPOUT, DROPOUT_COLUMNS, text=("dropout", "state"))
+        rows = family.rows(DROPOUT)
         return [row[f"acc_{kind}"] for row in rows if row["state"] == state]
 
     return measure
@@ -266,6 +259,6 @@ def gap_change(family: Family) -> Values:
 
 def forgotten_less_typical(family: Family) -> Values:
     """Difference of the mean typicalities; nan where nothing was forgotten or none is known."""
-    paths = [run.directory / TYPICALITY for run in family.runs]
-    tables = [files.read_csv(path, TYPICALITY_COLUMNS) if path.exists() else [] for path in paths]
+    folders = [run.directory for run in family.runs]
+    tables = [TYPICALITY.read(f) if TYPICALITY.path(f).exists() else [] for f in folders]
     return [table[0]["difference"] if table else np.nan for table in tables]

@@ -5,48 +5,26 @@ Pictures and style are inside of the file, and it needs no script, so it can be 
 
 import base64
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
+from engine.launch.experiments import load_experiments
 from engine.runs import files
 from engine.runs.provenance import REPOSITORY
 from plotting.families import Family
-from plotting.figures import SCRIPTS, Drawing
+from plotting.figures import Drawing
 from plotting.report.findings import Finding
 from plotting.report.headline_numbers import LEARNING
 from plotting.report.tables import Table
 
 NAME = "report.html"
-EXPERIMENTS = {
-    "gradients": (
-        "Gradient accounting",
-        "How much gradient do clean and memorized examples contribute to each layer while the "
-        "network trains, and do the two agree? (Section 4) 'While they are learned' are the epochs "
-        f"that end with a mislabeled accuracy between {LEARNING[0]:.0%} and {LEARNING[1]:.0%}.",
-    ),
-    "rewinding": (
-        "Layer rewinding",
-        "What is lost when one layer of the trained network goes back to an earlier epoch? "
-        "(Section 5.1)",
-    ),
-    "retraining": (
-        "Layer retraining",
-        "One layer starts anew and learns from clean examples only, all others frozen: do the "
-        "memorized examples come back? (Section 5.2)",
-    ),
-    "flipping": (
-        "Neuron flipping",
-        "How many neurons must be switched off until an example's prediction flips, and what does "
-        "that cost all others? (Section 6.1)",
-    ),
-    "dropout": (
-        "Example-tied dropout",
-        "Can memorization be steered into neurons chosen beforehand, and dropped with them? "
-        "(Section 6.2)",
-    ),
-}
+LEARNED = (
+    "'While they are learned' are the epochs that end with a mislabeled accuracy between "
+    f"{LEARNING[0]:.0%} and {LEARNING[1]:.0%}."
+)
 PART_OF = {"atypical": "gradients"}  # claims about atypical examples have no chapter of their own
 
 STYLE = """
@@ -111,10 +89,12 @@ def write_report(
     folder: Path,
 ) -> Path:
     """`title` comes from whoever asked: a configuration's name, or none."""
+    measured = {drawing.kind.experiment for drawing in drawings}
+    chapters = [key for key, e in load_experiments().items() if e.section or key in measured]
     body = [
-        _header(title, families, findings),
+        _header(title, families, findings, chapters),
         "<main>",
-        _overview(findings),
+        _overview(findings, chapters),
         *(
             _chapter(
                 name,
@@ -122,7 +102,7 @@ def write_report(
                 [f for f in findings if _chapter_of(f) == name],
                 [d for d in drawings if d.kind.experiment == name],
             )
-            for name in EXPERIMENTS
+            for name in chapters
         ),
         _tables(tables),
         _what_was_run(families),
@@ -130,7 +110,8 @@ def write_report(
         "</main>",
         "<footer><p>'Ours' is the mean over seeds ± their standard deviation, n is how many. "
         "A verdict goes by each seed on its own, and by the rule that stands below the "
-        "claim; the paper's numbers are of networks of full width on all data.</p></footer>",
+        "claim; the paper's numbers are of networks of full width on all data. "
+        f"{LEARNED}</p></footer>",
     ]
     page = (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -168,10 +149,12 @@ def _manner(finding: Finding) -> str:
     return "mixed" if finding.values else "none"
 
 
-def _header(title: str, families: Sequence[Family], findings: Sequence[Finding]) -> str:
+def _header(
+    title: str, families: Sequence[Family], findings: Sequence[Finding], chapters: Sequence[str]
+) -> str:
     counts = Counter(map(_manner, findings))
     said = sum(counts.values()) - counts["none"]
-    links = "".join(f'<a href="#{name}">{words}</a>' for name, (words, _) in EXPERIMENTS.items())
+    links = "".join(f'<a href="#{key}">{load_experiments()[key].title}</a>' for key in chapters)
     runs = sum(len(family.runs) for family in families)
     return (
         f"<header><h1>{escape(title)}</h1>"
@@ -185,9 +168,10 @@ def _header(title: str, families: Sequence[Family], findings: Sequence[Finding])
     )
 
 
-def _overview(findings: Sequence[Finding]) -> str:
+def _overview(findings: Sequence[Finding], chapters: Sequence[str]) -> str:
     rows = []
-    for name, (words, _) in EXPERIMENTS.items():
+    for name in chapters:
+        words = load_experiments()[name].title
         counts = Counter(_manner(f) for f in findings if _chapter_of(f) == name)
         cells = "".join(
             f'<td class="number">{counts[manner] or "-"}</td>'
@@ -223,14 +207,16 @@ def _chapter(
     findings: Sequence[Finding],
     drawings: Sequence[Drawing],
 ) -> str:
-    words, question = EXPERIMENTS[name]
-    parts = [f'<h2 id="{name}">{words}</h2><p class="lead">{question}</p>']
+    experiment = load_experiments()[name]
+    where = f" (Section {experiment.section})" if experiment.section else ""
+    parts = [f'<h2 id="{name}">{experiment.title}</h2>']
+    parts.append(f'<p class="lead">{experiment.question}{where}</p>')
     parts.append(_claims(findings) if findings else "<p>No run of this kind.</p>")
     parts += [_figure(drawing) for drawing in drawings if drawing.paths]
     parts += [f"<p>{escape(str(drawing))}</p>" for drawing in drawings if drawing.lack]
     if missing := {drawing.command for drawing in drawings if drawing.command}:
         parts.append(f"<p>Not measured yet; these commands do it:</p>{_commands(missing)}")
-    again = [f"python {SCRIPTS[name]} {run}" for run in _runs_of(name, families)]
+    again = [f"{experiment.command} {shlex.quote(str(run))}" for run in _runs_of(name, families)]
     parts.append(
         "<details><summary>How to run this again</summary><p>Finished work is kept: delete a "
         f"result file of a run, and these commands make it again.</p>{_commands(again)}</details>"
@@ -312,15 +298,13 @@ def _versions(source: dict) -> str:
 
 
 def _deviations() -> str:
-    """The README's own list."""
-    readme = REPOSITORY / "README.md"
-    found = readme.exists() and re.search(
-        r"## Deviations from the paper\n(.*?)\n## ", files.read_text(readme), re.DOTALL
-    )
+    """Return the section with the numbered list of docs/deviations.md."""
+    page = REPOSITORY / "docs" / "deviations.md"
     heading = '<h2 id="deviations">Deviations from the paper</h2>'
-    if not found:
-        return f"{heading}<p>See the README.</p>"
-    intro, *items = re.split(r"\n(?=\d+\. )", found.group(1).strip())
+    if not page.exists():
+        return f"{heading}<p>See docs/deviations.md of the code.</p>"
+    _, text = files.read_text(page).split("\n", 1)  # its title
+    intro, *items = re.split(r"\n(?=[0-9]+[.] )", text.strip())
     lines = "\n".join(f"<li>{_inline(re.sub(r'^[0-9]+[.] ', '', item))}</li>" for item in items)
     return f"{heading}<p>{_inline(intro)}</p><ol>{lines}</ol>"
 

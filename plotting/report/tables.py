@@ -9,14 +9,13 @@ from itertools import combinations
 
 import numpy as np
 
-from engine.stats import DETECTION_COLUMNS, compute_area, rank_correlation
+from engine.stats import compute_area, rank_correlation
+from example_tied_dropout import DROPOUT
+from neuron_flipping import DETECTION, FLIPPING
 from plotting.families import Family, by_numbers
-from plotting.neurons import FLIPPING, read_searched
+from plotting.neurons import read_searched
 
-DROPOUT = "example_tied_dropout.csv"
-DROPOUT_COLUMNS = ("dropout", "p_gen", "p_mem", "state", "acc_clean", "acc_noisy", "acc_test")
 KINDS = ("clean", "noisy", "test")
-DETECTION = "mislabel_detection.csv"
 
 # What the paper gives: Table 1 (before and after: clean, noisy, test), Table 3 (clean, noisy) and
 # Table 2 by (p_gen, p_mem), all on 10% noise; in Section 6.1 the AUCs on CIFAR-10.
@@ -82,13 +81,13 @@ def spread(values: Sequence[float], digits: int = 1, percent: bool = True) -> st
 
 def _dropout_rows(family: Family, state: str) -> list[dict]:
     """One row a seed."""
-    rows = family.rows(DROPOUT, DROPOUT_COLUMNS, text=("dropout", "state"))
+    rows = family.rows(DROPOUT)
     return [row for row in rows if row["state"] == state]
 
 
 def _with_dropout(families: Sequence[Family], *kinds: str) -> list[Family]:
     wanted = [family for family in families if family.config.dropout.kind in kinds]
-    return [measured for family in wanted if (measured := family.having(DROPOUT))]
+    return [measured for family in wanted if (measured := family.having(DROPOUT.name))]
 
 
 def table_1(families: Sequence[Family]) -> Table:
@@ -144,8 +143,8 @@ def table_3(families: Sequence[Family]) -> Table:
 def table_auc(families: Sequence[Family]) -> Table:
     """How well each score tells memorized from clean examples; on those that were searched."""
     rows = []
-    for family in filter(None, (family.having(DETECTION) for family in families)):
-        found = family.rows(DETECTION, DETECTION_COLUMNS, text=("method", "on"))
+    for family in filter(None, (family.having(DETECTION.name) for family in families)):
+        found = family.rows(DETECTION)
         for method in (*PAPER_AUC, "summed loss"):
             areas = [r["auc"] for r in found if (r["method"], r["on"]) == (method, "searched")]
             if areas:
@@ -164,7 +163,7 @@ def table_stability(families: Sequence[Family]) -> Table:
     family's trainings the AUC of numbers that are averaged over them.
     """
     rows = []
-    for family in filter(None, (family.having(FLIPPING) for family in families)):
+    for family in filter(None, (family.having(FLIPPING.name) for family in families)):
         counts, memorized = counts_of_all_seeds(family)
         n = len(counts)
         if n < 2:

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from functools import partial
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -11,15 +11,18 @@ import torch.nn.functional as F
 
 import example_tied_dropout
 import gradient_accounting
+import plot_results
 from beyond import gradient_distance
 from beyond.gradient_distance import (
+    DISTANCES,
+    SUMMARY,
     compute_distances,
     compute_features,
     compute_gradient_norms,
 )
 from data import normalize
 from engine import stats
-from engine.runs import files
+from engine.launch.cli import run_script
 from engine.runs.run import Run, load_weights
 from engine.stats import rank_correlation
 from engine.training.build import load_final_model, load_split
@@ -27,8 +30,7 @@ from engine.training.evaluation import evaluate
 from models import build_model
 from models.dropout import examples
 from models.resnet9 import LOGIT_SCALE
-from plotting.figures import draw_figure
-from plotting.gradient_distance import COLUMNS, SUMMARY_COLUMNS, SUMMARY_TEXT
+from tests.conftest import complaints
 from tests.killing import killed_at_write
 
 CPU = torch.device("cpu")
@@ -53,7 +55,7 @@ def slow_norms(model, images, label, index) -> list[float]:
 
 
 def slow_distances(features, toward, split) -> list[float]:
-    """Every mean anew, for every example."""
+    """Compute every mean again for every example."""
 
     features, label, clean = (
         features.double().numpy(),
@@ -156,6 +158,9 @@ def test_a_class_that_is_one_point_has_no_distance():
 # ---------------------------------------------------------------- a run
 
 
+TWENTY = "gradient_distance.examples=20"
+
+
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch):
     monkeypatch.setattr(stats, "RESAMPLES", 50)
@@ -163,22 +168,21 @@ def few_resamples(monkeypatch):
 
 def trained(tiny, *overrides: str) -> Run:
     run = Run.of(tiny("data.train_size=60", *overrides))
-    gradient_accounting.main(run)
+    gradient_accounting.EXPERIMENT.main(run)
     return run
 
 
+def command(arguments: Sequence[str]) -> int:
+    return run_script(gradient_distance.EXPERIMENT, "", arguments)
+
+
 def measured(run: Run, *options: str) -> tuple[list[dict], list[dict]]:
-    assert gradient_distance.command([str(run.directory), *options]) == 0
-    return (
-        files.read_csv(run.directory / "gradient_distance.csv", COLUMNS),
-        files.read_csv(
-            run.directory / "gradient_distance_summary.csv", SUMMARY_COLUMNS, SUMMARY_TEXT
-        ),
-    )
+    assert command([str(run.directory), *options]) == 0
+    return DISTANCES.read(run.directory), SUMMARY.read(run.directory)
 
 
 def test_the_tables_of_a_run(tiny, capsys):
-    """Of one that was trained in reduced precision, which measuring is not."""
+    """The run was trained in reduced precision; the measurement is in full precision."""
     run = trained(tiny, "precision=bf16")
     table, summary = measured(run)
     split = load_split(run.config)
@@ -187,7 +191,7 @@ def test_the_tables_of_a_run(tiny, capsys):
     for epoch in (0, 2):
         load_weights(model, run.read_checkpoint(epoch), run.checkpoint_path(epoch))
         rows = [row for row in table if row["epoch"] == epoch]
-        column = {name: [row[name] for row in rows] for name in COLUMNS}
+        column = {name: [row[name] for row in rows] for name in DISTANCES.columns}
         assert column["example"] == split.index.tolist()
         assert column["memorized"] == split.memorized.tolist()
         slow = slow_norms(model, split.images, split.label, split.index)
@@ -208,6 +212,7 @@ def test_the_tables_of_a_run(tiny, capsys):
     assert len(summary) == 4 * 3 * 3
     assert "epoch 1: clean" in (said := capsys.readouterr().out)
     assert "epoch 3: clean" in said
+    assert plot_results.main([str(run.directory), "--figure", "gradient-distance"]) == 0
     figures = run.directory.parent / "figures"
     assert {path.name for path in figures.iterdir()} == {
         "gradient_distance.pdf",
@@ -217,9 +222,8 @@ def test_the_tables_of_a_run(tiny, capsys):
 
 def test_nothing_is_measured_twice(tiny, monkeypatch):
     run = trained(tiny)
-    monkeypatch.setattr(gradient_distance, "draw_figure", lambda *arguments: ())
-    measured(run, "--epochs", "0,3", "--examples", "20")
-    assert len(measured(run, "--epochs", "0,3", "--examples", "20")[0]) == 40
+    measured(run, "gradient_distance.epochs=[0,3]", TWENTY)
+    assert len(measured(run, "gradient_distance.epochs=[0,3]", TWENTY)[0]) == 40
     before = {path: path.stat().st_mtime_ns for path in run.directory.rglob("*")}
     calls, compute = [], gradient_distance.compute_epoch
 
@@ -228,10 +232,10 @@ def test_nothing_is_measured_twice(tiny, monkeypatch):
         return compute(*arguments)
 
     monkeypatch.setattr(gradient_distance, "compute_epoch", spy)
-    measured(run, "--epochs", "3,0", "--examples", "20")
+    measured(run, "gradient_distance.epochs=[3,0]", TWENTY)
     assert {path: path.stat().st_mtime_ns for path in run.directory.rglob("*")} == before
     assert not calls
-    table, _ = measured(run, "--epochs", "all", "--examples", "20")
+    table, _ = measured(run, "gradient_distance.epochs=all", TWENTY)
     assert [call[-1] for call in calls] == ["1", "2"]
     assert len({row["example"] for row in table}) == 20
     assert len(table) == 80
@@ -239,8 +243,9 @@ def test_nothing_is_measured_twice(tiny, monkeypatch):
 
 def test_killed_at_every_write_and_started_again(tiny, monkeypatch):
     run = trained(tiny)
-    asked = gradient_distance.Asked([0, 3], 5)
-    gradient_distance.main(run, asked)
+    few = ("gradient_distance.epochs=[0,3]", "gradient_distance.examples=5")
+    run = Run.at(run.directory, few)
+    gradient_distance.EXPERIMENT.main(run)
     paths = [run.directory / f"gradient_distance{end}.csv" for end in ("", "_summary")]
     expected = [path.read_bytes() for path in paths]
 
@@ -248,8 +253,8 @@ def test_killed_at_every_write_and_started_again(tiny, monkeypatch):
         for made in [*run.directory.glob("gradient_d*"), *run.directory.glob("parts/*/*")]:
             made.unlink()
         with killed_at_write(moment):
-            gradient_distance.main(run, asked)
-        gradient_distance.main(run, asked)
+            gradient_distance.EXPERIMENT.main(run)
+        gradient_distance.EXPERIMENT.main(run)
         assert [path.read_bytes() for path in paths] == expected
 
 
@@ -262,17 +267,15 @@ def test_six_epochs_of_those_on_disk(tiny, tmp_path, last, chosen):
     for epoch in range(last + 1):
         run.checkpoint_path(epoch).parent.mkdir(exist_ok=True)
         run.checkpoint_path(epoch).touch()
-    assert gradient_distance.chosen_epochs(run, None) == chosen
+    assert gradient_distance.chosen_epochs(run) == chosen
 
 
 # ---------------------------------------------------------------- odd runs
 
 
 def test_without_noisy_examples(tiny, monkeypatch, capsys):
-    draw = partial(draw_figure, formats=["png"])
-    monkeypatch.setattr(gradient_distance, "draw_figure", draw)
     run = trained(tiny, "data.noise_rate=0", "train.epochs=1")
-    _, summary = measured(run, "--examples", "20")
+    _, summary = measured(run, TWENTY)
     noisy = [row for row in summary if row["subset"] == "noisy"]
     assert {row["n"] for row in noisy} == {0}
     assert all(math.isnan(row["rho"]) for row in noisy)
@@ -281,8 +284,6 @@ def test_without_noisy_examples(tiny, monkeypatch, capsys):
 
 def test_epochs_without_gradients_or_without_numbers(tiny, monkeypatch, capsys):
     """Weights of zero make zeros alone, a diverged training no numbers."""
-    draw = partial(draw_figure, formats=["png"])
-    monkeypatch.setattr(gradient_distance, "draw_figure", draw)
     run = trained(tiny)
     model = load_final_model(run, load_split(run.config), CPU)
     for epoch, value in ((1, 0.0), (2, math.nan)):
@@ -302,25 +303,27 @@ def test_epochs_without_gradients_or_without_numbers(tiny, monkeypatch, capsys):
 
 def complain(capsys, *arguments: str) -> str:
     capsys.readouterr()
-    assert gradient_distance.command(arguments) == 2
+    assert command(arguments) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    (line,) = printed.err.splitlines()
+    (line,) = complaints(printed.err)
     return line
 
 
 def test_mistakes_get_one_line(tiny, tiny_file, capsys):
     assert "no such run" in complain(capsys, str(tiny_file))
-    assert gradient_distance.command([str(tiny_file), "--dry-run"]) == 0
+    assert command([str(tiny_file), "--dry-run"]) == 0
     assert "to do after its training" in capsys.readouterr().out
     run = trained(tiny)
     place = str(run.directory)
-    assert "kept the weights of the epochs 0, 1, 2, 3" in complain(capsys, place, "--epochs", "4,9")
-    for wrong in (("--epochs", "half"), ("--epochs", "1,"), ("--examples", "0")):
-        assert f"{wrong[1]!r} is not allowed" in complain(capsys, place, *wrong)
-    assert "expected one argument" in complain(capsys, place, "--epochs")
-    assert gradient_distance.command([place, "--dry-run"]) == 0
-    assert "4 epochs to do" in capsys.readouterr().out
+    (run.directory / "checkpoints" / "epoch_002.pt").unlink()
+    missing = complain(capsys, place, "gradient_distance.epochs=[0,2]")
+    assert "2 is not allowed" in missing
+    assert "kept the weights of the epochs 0, 1, 3" in missing
+    for wrong in ("gradient_distance.epochs=half", "gradient_distance.examples=0"):
+        assert "is not allowed" in complain(capsys, place, wrong)
+    assert command([place, "--dry-run"]) == 0
+    assert ": to do, " in capsys.readouterr().out
     assert not list(run.directory.glob("gradient_distance*"))
     for path in run.directory.glob("checkpoints/*"):
         path.unlink()

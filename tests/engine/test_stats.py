@@ -120,6 +120,6 @@ def test_nothing_to_rank_is_no_number(x, y):
 
 
 def test_a_draw_without_a_correlation_is_left_out():
-    """Of two examples, one is drawn twice every second time."""
+    """Every second draw of two examples takes one of them twice."""
     found = compute_correlation(np.array([1.0, 2]), np.array([3.0, 4]), seed=0)
     assert (found.rho, found.low, found.high) == pytest.approx((1, 1, 1))

@@ -18,6 +18,7 @@ import neuron_flipping
 import plot_results
 import reproduce
 from engine.launch.cli import run_script
+from tests.conftest import complaints
 from tests.own_data import good_arrays
 
 MANY = "[" + ", ".join(map(str, range(150))) + "]"
@@ -96,7 +97,7 @@ CONFIGURATIONS = [
     ("extends: a.yaml", [], "goes round in a circle: a.yaml -> a.yaml"),
     ("name: ''", [], "name: '' is not allowed: text"),
     ("device: gpu", [], "device: 'gpu' is not allowed: one of auto, cpu, cuda"),
-    ("precision: fp16", [], "precision: 'fp16' is not allowed: one of fp32, tf32, bf16"),
+    ("precision: fp16", [], "precision: 'fp16' is not allowed: one of auto, fp32, tf32, bf16"),
     ("name: x", ["train.epochs"], "'train.epochs' is not of the form key.path=value"),
     ("name: x", ["train.epoch=3"], "train.epoch: unknown key; did you mean train.epochs?"),
     ("name: x", ["train.epochs=many"], "command line: train.epochs: 'many' is not allowed"),
@@ -223,7 +224,7 @@ SCRIPTS = {
 
 @pytest.fixture
 def complaint(tmp_path, monkeypatch, capsys):
-    """What a script says about bad input, after checking that it does nothing else."""
+    """Return the message of a script about bad input; check that it does nothing else."""
     monkeypatch.chdir(tmp_path)
 
     def complaint(name: str, arguments: list[str]) -> str:
@@ -232,14 +233,14 @@ def complaint(tmp_path, monkeypatch, capsys):
         if script in (plot_results, reproduce):
             status = script.main(arguments)
         else:
-            status = run_script("", script.main, script.plan, arguments)
+            status = run_script(script.EXPERIMENT, "", arguments)
         printed = capsys.readouterr()
         assert status == 2, printed
         assert printed.out == ""
-        assert printed.err.count("\n") == 1
-        assert len(printed.err) < 1000
+        (line,) = complaints(printed.err)
+        assert len(line) < 1000
         assert sorted(tmp_path.rglob("*")) == before
-        return printed.err
+        return line
 
     return complaint
 

@@ -73,9 +73,7 @@ def call(script, folder: Path) -> tuple[int, str, str]:
             status = plot_results.main([str(folder / "runs"), "--figure", "1", "--format", "png"])
         else:
             arguments = [str(folder / "config.yaml"), f"output_dir={folder / 'runs'}"]
-            training = getattr(script, "without_accounting", None)
-            own = {"training": training} if training else {}
-            status = run_script("", script.main, script.plan, arguments, **own)
+            status = run_script(script.EXPERIMENT, "", arguments)
     lines = re.split(r"[\r\n]+", error.getvalue())
     said = [line for line in lines if line and not re.search(r"\d+%\||\d+(it|step|batch)", line)]
     return status, out.getvalue(), "\n".join(said)

@@ -28,7 +28,7 @@ def call(tiny_file, capsys):
 
     def call(output: Path, *overrides: str) -> tuple[int, str]:
         arguments = [str(tiny_file), *(overrides or OVERRIDES), f"output_dir={output}"]
-        status = run_script("", gradient_accounting.main, gradient_accounting.plan, arguments)
+        status = run_script(gradient_accounting.EXPERIMENT, "", arguments)
         return status, capsys.readouterr().err.splitlines()[-1:]
 
     return call

@@ -197,7 +197,7 @@ def load(path: Path, arrays: dict) -> Dataset | None:
 
 
 def check_dataset(dataset: Dataset, arrays: dict) -> None:
-    """What was accepted is what the file says."""
+    """An accepted configuration has the values of its file."""
     assert dataset.images.dtype == dataset.test_images.dtype
     assert dataset.images.shape[1] in (1, 3)
     classes = len(dataset.class_names)
@@ -230,7 +230,7 @@ def fuzz_runs(folder: Path, arrays: dict, split: str, model: str) -> None:
     )
     out, error = StringIO(), StringIO()
     with redirect_stdout(out), redirect_stderr(error):
-        status = run_script("", gradient_accounting.main, gradient_accounting.plan, arguments)
+        status = run_script(gradient_accounting.EXPERIMENT, "", arguments)
     assert status in (0, 1, 2)
     assert (status == 0) == bool(out.getvalue())
     if status == 2:

@@ -80,7 +80,7 @@ def contents(folder: Path) -> dict[str, object]:
 
 @dataclass
 class Undisturbed:
-    """What each script leaves behind when nobody kills it, and how long it works; made once."""
+    """Run each script once without a kill; keep its files and its duration."""
 
     root: Path
     seconds: dict[str, float] = field(default_factory=dict)

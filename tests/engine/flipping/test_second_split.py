@@ -12,7 +12,6 @@ from engine.runs.run import Run
 from engine.training.build import load_split, make_model
 from engine.training.evaluation import evaluate
 from engine.training.loop import train_epoch
-from engine.training.record import PlainBackward
 from models.dropout import examples
 
 
@@ -45,7 +44,7 @@ def test_forgetting_against_a_loop(tiny):
     for phase, half in enumerate((first, second)):
         optimizer = torch.optim.SGD(model.parameters(), lr=0, momentum=0.9, weight_decay=5e-4)
         for epoch in (1, 2, 3, 4):
-            train_epoch(model, optimizer, half, config, epoch, PlainBackward().backward)
+            train_epoch(model, optimizer, half, config, epoch)
             for i, right in enumerate(evaluate(model, first.images, first.label).correct):
                 if phase and right:
                     forgotten[i] = 5
@@ -66,7 +65,7 @@ def test_under_example_tied_dropout_every_example_has_its_own_mask(tiny):
         for phase, half in enumerate((split.subset(own), split.subset(other))):
             optimizer = torch.optim.SGD(model.parameters(), lr=0, momentum=0.9, weight_decay=5e-4)
             for epoch in (1, 2):
-                train_epoch(model, optimizer, half, config, epoch, PlainBackward().backward)
+                train_epoch(model, optimizer, half, config, epoch)
                 if phase:
                     one_by_one = []
                     for row in own.tolist():
@@ -81,7 +80,7 @@ def test_under_example_tied_dropout_every_example_has_its_own_mask(tiny):
 
 def test_an_order_that_is_done_is_not_trained_again(tiny, monkeypatch):
     run = Run.of(tiny("train.epochs=2"))
-    gradient_accounting.main(run)
+    gradient_accounting.EXPERIMENT.main(run)
     split, calls = load_split(run.config), []
     compute = second_split.compute_forgetting
 

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,26 +57,65 @@ def test_a_dry_run_needs_no_data(tmp_path, capsys, name):
     config = tmp_path / "a.yaml"
     config.write_text(f"data: {{name: {name}, root: {tmp_path / 'empty'}}}\n")
     arguments = [str(config), "--dry-run"]
-    assert run_script("", gradient_accounting.main, gradient_accounting.plan, arguments) == 0
+    assert run_script(gradient_accounting.EXPERIMENT, "", arguments) == 0
     assert re.search(r"seed 0: to do, 5\d\d\.\d MB  runs/", capsys.readouterr().out)
     assert not (tmp_path / "empty").exists()
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        MemoryError(),
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee docs"),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:1] can't allocate memory: 9 bytes"),
-    ],
-)
-def test_no_memory_is_one_line(capsys, error):
+OUT_OF_MEMORY = [
+    (MemoryError(), "no size is known"),
+    (MemoryError("Unable to allocate 2.5 GiB for an array"), "Unable to allocate 2.5 GiB"),
+    (
+        torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.25 "
+            "GiB of which 1.12 GiB is free. Including non-PyTorch memory, this process has 3 GiB."
+            "\nSee docs"
+        ),
+        "Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.25 GiB of which 1.12 GiB is",
+    ),
+    (
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:1] . DefaultCPUAllocator: can't allocate memory: you "
+            "tried to allocate 99 bytes. Error code 12"
+        ),
+        "out of memory: DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes",
+    ),
+    (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "CUDNN_STATUS_ALLOC_FAILED"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "CUBLAS_STATUS_ALLOC"),
+]
+
+
+@pytest.mark.parametrize(("error", "sizes"), OUT_OF_MEMORY)
+def test_no_memory_is_one_line_with_its_sizes(capsys, error, sizes):
     with reporting_ends() as ending:
         raise error
     assert ending.status == 1
     line = capsys.readouterr().err
     assert line.startswith("out of memory: ")
+    assert sizes in line
+    assert "a lower train.batch_size" in line
     assert line.count("\n") == 1
+
+
+@pytest.mark.parametrize(("error", "sizes"), OUT_OF_MEMORY)
+def test_no_memory_is_the_failure_of_one_run(tiny_file, capsys, error, sizes):
+    """The next run is done, and what the failed one held is released before."""
+    held = []
+
+    def work(run):
+        if run.config.seed == 0:
+            tensor = torch.zeros(3)
+            held.append(weakref.ref(tensor))
+            raise error
+        assert held[0]() is None
+        return "done"
+
+    experiment = replace(gradient_accounting.EXPERIMENT, measure=work, summarize=lambda run: "done")
+    assert run_script(experiment, "", [str(tiny_file), "seed=[0,1]"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out.endswith("/seed1\n")
+    assert sizes in printed.err.splitlines()[-1]
+    assert "/seed0: out of memory: " in printed.err
 
 
 def test_what_nobody_expected_is_not_hidden():
@@ -85,9 +126,9 @@ def test_what_nobody_expected_is_not_hidden():
 def test_a_gpu_that_is_not_there(tiny_file):
     done = call(tiny_file, "--device", "cuda", env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 2
-    assert done.stderr == (
-        "device: 'cuda' is not allowed: this machine has no usable GPU; use cpu\n"
-    )
+    first, line = done.stderr.splitlines()
+    assert first.startswith("Device: cuda, not available here; ")
+    assert line == "device: 'cuda' is not allowed: this machine has no usable GPU; use cpu"
 
 
 def test_a_run_that_fails_is_status_1(tiny_file):
@@ -100,7 +141,7 @@ def test_a_run_that_fails_is_status_1(tiny_file):
 def test_two_processes_on_the_same_runs(tiny_file, tmp_path, capsys):
     """The second one leaves alone what the first one works on, and does the rest."""
     arguments = [str(tiny_file), "seed=[0,1]"]
-    script = ("", gradient_accounting.main, gradient_accounting.plan, arguments)
+    script = (gradient_accounting.EXPERIMENT, "", arguments)
     command = [sys.executable, str(SCRIPT), str(tiny_file), "seed=0"]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:

@@ -7,7 +7,8 @@ import torch
 
 from engine.config.load import to_yaml
 from engine.launch import estimates
-from engine.launch.estimates import PASSES, Speeds, calibrate, duration, makespan
+from engine.launch.estimates import Speeds, calibrate, duration, makespan
+from engine.launch.experiments import load_experiments
 from engine.runs import files
 from engine.runs.provenance import describe_device
 from engine.runs.run import Run
@@ -18,33 +19,34 @@ CPU = torch.device("cpu")
 
 def test_training_is_counted_in_passes(tiny):
     """150 images: forward and two or one times backward, and evaluation with 40 test images."""
-    passes = PASSES["gradient_accounting"]
+    passes = load_experiments()["gradients"].passes
     assert passes(Run.of(tiny())) == 3 * (5 * 150 + 150 + 40)
     assert passes(Run.of(tiny("train.account_gradients=false"))) == 3 * (3 * 150 + 150 + 40)
 
 
 def test_only_the_epochs_that_are_left_count(tiny):
     run = Run.of(tiny("train.epochs=4"))
-    whole = PASSES["gradient_accounting"](run)
+    whole = load_experiments()["gradients"].passes(run)
     files.write_text(run.resume_path(3), "")
-    assert PASSES["gradient_accounting"](run) == whole / 4
+    assert load_experiments()["gradients"].passes(run) == whole / 4
 
 
 def test_asking_for_more_takes_longer(tiny):
-    for script, few, many in (
-        ("layer_rewinding", "rewinding.epochs=[0,3]", "rewinding.epochs=all"),
-        ("layer_retraining", "retraining.epochs=10", "retraining.epochs=11"),
-        ("neuron_flipping", "flipping.examples=5", "flipping.examples=6"),
-        ("neuron_flipping", "flipping.noise_copies=5", "flipping.noise_copies=6"),
-        ("neuron_flipping", "flipping.second_split=false", "flipping.second_split=true"),
-        ("example_tied_dropout", "dropout.kind=standard", "dropout.kind=example_tied"),
+    for name, few, many in (
+        ("rewinding", "rewinding.epochs=[0,3]", "rewinding.epochs=all"),
+        ("retraining", "retraining.epochs=10", "retraining.epochs=11"),
+        ("flipping", "flipping.examples=5", "flipping.examples=6"),
+        ("flipping", "flipping.noise_copies=5", "flipping.noise_copies=6"),
+        ("flipping", "flipping.second_split=false", "flipping.second_split=true"),
+        ("dropout", "dropout.kind=standard", "dropout.kind=example_tied"),
     ):
-        assert PASSES[script](Run.of(tiny(many))) > PASSES[script](Run.of(tiny(few))) > 0
+        passes = load_experiments()[name].passes
+        assert passes(Run.of(tiny(many))) > passes(Run.of(tiny(few))) > 0
 
 
 @pytest.fixture
 def finished(tiny):
-    """What a finished training of 30 seconds leaves behind, as far as estimates look at it."""
+    """Make the files of a finished training of 30 seconds that estimates read."""
 
     def make(*overrides: str, **provenance) -> Run:
         run = Run.of(tiny(*overrides))
@@ -63,7 +65,9 @@ def test_past_runs_of_the_same_shape_tell_the_time(tiny, finished, monkeypatch):
     finished("seed=1", seconds=30.0)
     finished("seed=2", seconds=1000.0)  # an outlier: the median counts
     speeds = Speeds(torch.get_num_threads())
-    seconds = speeds.seconds("gradient_accounting", Run.of(tiny("seed=9", "train.epochs=6")))
+    seconds = speeds.seconds(
+        load_experiments()["gradients"], Run.of(tiny("seed=9", "train.epochs=6"))
+    )
     assert seconds == pytest.approx(60)
 
 
@@ -71,7 +75,9 @@ def test_a_finished_run_killed_before_it_tidied_up_tells_the_time(tiny, finished
     run = finished()
     files.write_tensors(run.resume_path(3), {})
     speeds = Speeds(torch.get_num_threads())
-    assert speeds.seconds("gradient_accounting", Run.of(tiny("seed=9"))) == pytest.approx(30)
+    assert speeds.seconds(load_experiments()["gradients"], Run.of(tiny("seed=9"))) == pytest.approx(
+        30
+    )
 
 
 @pytest.mark.parametrize(

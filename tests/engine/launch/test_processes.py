@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import reproduce
 from engine.errors import UserError
 from engine.launch import processes
 from engine.launch.processes import Slot, log_path, make_slots, side_by_side, why
@@ -42,9 +43,9 @@ def test_a_cpus_threads_are_shared_out(monkeypatch):
 def test_gpus_are_taken_in_turn(monkeypatch):
     gpus(monkeypatch, 4)
     assert [slot.gpu for slot in make_slots(None, None)] == ["0", "1", "2", "3"]
-    assert [slot.gpu for slot in make_slots(None, [2, 0])] == ["2", "0"]
-    assert [slot.gpu for slot in make_slots(5, [1, 3])] == ["1", "3", "1", "3", "1"]
-    assert make_slots(2, [1])[1].environment["CUDA_VISIBLE_DEVICES"] == "1"
+    assert [slot.gpu for slot in make_slots(None, ["2", "0"])] == ["2", "0"]
+    assert [slot.gpu for slot in make_slots(5, ["1", "3"])] == ["1", "3", "1", "3", "1"]
+    assert make_slots(2, ["1"])[1].environment["CUDA_VISIBLE_DEVICES"] == "1"
 
 
 def test_memory_is_shared_with_those_on_the_same_device(monkeypatch):
@@ -61,12 +62,12 @@ def test_memory_is_shared_with_those_on_the_same_device(monkeypatch):
 
 def test_gpus_are_counted_among_those_that_are_visible(monkeypatch):
     gpus(monkeypatch, 2, visible="5,7")
-    assert [slot.gpu for slot in make_slots(None, [1])] == ["7"]
+    assert [slot.gpu for slot in make_slots(None, ["1"])] == ["7"]
     with pytest.raises(UserError, match="--gpus: 2 is not allowed: this machine has 2, counted"):
-        make_slots(None, [0, 2])
+        make_slots(None, ["0", "2"])
     gpus(monkeypatch, 0)
     with pytest.raises(UserError, match="--gpus: 0 is not allowed: this machine has no usable GPU"):
-        make_slots(None, [0])
+        make_slots(None, ["0"])
 
 
 def test_as_many_at_once_as_there_are_slots(tmp_path, monkeypatch):
@@ -135,3 +136,15 @@ def test_no_process_stays_behind(tmp_path, monkeypatch):
     for log in logs:
         with pytest.raises(ProcessLookupError):
             os.kill(int(log.read_text().split()[0]), 0)
+
+
+def test_names_of_gpus_and_of_mig_instances_are_passed_on(monkeypatch):
+    """torch counts a single MIG instance, however many are named."""
+    names = ["MIG-1a2b", "MIG-3c4d"]
+    gpus(monkeypatch, 1, visible=",".join(names))
+    assert reproduce.parse(["--gpus", ",".join(names)]).gpus == names
+    slots = make_slots(3, names)
+    assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in slots] == [*names, names[0]]
+    assert [slot.sharing for slot in slots] == [2, 1, 2]
+    with pytest.raises(UserError, match="'0,x' is not a list of numbers or names"):
+        reproduce.parse(["--gpus", "0,x"])

@@ -8,8 +8,9 @@ import torch
 from engine.runs import files
 from engine.runs.measurement import Measurement
 from engine.runs.run import Run
+from engine.runs.tables import ResultTable
 
-COLUMNS = ("group", "acc")
+TABLE = ResultTable("made_up.csv", ("group", "acc"))
 CPU = torch.device("cpu")
 
 
@@ -18,7 +19,7 @@ def make(tiny):
     """A measurement of a run whose directory is still empty; its parts need no more."""
     run = Run.of(tiny())
     files.write_json(run.provenance_path, {"identity": run.identity})
-    return lambda settings, **more: Measurement(run, "made_up.csv", COLUMNS, settings, **more)
+    return lambda settings, **more: Measurement(run, TABLE, settings, **more)
 
 
 def test_parts_come_back_as_they_were(make):
@@ -60,7 +61,7 @@ def test_finished_means_this_table_from_these_settings(make):
     assert make({"rate": 0.1}, selection={"epochs": [0, 5]}).finished
     assert not make({"rate": 0.1}, selection={"epochs": [0]}).finished
     assert not make({"rate": 0.2}, selection={"epochs": [0, 5]}).finished
-    assert files.read_csv(first.path, COLUMNS)[0] == {"group": 0, "acc": 0.5}
+    assert TABLE.read(first.path.parent)[0] == {"group": 0, "acc": 0.5}
     source = files.read_json(first.source_path)
     assert source["settings"] == {"rate": 0.1, "epochs": [0, 5]}
     assert {"git_commit", "versions", "command"} <= source.keys()
@@ -73,7 +74,7 @@ def test_a_table_without_its_own_source_is_not_finished(make, damage):
     if damage == "no table":
         measurement.path.unlink()
     elif damage == "other table":
-        files.write_csv(measurement.path, COLUMNS, [{"group": 0, "acc": 0.6}])
+        TABLE.write(measurement.path.parent, [{"group": 0, "acc": 0.6}])
     elif damage == "no source":
         measurement.source_path.unlink()
     else:

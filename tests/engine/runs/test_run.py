@@ -62,7 +62,7 @@ def test_own_data_are_known_by_content_not_by_place(tiny, tmp_path):
 @pytest.fixture
 def finished(tiny) -> Run:
     run = Run.of(tiny("train.epochs=1"))
-    gradient_accounting.main(run)
+    gradient_accounting.EXPERIMENT.main(run)
     return run
 
 
@@ -84,7 +84,7 @@ def test_a_directory_that_holds_another_run_is_left_alone(finished, tiny):
     other = Run.of(tiny("train.epochs=1", "seed=7"))
     finished.directory.rename(other.directory)
     with pytest.raises(UserError, match=r"provenance\.json: belongs to another run; move .*seed7"):
-        gradient_accounting.main(other)
+        gradient_accounting.EXPERIMENT.main(other)
 
 
 def test_provenance_says_where_it_came_from(finished):
@@ -133,7 +133,7 @@ def test_damaged_and_foreign_checkpoints_get_one_line(finished, tiny, tmp_path):
     assert "no such file" in complaint()
 
     other = Run.of(tiny("train.epochs=1", "seed=5"))
-    gradient_accounting.main(other)
+    gradient_accounting.EXPERIMENT.main(other)
     path.write_bytes(other.checkpoint_path(1).read_bytes())
     assert "belongs to another run" in complaint()
 

@@ -108,7 +108,7 @@ def tables_and_weights(run: Run) -> dict[str, bytes]:
 def test_an_epoch_is_written_as_it_was_when_it_ended(tiny, tmp_path, monkeypatch):
     """Each epoch's files are written only after the next epoch was trained and measured."""
     whole, late = (Run.of(tiny(f"output_dir={tmp_path}/{name}")) for name in ("whole", "late"))
-    gradient_accounting.main(whole)
+    gradient_accounting.EXPERIMENT.main(whole)
     measure, save = Record.measure, resume.save_epoch
     measured, rows = {epoch: threading.Event() for epoch in range(4)}, []
 
@@ -124,7 +124,7 @@ def test_an_epoch_is_written_as_it_was_when_it_ended(tiny, tmp_path, monkeypatch
 
     monkeypatch.setattr(Record, "measure", measure_and_tell)
     monkeypatch.setattr(resume, "save_epoch", save_late)
-    gradient_accounting.main(late)
+    gradient_accounting.EXPERIMENT.main(late)
     assert rows == [1, 2, 3, 4]
     assert len(tables_and_weights(late)) == 7
     assert tables_and_weights(late) == tables_and_weights(whole)
@@ -144,8 +144,8 @@ def test_what_a_finished_epoch_could_not_write_ends_the_training_before_another_
     with monkeypatch.context() as patch:
         patch.setattr(Run, "write_checkpoint", write_or_fail)
         with pytest.raises(OSError, match=r"No space left on device: 'epoch_001\.pt'"):
-            gradient_accounting.main(run)
+            gradient_accounting.EXPERIMENT.main(run)
     assert run.state == "interrupted after epoch 0"
     assert not run.checkpoint_path(2).exists()
-    gradient_accounting.main(run)
+    gradient_accounting.EXPERIMENT.main(run)
     assert run.finished

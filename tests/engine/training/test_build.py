@@ -1,4 +1,4 @@
-"""What measurements begin with: the final model of a finished run, or one clear line."""
+"""Measurements start from the final model of a finished run, or end with one clear line."""
 
 import os
 import shlex
@@ -55,7 +55,7 @@ def complaint(run: Run) -> str:
 
 def test_the_final_model_is_the_last_checkpoint(tiny):
     run = Run.of(tiny("train.epochs=1"))
-    gradient_accounting.main(run)
+    gradient_accounting.EXPERIMENT.main(run)
     model = load_final_model(run, load_split(run.config), CPU)
     for name, value in run.read_checkpoint(1).items():
         assert torch.equal(model.state_dict()[name], value), name
@@ -76,7 +76,7 @@ def test_a_half_finished_run_names_the_command_that_finishes_it(tiny, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(loop.Record, "tables", die)
         with pytest.raises(KeyboardInterrupt):
-            gradient_accounting.main(run)
+            gradient_accounting.EXPERIMENT.main(run)
     monkeypatch.setattr(sys, "argv", ["layer_rewinding.py", "other.yaml"])
     assert complaint(run).endswith(
         "its training is interrupted after epoch 0; "
@@ -86,7 +86,7 @@ def test_a_half_finished_run_names_the_command_that_finishes_it(tiny, monkeypatc
 
 def test_a_run_on_other_examples_is_refused(tiny):
     run = Run.of(tiny("train.epochs=1"))
-    gradient_accounting.main(run)
+    gradient_accounting.EXPERIMENT.main(run)
     other = load_split(tiny("data.noise_seed=1"))
     with pytest.raises(UserError, match="is not what the data set gives now"):
         load_final_model(run, other, CPU)
@@ -94,6 +94,6 @@ def test_a_run_on_other_examples_is_refused(tiny):
 
 def test_an_epoch_that_was_not_kept_names_those_that_were(tiny):
     run = Run.of(tiny("checkpoints.keep=[0]"))
-    gradient_accounting.main(run)
+    gradient_accounting.EXPERIMENT.main(run)
     with pytest.raises(UserError, match="no such file; the epochs kept are 0, 3"):
         run.read_checkpoint(2)

@@ -72,9 +72,9 @@ def test_a_training_finds_a_graph_for_every_size_and_no_more(tiny, monkeypatch, 
         for wanted in ("false", "true")
     )
     assert whole.directory != run.directory
-    script.main(whole)
+    script.EXPERIMENT.main(whole)
     with_backend(monkeypatch, keep)
-    script.main(run)
+    script.EXPERIMENT.main(run)
     assert len(graphs) == GRAPHS
     assert results(run) == results(whole)
 
@@ -100,7 +100,7 @@ def test_a_missing_compiler_is_one_line(tiny_file, monkeypatch, capsys):
 
     with_backend(monkeypatch, fail)
     arguments = [str(tiny_file), "train.compile=true"]
-    assert run_script("", gradient_accounting.main, gradient_accounting.plan, arguments) == 1
+    assert run_script(gradient_accounting.EXPERIMENT, "", arguments) == 1
     *_, line = capsys.readouterr().err.splitlines()
     assert "train.compile: torch.compile failed: InvalidCxxCompiler: No working C++" in line
     assert line.endswith("on a GPU also Triton; train.compile=false trains without")
@@ -129,7 +129,8 @@ def trained(config: Config, split: Split) -> tuple[StagedModel, list[dict[str, f
     device = split.label.device
     model = make_model(config, split).to(device)
     plain = config.dropout.kind != "none"
-    accountant = PlainBackward() if plain else gradient_accounting.GradientAccountant(model)
+    accounting = PlainBackward if plain else gradient_accounting.GradientAccountant
+    accountant = accounting(model)
     optimizer, rows = make_optimizer(model.parameters(), config.train), []
     with compute_precision("fp32", device), compiled(model, config.train.compile) as network:
         for epoch in (1, 2):

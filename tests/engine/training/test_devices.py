@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import gradient_accounting
-from engine.runs import files
-from engine.runs.run import HISTORY_COLUMNS, Run
+from engine.runs.run import Run
+from engine.runs.tables import HISTORY
 from engine.training.devices import compute_precision
 
 RUN = ("data.train_size=300", "data.test_size=300", "model.width=0.1", "train.epochs=8",
@@ -15,8 +15,8 @@ RUN = ("data.train_size=300", "data.test_size=300", "model.width=0.1", "train.ep
 
 def history(tiny, *overrides: str) -> list[dict[str, float]]:
     run = Run.of(tiny(*RUN, *overrides))
-    gradient_accounting.main(run)
-    return files.read_csv(run.history_path, HISTORY_COLUMNS)
+    gradient_accounting.EXPERIMENT.main(run)
+    return HISTORY.read(run.directory)
 
 
 def check_distance(tiny, precision: str, device: str) -> None:

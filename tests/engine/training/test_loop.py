@@ -16,17 +16,19 @@ from data import batches, epoch_order, normalize
 from engine.config.schema import TrainConfig
 from engine.errors import RunFailed, UserError
 from engine.runs import files
-from engine.runs.run import HISTORY_COLUMNS, Run, load_weights
+from engine.runs.run import Run, load_weights
 from engine.runs.stopping import Terminated, ending_on_signals
+from engine.runs.tables import HISTORY
+from engine.training import epoch as one_epoch
 from engine.training import loop
 from engine.training.build import load_split, make_model
+from engine.training.epoch import learning_rate
 from engine.training.evaluation import evaluate
-from engine.training.loop import learning_rate
 from tests.killing import killed_after_epoch, killed_at_write
 
 
 def contents(run: Run) -> dict[str, object]:
-    """What must not depend on interruptions: every table's bytes and the final weights."""
+    """Return what must not depend on interruptions: every table's bytes and the final weights."""
     found = {path.name: path.read_bytes() for path in run.directory.glob("*.csv")}
     for name, array in files.read_arrays(run.examples_path, "epoch", "correct", "loss").items():
         found[name] = array.tobytes()
@@ -83,9 +85,8 @@ def test_an_epoch_is_plain_sgd(tiny):
     optimizer = torch.optim.SGD(
         model.parameters(), lr=0, momentum=train.momentum, weight_decay=train.weight_decay
     )
-    backward = loop.PlainBackward().backward
     for epoch in (1, 2):
-        loop.train_epoch(model, optimizer, split, config, epoch, backward)
+        loop.train_epoch(model, optimizer, split, config, epoch)
 
     velocity = {name: torch.zeros_like(p) for name, p in twin.named_parameters()}
     twin.train()
@@ -123,7 +124,7 @@ def test_seeds_of_noise_and_of_training_are_apart(tiny):
 
 def test_training_leaves_the_global_random_state_alone(tiny):
     before = torch.random.get_rng_state()
-    gradient_accounting.main(Run.of(tiny("train.epochs=1")))
+    gradient_accounting.EXPERIMENT.main(Run.of(tiny("train.epochs=1")))
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -133,7 +134,7 @@ def test_training_leaves_the_global_random_state_alone(tiny):
 @pytest.fixture
 def finished(tiny) -> Run:
     run = Run.of(tiny())
-    gradient_accounting.main(run)
+    gradient_accounting.EXPERIMENT.main(run)
     return run
 
 
@@ -147,7 +148,7 @@ def test_a_checkpoint_for_every_epoch_from_the_initialization_on(finished):
 
 def test_history_and_examples_agree_with_the_checkpoints(finished):
     split = load_split(finished.config)
-    history = files.read_csv(finished.history_path, HISTORY_COLUMNS)
+    history = HISTORY.read(finished.directory)
     assert [row["epoch"] for row in history] == [0, 1, 2, 3]
     assert [row["lr"] for row in history] == pytest.approx([0, 0.1, 0.05, 0])
     examples = files.read_arrays(finished.examples_path, "epoch", "correct", "loss")
@@ -173,7 +174,7 @@ def test_history_and_examples_agree_with_the_checkpoints(finished):
 
 def test_only_the_asked_for_epochs_stay(tiny):
     run = Run.of(tiny("checkpoints.keep=[1]", "train.epochs=5"))
-    gradient_accounting.main(run)
+    gradient_accounting.EXPERIMENT.main(run)
     names = sorted(path.name for path in (run.directory / "checkpoints").iterdir())
     assert names == ["epoch_001.pt", "epoch_005.pt"]
     assert not list((run.directory / "resume").iterdir())
@@ -185,7 +186,7 @@ def test_what_is_kept_does_not_change_the_run(tiny, finished):
 
 def test_a_finished_run_is_not_touched(finished):
     before = {p: p.stat().st_mtime_ns for p in finished.directory.rglob("*")}
-    gradient_accounting.main(finished)
+    gradient_accounting.EXPERIMENT.main(finished)
     assert {p: p.stat().st_mtime_ns for p in finished.directory.rglob("*")} == before
 
 
@@ -204,7 +205,7 @@ RESULTS = ["history.csv", "gradient_accounting.csv", "examples.npz", "split.npz"
 def test_a_deleted_result_is_made_again_from_the_record_and_nothing_else(finished, name):
     before = snapshot(finished)
     (finished.directory / name).unlink()
-    gradient_accounting.main(finished)
+    gradient_accounting.EXPERIMENT.main(finished)
     after = snapshot(finished)
     changed = {path for path in before if before[path] != after[path]}
     assert {path.name for path in changed} <= {name, "config.yaml"}
@@ -221,7 +222,7 @@ def test_a_finished_run_without_its_record_is_not_trained_again_in_silence(finis
     for path in (finished.directory / name, finished.record_path):
         path.unlink()
     with pytest.raises(UserError, match=rf"{name}: is missing from a finished run"):
-        gradient_accounting.main(finished)
+        gradient_accounting.EXPERIMENT.main(finished)
 
 
 # ---------------------------------------------------------------- interruptions
@@ -234,7 +235,7 @@ def test_killed_at_every_write_and_started_again(tiny, tmp_path, monkeypatch):
     whole = Run.of(tiny(*overrides, f"output_dir={tmp_path}/whole"))
     calls = []
     monkeypatch.setattr(files, "write_atomically", lambda *a: (calls.append(a[0]), write(*a)))
-    gradient_accounting.main(whole)
+    gradient_accounting.EXPERIMENT.main(whole)
     monkeypatch.undo()
     expected = contents(whole)
     assert len(calls) >= 15
@@ -242,19 +243,19 @@ def test_killed_at_every_write_and_started_again(tiny, tmp_path, monkeypatch):
     for moment in range(len(calls)):
         run = Run.of(tiny(*overrides, f"output_dir={tmp_path}/killed{moment}"))
         with killed_at_write(moment, before=moment % 2 == 1):
-            gradient_accounting.main(run)
-        gradient_accounting.main(run)
+            gradient_accounting.EXPERIMENT.main(run)
+        gradient_accounting.EXPERIMENT.main(run)
         assert contents(run) == expected, calls[moment]
 
 
 def test_layers_with_noise_of_their_own_resume_exactly(tiny, tmp_path, monkeypatch):
     """ViT's dropout draws from torch's global generator; augmentation from its own."""
     runs = [Run.of(tiny(*VIT, f"output_dir={tmp_path}/{name}")) for name in "ab"]
-    gradient_accounting.main(runs[0])
+    gradient_accounting.EXPERIMENT.main(runs[0])
     with killed_after_epoch(1):
-        gradient_accounting.main(runs[1])
+        gradient_accounting.EXPERIMENT.main(runs[1])
     assert runs[1].state == "interrupted after epoch 1"
-    gradient_accounting.main(runs[1])
+    gradient_accounting.EXPERIMENT.main(runs[1])
     assert contents(runs[0]) == contents(runs[1])
 
 
@@ -264,7 +265,9 @@ VIT = (
 )  # fmt: skip
 
 
-def send_signal_at(run: Run, monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
+def send_signal_at(
+    run: Run, monkeypatch, step: int, number: int = signal.SIGTERM, said: str = ""
+) -> None:
     """Train a run until a signal comes in the middle of its k-th step."""
     backward, count = gradient_accounting.GradientAccountant.backward, iter(range(1, 1000))
 
@@ -275,15 +278,16 @@ def send_signal_at(run: Run, monkeypatch, step: int, number: int = signal.SIGTER
 
     with monkeypatch.context() as patch:
         patch.setattr(gradient_accounting.GradientAccountant, "backward", backward_and_signal)
-        with ending_on_signals(), pytest.raises((Terminated, KeyboardInterrupt)):
-            gradient_accounting.main(run)
+        with ending_on_signals(), pytest.raises((Terminated, KeyboardInterrupt)) as end:
+            gradient_accounting.EXPERIMENT.main(run)
+    assert said in str(end.value.__context__)
 
 
 @pytest.mark.parametrize("overrides", [(), VIT], ids=["resnet9", "vit, dropout, augmentation"])
 def test_a_signal_ends_the_training_after_its_step(tiny, tmp_path, monkeypatch, overrides):
     """And the next start goes on with the next step: the same bytes, the same weights."""
     whole = Run.of(tiny(*overrides, f"output_dir={tmp_path}/whole"))
-    gradient_accounting.main(whole)
+    gradient_accounting.EXPERIMENT.main(whole)
     for step in (1, 3, 5, 8, 15):
         run = Run.of(tiny(*overrides, f"output_dir={tmp_path}/{step}"))
         send_signal_at(run, monkeypatch, step)
@@ -291,7 +295,7 @@ def test_a_signal_ends_the_training_after_its_step(tiny, tmp_path, monkeypatch, 
         assert run.within_path.exists()
         if step < 15:
             send_signal_at(run, monkeypatch, 1, signal.SIGINT)
-        gradient_accounting.main(run)
+        gradient_accounting.EXPERIMENT.main(run)
         assert contents(run) == contents(whole)
         assert not run.within_path.exists()
 
@@ -304,9 +308,10 @@ def test_a_damaged_middle_of_an_epoch_begins_it_anew(
     send_signal_at(run, monkeypatch, step=7)
     whole = run.within_path.read_bytes()
     run.within_path.write_bytes(whole[:-99] if content is None else content)
-    gradient_accounting.main(run)
+    gradient_accounting.EXPERIMENT.main(run)
     assert (
-        "within_epoch.pt: damaged, or not a checkpoint; epoch 2 begins" in capsys.readouterr().err
+        "within_epoch.pt: damaged, or not a checkpoint; restarting epoch 2"
+        in capsys.readouterr().err
     )
     assert contents(run) == contents(finished)
 
@@ -323,7 +328,7 @@ def test_a_second_signal_does_not_wait(tiny, monkeypatch):
 
     monkeypatch.setattr(gradient_accounting.GradientAccountant, "backward", backward_and_signals)
     with ending_on_signals(), pytest.raises(Terminated):
-        gradient_accounting.main(Run.of(tiny()))
+        gradient_accounting.EXPERIMENT.main(Run.of(tiny()))
     assert len(steps) == 1
 
 
@@ -334,11 +339,11 @@ def test_a_damaged_newest_epoch_falls_back_to_the_one_before(
 ):
     run = Run.of(tiny(f"output_dir={tmp_path}/damaged"))
     with killed_after_epoch(2):
-        gradient_accounting.main(run)
+        gradient_accounting.EXPERIMENT.main(run)
     path = getattr(run, damaged)(2)
     path.write_bytes(path.read_bytes()[:-100] if content is None else content)
-    gradient_accounting.main(run)
-    assert "going back an epoch" in capsys.readouterr().err
+    gradient_accounting.EXPERIMENT.main(run)
+    assert "resuming from the epoch before" in capsys.readouterr().err
     assert contents(run) == contents(finished)
 
 
@@ -368,24 +373,41 @@ def test_a_loss_that_is_no_number_stops_the_run(tiny, monkeypatch, step, seen, r
     steps = diverge(monkeypatch, step, value)
     message = f"the loss became nan at {seen}, learning rate {rate}; epoch {kept} is kept. {advice}"
     with pytest.raises(RunFailed, match=f"^{re.escape(message)}$"):
-        gradient_accounting.main(run)
+        gradient_accounting.EXPERIMENT.main(run)
     assert len(steps) <= step + 1, "at once"
     assert run.state == f"interrupted after epoch {kept}"
     assert all(value.isfinite().all() for value in run.read_checkpoint(kept).values())
     assert not run.checkpoint_path(kept + 1).exists()
 
 
+@pytest.mark.parametrize(
+    ("step", "signal_at", "said"),
+    [(7, 9, "the loss became nan"), (9, 9, "the largest weight became nan")],
+    ids=["steps that nobody looked at", "weights of the last step"],
+)
+def test_a_signal_after_a_loss_that_is_no_number_saves_nothing(
+    tiny, monkeypatch, step, signal_at, said
+):
+    """On a GPU, where the losses are looked at once in 50 steps."""
+    monkeypatch.setitem(one_epoch.STEPS_UNSEEN, "cpu", 50)
+    run = Run.of(tiny())
+    diverge(monkeypatch, step, math.nan)
+    send_signal_at(run, monkeypatch, signal_at, said=said)
+    assert run.state == "interrupted after epoch 1"
+    assert not run.within_path.exists()
+
+
 def test_a_rate_that_is_far_too_high_stops_the_run(tiny):
     with pytest.raises(RunFailed, match=r"epoch 1, step \d of 5, learning rate .*epoch 0 is kept"):
-        gradient_accounting.main(Run.of(tiny("train.peak_lr=1e30")))
+        gradient_accounting.EXPERIMENT.main(Run.of(tiny("train.peak_lr=1e30")))
 
 
 def test_other_data_under_the_same_run_are_refused(tiny, monkeypatch):
     run = Run.of(tiny())
     with killed_after_epoch(1):
-        gradient_accounting.main(run)
+        gradient_accounting.EXPERIMENT.main(run)
     arrays = files.read_arrays(run.split_path, "label", "true_label", "memorized", "index")
     arrays["label"][0] = (arrays["label"][0] + 1) % 10
     files.write_arrays(run.split_path, **arrays)
     with pytest.raises(UserError, match=r"its label is not what the data set gives now"):
-        gradient_accounting.main(run)
+        gradient_accounting.EXPERIMENT.main(run)

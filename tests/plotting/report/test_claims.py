@@ -8,12 +8,13 @@ import pytest
 from engine.config.load import load_configs
 from engine.runs import files
 from engine.runs.run import Run
+from example_tied_dropout import DROPOUT
+from neuron_flipping import FLIPPING
 from plotting.families import Family, alike, families_over
-from plotting.neurons import FLIPPING_COLUMNS, FLIPPING_TEXT
 from plotting.report import headline_numbers
 from plotting.report.claims import CLAIMS
 from plotting.report.findings import find, table_claims
-from plotting.report.tables import DROPOUT, DROPOUT_COLUMNS, table_stability
+from plotting.report.tables import table_stability
 
 HISTORY = (
     "epoch", "lr", "loss_clean", "loss_noisy", "loss_total", "loss_test",
@@ -244,7 +245,7 @@ def test_a_trend_is_over_runs_that_differ_in_nothing_else(tiny_file):
             row = {"dropout": "example_tied", "p_gen": p_gen, "p_mem": p_mem, "state": "after"}
             row |= {"acc_clean": p_gen, "acc_noisy": accuracy, "acc_test": 0.5}
             rows = [row, row | {"state": "before"}]
-            files.write_csv(run.directory / DROPOUT, DROPOUT_COLUMNS, rows)
+            DROPOUT.write(run.directory, rows)
         return Family(runs[0].directory.parent, runs)
 
     families = [
@@ -307,9 +308,8 @@ def test_numbers_that_no_example_gave_are_none(family):
         retrained = files.read_csv(run.directory / "layer_retraining.csv", columns)
         without = [row | {"acc_noisy": np.nan} for row in retrained]
         files.write_csv(run.directory / "layer_retraining.csv", columns, without)
-        path = run.directory / "neuron_flipping.csv"
-        searched = files.read_csv(path, FLIPPING_COLUMNS, FLIPPING_TEXT)
-        files.write_csv(path, FLIPPING_COLUMNS, [r for r in searched if r["memorized"] == 0])
+        searched = FLIPPING.read(run.directory)
+        FLIPPING.write(run.directory, [r for r in searched if r["memorized"] == 0])
     verdicts = {finding.claim.name: finding.verdict for finding in find([family])}
     about_noisy = [
         name for name in verdicts

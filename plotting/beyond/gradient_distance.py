@@ -1,41 +1,21 @@
-"""Gradient norms against distances in feature space: the result files, and the figure."""
-
-from collections.abc import Sequence
+"""Gradient norms against distances in feature space."""
 
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from engine.runs import files
-from engine.runs.run import Run
+from beyond.gradient_distance import (
+    DISTANCES,
+    PAIRS,
+    Columns,
+    middle_and_last,
+    read_summary,
+    read_table,
+)
 from plotting.families import Family
+from plotting.figure_kind import FigureKind
 from plotting.style import COLORS, DASHES, PAGE, names_of
-
-FILE_NAME = "gradient_distance.csv"
-MEASURED = ("gradient_norm", "loss", "distance", "distance_true")
-COLUMNS = ("epoch", "example", "memorized", *MEASURED)
-SUMMARY_FILE_NAME = "gradient_distance_summary.csv"
-SUMMARY_TEXT = ("subset", "of", "with")
-SUMMARY_COLUMNS = ("epoch", *SUMMARY_TEXT, "n", "rho", "low", "high")
-PAIRS = (("gradient_norm", "distance"), ("gradient_norm", "distance_true"), ("loss", "distance"))
-
-Table = dict[str, np.ndarray]  # column -> values [rows]
-
-
-def read_table(run: Run) -> Table:
-    rows = files.read_csv(run.directory / FILE_NAME, COLUMNS)
-    return {column: np.array([row[column] for row in rows]) for column in COLUMNS}
-
-
-def read_summary(run: Run, subset: str, of: str, other: str) -> list[dict]:
-    rows = files.read_csv(run.directory / SUMMARY_FILE_NAME, SUMMARY_COLUMNS, SUMMARY_TEXT)
-    return [row for row in rows if (row["subset"], row["of"], row["with"]) == (subset, of, other)]
-
-
-def middle_and_last(epochs: Sequence[float]) -> list[int]:
-    """Of ascending epochs; the same one if there are no others."""
-    return [int(epochs[(len(epochs) - 1) // 2]), int(epochs[-1])]
 
 
 def plot_gradient_distance(family: Family) -> Figure:
@@ -62,7 +42,7 @@ def plot_gradient_distance(family: Family) -> Figure:
     return figure
 
 
-def draw_points(axes: Axes, table: Table, epoch: int) -> None:
+def draw_points(axes: Axes, table: Columns, epoch: int) -> None:
     """Gradient norm against distance, noisy above clean ones; a logarithm has no place for 0."""
     x, y = table["distance"], table["gradient_norm"]
     here = table["epoch"] == epoch
@@ -76,3 +56,13 @@ def draw_points(axes: Axes, table: Table, epoch: int) -> None:
         axes.set_yscale("log")
     if left_out := int((here & ~shown).sum()):
         axes.text(0, 1, f"{left_out} not shown: 0, or no number", transform=axes.transAxes, size=6)
+
+
+FIGURES = (
+    FigureKind(
+        ("gradient-distance",), "gradient_distance", "gradient_distance", DISTANCES.name,
+        plot_gradient_distance,
+        "Whether an example's gradient norm follows the distance to its class.",
+        beyond=True,
+    ),
+)  # fmt: skip

@@ -1,0 +1,1 @@
+"""Figures of the measurements that the paper does not have."""

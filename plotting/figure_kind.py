@@ -1,0 +1,39 @@
+"""Kinds of figures: numbers in the paper, file name, source table, and what to see in each."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+
+from gradient_accounting import ACCOUNTS
+from plotting.families import Family
+
+OF_ANY_MODEL = r"data\.noise_rate|(model|train)\..+"
+
+
+@dataclass(frozen=True)
+class FigureKind:
+    """A kind of figure: its numbers in the paper, its file, and what it is made from."""
+
+    numbers: tuple[str, ...]
+    name: str
+    experiment: str
+    source: str  # the result file that it needs
+    plot: Callable[..., Figure]  # of a family, or of several at once
+    see: str  # what to see in it, in one sentence
+    compares: str | None = None  # settings in which the families of one figure may differ
+    beyond: bool = False  # not in the paper: drawn where it was measured, not asked for elsewhere
+
+    def concerns(self, family: Family) -> bool:
+        """Whether a family of runs could have this figure at all."""
+        if self.beyond:
+            return family.having(self.source) is not None
+        kind = family.config.dropout.kind
+        if self.experiment == "dropout":
+            return kind == "example_tied"
+        return kind == "none" or self.source == "history.csv"
+
+    def comes_from(self, family: Family) -> bool:
+        """Whether a script makes what the figure needs of a family that does not have it."""
+        accounted = family.config.train.account_gradients or self.source != ACCOUNTS.name
+        return (self.beyond or self.concerns(family)) and accounted
