@@ -31,6 +31,7 @@ from engine.errors import UserError
 from engine.launch.cli import Parser, reporting_ends
 from engine.runs import files
 from engine.runs.stopping import ending_on_signals
+from models import network_file
 from plotting.families import Family, find_families
 from plotting.figure_kind import FigureKind
 from plotting.figures import draw_all, figure_kinds
@@ -59,6 +60,17 @@ def write_table(table: Table, folder: Path) -> Path:
     return path
 
 
+def name_lost_networks(families: Sequence[Family]) -> Iterator[str]:
+    """Yield a line for each run whose network is a file that is not there anymore."""
+    for run in (run for family in families for run in family.runs):
+        path = network_file(run.config.model.name)
+        if path is not None and not path.is_file():
+            yield (
+                f"{run.directory}: its network {path} is gone; its tables are drawn, and --trust "
+                "measures with the copy in it"
+            )
+
+
 def present(
     families: Sequence[Family],
     folder: Path,
@@ -67,6 +79,7 @@ def present(
     gather: bool = False,
 ) -> Iterator[str]:
     """Everything that the runs allow, the report last; a line for each."""
+    yield from name_lost_networks(families)
     drawings = []
     for drawing in draw_all(families, folder, formats=formats, gather=gather):
         drawings.append(drawing)

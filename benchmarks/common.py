@@ -69,4 +69,4 @@ def ratio(times: Times, name: str, other: str) -> float:
 def print_head(config: Config, split: Split, rounds: int) -> None:
     device = describe_device(split.label.device)
     print(f"{device}, torch {torch.__version__}, {config.precision}, {rounds} rounds")
-    print(f"{config.model.name} {config.model.options}, {split.n} images of {split.shape}")
+    print(f"{config.model.name} {config.model.arguments}, {split.n} images of {split.shape}")

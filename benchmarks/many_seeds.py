@@ -120,7 +120,9 @@ def measure(configs: Sequence[Config]) -> None:
     device = resolve_device(configs[0])
     split = load_split(configs[0]).to(device)
     print(f"{describe_device(device)}, torch {torch.__version__}, {len(configs)} seeds")
-    print(f"{configs[0].model.name} {configs[0].model.options}, {split.n} images of {split.shape}")
+    print(
+        f"{configs[0].model.name} {configs[0].model.arguments}, {split.n} images of {split.shape}"
+    )
     serial = sum(timed(config, device, training(config, split)) for config in configs)
     print(f"one after another        {serial:8.2f} s")
     threads = max(1, torch.get_num_threads() // len(configs))

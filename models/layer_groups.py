@@ -12,6 +12,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from models.wiring import Wiring
+
 State = Tensor | tuple[Tensor, ...]
 Stage = tuple[str, tuple[str, ...], Callable[[State], State]]  # name, prefixes, forward
 
@@ -39,6 +41,7 @@ class StagedModel(nn.Module):
 
     min_image_size: ClassVar[int] = 1
     channel_dim: ClassVar[int] = 1  # of the activations at the dropout sites
+    wiring: Wiring | None = None  # as observed; None: modules are declared in forward order
 
     def stages(self) -> list[Stage]:
         raise NotImplementedError

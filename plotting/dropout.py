@@ -5,8 +5,10 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
+from data import DataError
 from engine.training.build import load_split_at_hand, make_model
 from example_tied_dropout import FORGOTTEN
+from models import network_file
 from models.dropout import tied_layers
 from plotting.examples import draw_sheet
 from plotting.families import Family
@@ -19,9 +21,13 @@ ACROSS, DOWN = 8, 3
 
 def plot_masks(family: Family) -> Figure:
     """Figure 6: the masks that a model was trained with; each row is an example."""
+    if network_file(family.config.model.name) is not None:
+        raise DataError("the network is a file, whose code is not run for a figure")
     split = load_split_at_hand(family.config)
-    model = make_model(family.config, split)
-    layers = dict(zip(model.dropout_sites(family.config.dropout.sites), tied_layers(model)))
+    model = make_model(family.config, split, proof=False)
+    sites = family.config.dropout.sites
+    names = model.dropout_sites(sites) if isinstance(sites, str) else sites
+    layers = dict(zip(names, tied_layers(model)))
     rows = split.index[:EXAMPLES]
     colors = ListedColormap(["white", CLEAN, NOISY])
     figure, panels = plt.subplots(1, len(layers), figsize=(PAGE, 2.2), sharey=True, squeeze=False)

@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from data import DataError
 from engine.config.schema import ModelConfig
 from engine.runs import files
+from engine.runs.identity import short_name
 from engine.runs.run import Run
 from engine.stats import count_neurons
 from models import MODELS, model_options
@@ -114,11 +115,13 @@ def plot_flipping_compared(families: Sequence[Family]) -> Figure:
 
 
 def _size(model: ModelConfig) -> tuple[float, int]:
-    return model.width, list(MODELS).index(model.name)
+    return model.width, [*MODELS, model.name].index(model.name)
 
 
 def _model_label(model: ModelConfig) -> str:
-    return model.name + (f"\nwidth {model.width:g}" if "width" in model_options(model.name) else "")
+    return short_name(model.name) + (
+        f"\nwidth {model.width:g}" if "width" in model_options(model.name) else ""
+    )
 
 
 def _each_seed(family: Family, kind: str) -> list[list[dict]]:

@@ -6,6 +6,8 @@ a closed gate leaves them at 0. Nothing here knows of hooks, stages, or sets of 
 
 import copy
 import math
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -13,20 +15,38 @@ from torch import nn
 
 from data import normalize
 from models import build_model
+from models.any_network import as_chain, example_images
 from models.layer_groups import StagedModel
+from tests.models.networks import Mixed, PreActivation, mlp
 
 SIZES = {
     "resnet9": {"width": 0.1},
     "resnet50": {},
     "vit_small": {"patch": 4, "dim": 16, "depth": 2, "heads": 2, "dim_head": 8, "mlp_dim": 12},
     "single_conv": {},
+    "torchvision:resnet18": {},
 }
+RESNET18 = "configs/beyond/networks/small.py"  # torchvision's, at any width
+NOT_OURS = {"pre_activation": PreActivation, "mixed": Mixed, "mlp": mlp}
 FINAL = {
     "resnet9": "linear",
     "resnet50": "fc",
     "vit_small": "mlp_head.1",
     "single_conv": "linear",
+    "torchvision:resnet18": "fc",
+    "resnet18": "fc",
+    "pre_activation": "fc",
+    "mixed": "fc",
+    "mlp": "6",
 }
+BY_HAND = {  # the layers and batch norms of networks that are not ours, read in their code
+    "pre_activation": [("conv0", None), ("block.conv1", "block.bn2"), ("block.conv2", None)],
+    "mixed": [
+        ("stem", None), ("depthwise.0", "depthwise.1"), ("pointwise", None), ("wide", None),
+        ("narrow", None),
+    ],
+    "mlp": [("1", "2"), ("4", None)],
+}  # fmt: skip
 
 
 class SingleConv(StagedModel):
@@ -50,11 +70,20 @@ def make(name: str, seed: int = 0) -> StagedModel:
         torch.default_generator.manual_seed(seed)
         if name == "single_conv":
             model = SingleConv()
+        elif name == "resnet18":
+            path = Path(__file__).parents[1] / RESNET18
+            model = build_model(
+                f"{path}:ResNet18", channels=1, classes=10, image_size=20, seed=seed,
+                options={"width": 0.08},
+            )  # fmt: skip
+        elif name in NOT_OURS:
+            size = 8 if name == "mlp" else 20
+            model = as_chain(NOT_OURS[name](), example_images(1, size), 3)
         else:
             size = {"channels": 1, "classes": 10, "image_size": 20, "seed": seed}
             model = build_model(name, **size, **SIZES[name])
         for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
                 module.running_mean.normal_(0, 0.1)
                 module.running_var.uniform_(0.5, 1.5)
                 nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -66,6 +95,10 @@ def layers(model: nn.Module, name: str) -> list[tuple[str, str | None]]:
     """Each layer of neurons with its batch norm, the final linear layer left out."""
     if name == "single_conv":
         return [("conv", None)]
+    if name in BY_HAND:
+        return BY_HAND[name]
+    if name.endswith("resnet18"):
+        return [("conv1", "bn1"), *_basic_blocks()]
     if name == "resnet9":
         return [(f"conv{i}.conv", f"conv{i}.bn") for i in range(1, 9)]
     if name == "vit_small":
@@ -80,6 +113,16 @@ def layers(model: nn.Module, name: str) -> list[tuple[str, str | None]]:
             if block == 0:
                 found.append((f"{prefix}downsample.0", f"{prefix}downsample.1"))
     return found
+
+
+def _basic_blocks() -> Iterator[tuple[str, str]]:
+    """Two blocks of two convolutions in each of ResNet-18's groups; three shortcuts have one."""
+    for group in range(1, 5):
+        for block in range(2):
+            prefix = f"layer{group}.{block}."
+            yield from ((f"{prefix}conv{i}", f"{prefix}bn{i}") for i in (1, 2))
+            if group > 1 and block == 0:
+                yield f"{prefix}downsample.0", f"{prefix}downsample.1"
 
 
 class SlowNeurons:

@@ -33,6 +33,7 @@ MODELS = {
     "resnet50": {},
     "vit_small": {"patch": 4, "dim": 16, "depth": 2, "heads": 2, "dim_head": 8, "mlp_dim": 16},
 }
+MODELS["torchvision:resnet18"] = {"layers": ["conv1", "layer1", "layer2", "layer3", "layer4", "fc"]}
 ROWS = "rewinding.epochs=[0, 1, 2]"
 
 
@@ -92,7 +93,7 @@ class MadeUpRun:
     ("model", "batchnorm"),
     [
         ("resnet9", "final"), ("resnet9", "checkpoint"), ("resnet50", "checkpoint"),
-        ("vit_small", "final"),
+        ("vit_small", "final"), ("torchvision:resnet18", "checkpoint"),
     ],
 )  # fmt: skip
 def test_predictions_are_those_of_the_slow_way(model, batchnorm):

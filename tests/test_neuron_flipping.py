@@ -35,7 +35,7 @@ from neuron_flipping import (
     compute_flipping,
     noisy_copies,
 )
-from tests.slow_neurons import SlowNeurons, make, slow_search
+from tests.slow_neurons import NOT_OURS, SlowNeurons, make, slow_search
 
 TRAINED = (
     "data.train_size=80", "model.width=0.12", "train.epochs=20", "train.batch_size=16",
@@ -50,6 +50,9 @@ FIT = {
     "resnet9": (150, 0.001, 0),
     "single_conv": (400, 0.01, 0.01),
     "vit_small": (60, 0.01, 0),
+    "pre_activation": (400, 0.01, 0.001),
+    "mixed": (200, 0.01, 0),
+    "resnet18": (100, 0.002, 0),
 }
 EVERYTHING = 1e12  # bytes of memory: enough to keep everything
 SMALL = (
@@ -63,7 +66,7 @@ def fitted(name: str) -> tuple:
     """A small model that learned 40 images: every second one of a pattern, the others by heart."""
     generator = torch.Generator().manual_seed(5)
     images = torch.randint(256, (40, 1, 20, 20), generator=generator, dtype=torch.uint8)
-    label = torch.randint(10, (40,), generator=generator)
+    label = torch.randint(3 if name in NOT_OURS else 10, (40,), generator=generator)
     patterns = torch.randint(256, (10, 1, 5, 5), generator=generator, dtype=torch.uint8)
     images[::2] = images[::2] // 4 + patterns.tile(1, 1, 4, 4)[label[::2]] // 4 * 3
     model = make(name)
@@ -106,7 +109,9 @@ class Problem:
 
 
 @pytest.mark.parametrize("ablate", ["activation", "weight"])
-@pytest.mark.parametrize("name", ["resnet9", "single_conv", "vit_small"])
+@pytest.mark.parametrize(
+    "name", ["resnet9", "single_conv", "vit_small", "resnet18", "pre_activation", "mixed"]
+)
 def test_same_gates_as_the_slow_search(name, ablate):
     problem = Problem(name)
     expected = {}

@@ -95,6 +95,18 @@ def one_of(*choices: str) -> Kind:
     return Kind("one of " + ", ".join(choices), parse, choices)
 
 
+def one_of_or(choices: Iterable[str], others: Callable[[str], bool], words: str) -> Kind:
+    """One of the choices, or any text that `others` accepts: `words` says which."""
+
+    def parse(value: object) -> str:
+        _require(isinstance(value, str) and value.isprintable())
+        _require(value in choices or others(value))
+        return value
+
+    choices = tuple(choices)
+    return Kind(f"one of {', '.join(choices)}, {words}", parse, choices)
+
+
 def some_of(*choices: str) -> Kind:
     """Allow 'all', or a list of some of the choices, kept in the order of the choices."""
 
@@ -159,6 +171,40 @@ def integers(least: int) -> Kind:
         return tuple(value)
 
     return Kind(f"a list of different whole numbers, {least} or more each", parse)
+
+
+def names(*words: str) -> Kind:
+    """One of the words, or a list of different names, kept as a tuple in its order."""
+
+    def parse(value: object) -> str | tuple[str, ...]:
+        if isinstance(value, str) and value in words:
+            return value
+        _require(isinstance(value, (list, tuple)) and len(value) > 0)
+        # YAML reads the name of a Sequential's child, such as 0, as a number.
+        _require(all(type(item) in (str, int) and str(item).isprintable() for item in value))
+        found = tuple(map(str, value))
+        _require(len(set(found)) == len(found) and all(name.strip() for name in found))
+        return found
+
+    listed = "a list of different names"
+    return Kind(f"one of {', '.join(words)}, or {listed}" if words else listed, parse, words)
+
+
+def mapping() -> Kind:
+    """Names and plain values, such as {groups: 4}, in the order of the names."""
+
+    def plain(value: object) -> bool:
+        if isinstance(value, (list, tuple)):
+            return all(map(plain, value))
+        return value is None or isinstance(value, (bool, int, float, str))
+
+    def parse(value: object) -> dict[str, object]:
+        _require(isinstance(value, dict))
+        _require(all(isinstance(key, str) and key.isidentifier() for key in value))
+        _require(all(map(plain, value.values())))
+        return dict(sorted(value.items()))
+
+    return Kind("names and plain values, such as {groups: 4}", parse)
 
 
 def optional(kind: Kind) -> Kind:

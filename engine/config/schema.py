@@ -4,6 +4,7 @@ The defaults are Section 3 of the paper.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from engine.config.kinds import (
@@ -12,17 +13,21 @@ from engine.config.kinds import (
     integer,
     integers,
     listed_epochs,
+    mapping,
+    names,
     number,
     one_of,
+    one_of_or,
     option,
     optional,
     some_of,
     text,
 )
-from models import MODELS, model_options
+from models import MODELS, is_name_of_network, model_options
 
 DATASETS = ("cifar10", "mnist", "svhn", "glyphs", "npz")
 HUMAN_COLUMNS = ("aggre_label", "random_label1", "random_label2", "random_label3", "worse_label")
+OTHER = "torchvision:NAME"  # stands for every network that is not ours
 # The experiments by name, and the module that declares each; the first one trains for the others.
 EXPERIMENTS = {
     "gradients": "gradient_accounting",
@@ -74,7 +79,17 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    name: str = option("resnet9", one_of(*MODELS), "the network")
+    name: str = option(
+        "resnet9",
+        one_of_or(MODELS, is_name_of_network, "torchvision:NAME or FILE.py:CALLABLE"),
+        "the network; docs/your_network.md",
+    )
+    layers: tuple[str, ...] | None = option(
+        None, optional(names()), "your network: modules that begin a layer; null: its children"
+    )
+    options: Mapping[str, object] | None = option(
+        None, optional(mapping()), "your network: further arguments of its callable"
+    )
     width: float = option(1.0, number(above=0, most=16), "resnet9: channels, as a multiple")
     patch: int = option(2, integer(1, 256), "vit_small: pixels along a patch's side")
     dim: int = option(512, integer(1, 65536), "vit_small: features of a token")
@@ -85,7 +100,7 @@ class ModelConfig:
     dropout: float = option(0.1, number(0, 0.99), "vit_small: its own dropout while training")
 
     @property
-    def options(self) -> dict[str, object]:
+    def arguments(self) -> dict[str, object]:
         """Map the names of the keyword arguments that this model takes to their values."""
         return {key: getattr(self, key) for key in sorted(model_options(self.name))}
 
@@ -181,10 +196,10 @@ class DropoutConfig:
     p_mem: float = option(
         0.2, number(0, 1), "example_tied: probability that another neuron is on for an example"
     )
-    sites: str = option(
+    sites: str | tuple[str, ...] = option(
         "blocks",
-        one_of("blocks", "layers"),
-        "resnet9: after its six blocks or after all convolutions",
+        names("blocks", "layers"),
+        "behind each block; resnet9: or all convolutions; or behind the modules of these names",
     )
     seed: int = option(0, integer(0, 2**31 - 1), "seed of the masks (example_tied, sparse)")
     rescale: str = option(
@@ -325,9 +340,11 @@ def impossible(config: Config) -> tuple[str, str] | None:
         return "dropout.sites", (
             f"'layers' is not allowed: {model.name} takes dropout behind its blocks only"
         )
-    for key in sorted(set().union(*map(model_options, MODELS)) - model_options(model.name)):
+    own_keys = set().union(*map(model_options, (*MODELS, OTHER)))
+    for key in sorted(own_keys - model_options(model.name)):
         if getattr(model, key) != getattr(ModelConfig, key):
-            takers = ", ".join(name for name in MODELS if key in model_options(name))
+            known = (*MODELS, OTHER)
+            takers = ", ".join(name for name in known if key in model_options(name))
             return f"model.{key}", (
                 f"{getattr(model, key)!r} is not allowed: only {takers} takes it, not {model.name}"
             )

@@ -81,6 +81,10 @@ def make_parser(
     )
     parser.add_argument("--dry-run", action="store_true", help="only print what would be done")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"))
+    if default_config is None:
+        parser.add_argument(
+            "--trust", action="store_true", help="run the code of the network in a run's directory"
+        )
     parser.add_argument(
         "--wait", action="store_true", help="wait for runs that another process works on"
     )
@@ -97,13 +101,16 @@ def find_runs(
     config: str,
     overrides: Sequence[str] = (),
     training: Callable[[Config], Config] = without_dropout,
+    trust: bool = False,
 ) -> list[Run]:
     """The runs that a command is about: those of a configuration's sweep, or the one given.
 
     `training` says which training a script makes of a configuration: by default, the plain one.
+    The code of a network that a run's directory holds runs only with `trust`.
     """
     if Path(config).is_dir():
-        return [Run.at(Path(config), tuple(overrides))]
+        own_file = any(override.startswith("model.name=") for override in overrides)
+        return [Run.at(Path(config), tuple(overrides)).trusting(own_file, trust)]
     return each_once(Run.of(training(found)) for found in load_configs(config, overrides))
 
 
@@ -119,7 +126,9 @@ def run_script(
         given = make_parser(description, sections).parse_intermixed_args(arguments)
         device = [f"device={given.device}"] if given.device else []
         done = []
-        runs = find_runs(given.config, [*given.overrides, *device], experiment.training)
+        runs = find_runs(
+            given.config, [*given.overrides, *device], experiment.training, given.trust
+        )
         announce(runs)
         for run in runs:
             with ending.one_of_several(run.directory):

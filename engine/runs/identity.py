@@ -12,14 +12,17 @@ import torch
 from data import expanded, file_digest, full_sizes
 from engine.config.load import SCHEMA, flatten
 from engine.config.schema import (
+    OTHER,
     Config,
     DataConfig,
     DropoutConfig,
     HumanLabelsConfig,
     TrainConfig,
 )
+from engine.errors import UserError
 from engine.runs.machine import can_compile, default_precision, device_type
-from models import MODELS, model_options
+from models import MODELS, model_options, network_file
+from models.any_network import NetworkError, require_file
 
 # Settings of these sections, and these keys, decide what is trained.
 DECIDING = re.compile(
@@ -99,14 +102,14 @@ def deciding_settings(config: Config, contents: bool = True) -> dict[str, object
     without_effect = {
         *PLACES,
         *(key for kind, keys in _SPLIT_KEYS.items() if kind != config.data.split for key in keys),
-        *(f"model.{key}" for name in MODELS for key in model_options(name)),
+        *(f"model.{key}" for name in (*MODELS, OTHER) for key in model_options(name)),
         *(f"dropout.{key}" for keys in _DROPOUT_KEYS.values() for key in keys),
     }
-    without_effect -= {f"model.{key}" for key in config.model.options}
+    without_effect -= {f"model.{key}" for key in config.model.arguments}
     without_effect -= {f"dropout.{key}" for key in _DROPOUT_KEYS[config.dropout.kind]}
     always = {"data.name", "model.name", "data.split"}
     settings = {
-        key: value
+        key: list(value) if isinstance(value, tuple) else value  # as JSON gives it back
         for key, value in flatten(config).items()
         if DECIDING.fullmatch(key)
         and key not in without_effect
@@ -115,6 +118,13 @@ def deciding_settings(config: Config, contents: bool = True) -> dict[str, object
     for key in PLACES[1:] if contents else ():
         if (path := flatten(config)[key]) is not None:
             settings[f"{key}.sha256"] = digest_of(expanded(path))
+    settings["model.name"] = short_name(config.model.name)
+    if contents and (path := network_file(config.model.name)) is not None:
+        try:
+            require_file(path)
+        except NetworkError as error:
+            raise UserError(f"model: {error}") from None
+        settings["model.name.sha256"] = digest_of(path)
     return settings
 
 
@@ -148,6 +158,12 @@ def canonical(config: Config) -> Config:
         dropout = dataclasses.replace(dropout, seed=DropoutConfig.seed)
     data = dataclasses.replace(data, **changes)
     return dataclasses.replace(config, data=data, train=train, dropout=dropout)
+
+
+def short_name(model: str) -> str:
+    """Return a model's name, without the folder where a network's file lies."""
+    path = network_file(model)
+    return model if path is None else f"{path.name}:{model.rpartition(':')[2]}"
 
 
 def digest_of(path: Path) -> str:
@@ -186,14 +202,14 @@ def run_directory(config: Config) -> Path:
         "atypical": f"atypical{config.data.c_score_threshold:g}",
     }[config.data.split]
     dropout = [] if config.dropout.kind == "none" else [config.dropout.kind]
-    named = {"data.name", "model.name", "data.split", "dropout.kind"}
+    named = {"data.name", "model.name", "model.layers", "data.split", "dropout.kind"}
     named |= {*_SPLIT_KEYS[config.data.split][:1]}
     changed = [
         f"{key.rpartition('.')[2]}{value}"
         for key, value in settings.items()
         if key not in named and not key.endswith(".sha256")
     ]
-    readable = "-".join([data, config.model.name, split, *dropout, *changed])
+    readable = "-".join([data, settings["model.name"], split, *dropout, *changed])
     readable = re.sub(r"[^A-Za-z0-9._-]+", "_", readable).strip(".")[:150]
     folder = expanded(config.output_dir) / f"{readable}-{_digest(settings)[:8]}"
     return folder / f"seed{config.seed}"
@@ -221,6 +237,6 @@ def title(config: Config) -> str:
     data = Path(config.data.path).stem if config.data.path else config.data.name
     data = data.replace("$", "")  # it would begin a formula in a figure
     size = f" {config.data.train_size:,}" if config.data.train_size else ""
-    width = config.model.options.get("width", 1)
+    width = config.model.arguments.get("width", 1)
     width = "" if width == 1 else f" width {width:g}"
-    return f"{data}{size} {config.model.name}{width} {split} seed {config.seed}"
+    return f"{data}{size} {short_name(config.model.name)}{width} {split} seed {config.seed}"

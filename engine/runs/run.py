@@ -5,6 +5,7 @@ over them is the run's identity, and the identity is written into every checkpoi
 reads another run's files by mistake, and a moved run keeps its identity.
 """
 
+import dataclasses
 import hashlib
 import re
 import sys
@@ -31,9 +32,11 @@ from engine.runs.identity import (
     identity_of,
     resolutions,
     run_directory,
+    short_name,
 )
 from engine.runs.locking import require_held
 from engine.runs.tables import HISTORY
+from models import network_file
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_]+\.[a-z]+")
 _AGAIN = "the script that trained this run makes it again"
@@ -76,6 +79,9 @@ class Run:
         decisive = [key for key in SCHEMA if DECIDING.fullmatch(key) and key not in PLACES]
         for config in configs:
             for key in decisive:
+                same = short_name(config.model.name) == short_name(made.model.name)
+                if key == "model.name" and same:  # the same file may lie elsewhere
+                    continue
                 if flatten(config)[key] != (value := flatten(made)[key]):
                     raise UserError(
                         f"command line: {key}: cannot be changed, {directory} was trained "
@@ -97,12 +103,32 @@ class Run:
         trained = {k: v for k, v in (run._trained or own).items() if not k.endswith(".sha256")}
         # An earlier version recorded settings without effect too.
         values = {key: field.default for key, field in SCHEMA.items()} | trained
-        if more or any(values[key] != flatten(made).get(key) for key in {*own, *trained}):
+        known = flatten(made) | {"model.name": short_name(made.model.name)}
+        known = {k: list(v) if isinstance(v, tuple) else v for k, v in known.items()}
+        if more or any(values[key] != known.get(key) for key in {*own, *trained}):
             raise UserError(
                 f"{path} and {run.provenance_path} are not of the same run; one is damaged, or "
                 f"another run's{_remedy(directory)}"
             )
         return made
+
+    def trusting(self, own_file: bool, trust: bool) -> "Run":
+        """Return a run found by its directory, whose network's code may be run.
+
+        The code of a network from a file runs because the user names the file (`own_file`) or
+        trusts the run's own copy of it, never because a run's settings name it.
+        """
+        if network_file(self.config.model.name) is None or own_file:
+            return self
+        if not trust:
+            raise UserError(
+                f"{self.directory}: its network is a file, and this would run its code; read "
+                f"{self.network_path} and add --trust, or name your own copy: "
+                "model.name=FILE.py:CALLABLE"
+            )
+        name = f"{self.network_path}:{self.config.model.name.rpartition(':')[2]}"
+        model = dataclasses.replace(self.config.model, name=name)
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, model=model))
 
     # ------------------------------------------------------------ identity and state
 
@@ -208,6 +234,12 @@ class Run:
         return self.directory / "provenance.json"
 
     @property
+    def network_path(self) -> Path:
+        """The copy of the file that holds the network, if it comes from a file."""
+        path = network_file(self.config.model.name)
+        return self.directory / "network" / (path.name if path else "none")
+
+    @property
     def config_path(self) -> Path:
         return self.directory / "config.yaml"
 
@@ -278,6 +310,8 @@ class Run:
                 arrays["typicality"] = split.typicality
             files.write_arrays(self.split_path, **{k: v.cpu().numpy() for k, v in arrays.items()})
         files.write_text(self.config_path, to_yaml(self.config))
+        if (path := network_file(self.config.model.name)) not in (None, self.network_path):
+            files.write_atomically(self.network_path, lambda file: file.write(path.read_bytes()))
 
     def check_split(self, split: Split) -> None:
         """Refuse a data set that is not the one that this run was trained on."""
@@ -291,8 +325,10 @@ class Run:
                     f"{self.split_path}: its {name} is not what the data set gives now; "
                     "the data changed since this run began, or the file is another run's"
                 )
-        for key in PLACES[1:]:
-            path, digest = flatten(self.config)[key], self._trained.get(f"{key}.sha256")
+        paths = {key: flatten(self.config)[key] for key in PLACES[1:]}
+        paths["model.name"] = network_file(self.config.model.name)
+        for key, path in paths.items():
+            digest = self._trained.get(f"{key}.sha256")
             if path and digest not in (None, digest_of(expanded(path))):
                 raise UserError(f"{path}: is not the file that the run was trained on ({key})")
         self.check_images(split)

@@ -1,6 +1,6 @@
 """Build the split and the model that a configuration names."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 
@@ -21,15 +21,18 @@ from data import (
     make_split,
     outline,
 )
+from engine.config.kinds import nearest
 from engine.config.schema import Config, DataConfig, DropoutConfig
 from engine.errors import UserError
 from engine.runs.locking import holder_of, lock
 from engine.runs.run import Run, load_weights
 from engine.training.devices import compute_precision
 from engine.training.evaluation import Outcome, evaluate
-from models import build_model
+from models import build_model, is_name_of_network
+from models.any_network import example_images
 from models.dropout import ExampleTiedDropout, SparseDropout, StandardDropout, insert_dropout
 from models.layer_groups import StagedModel
+from models.wiring import Output, observe
 
 # The runs of a sweep mostly share their data set.
 _load_dataset_once = lru_cache(maxsize=1)(load_dataset)
@@ -105,26 +108,57 @@ def load_typicality(config: Config, split: Split) -> Tensor | None:
     return scores.to(split.index.device)[split.index]
 
 
-def make_model(config: Config, split: Split) -> StagedModel:
+def make_model(config: Config, split: Split, proof: bool = True) -> StagedModel:
     """Build the network at its initialization, on the CPU, with the configured dropout.
 
     Weights lie channels-last, and so do the activations that convolutions make with them: that is
     the faster layout on CPUs and on tensor cores (tf32, bf16), and changes no shape.
+    A network that is not ours is proven equal to its chain of stages, unless `proof` is False.
     """
-    model = _build(config, split.shape, split.classes).to(memory_format=torch.channels_last)
+    model = _build(config, split.shape, split.classes, proof)
+    model = model.to(memory_format=torch.channels_last)
     if config.dropout.kind != "none":
         try:
-            _add_dropout(model, config.dropout, n_examples=int(split.index.max()) + 1)
+            places = _dropout_places(model, config.dropout.sites, split.shape)
+            _add_dropout(model, config.dropout, places, n_examples=int(split.index.max()) + 1)
         except ValueError as error:
             raise UserError(f"dropout: {error}") from None
     return model
 
 
-def _add_dropout(model: StagedModel, dropout: DropoutConfig, n_examples: int) -> None:
+def _dropout_places(
+    model: StagedModel, sites: str | tuple[str, ...], shape: tuple[int, int, int]
+) -> dict[str, Output]:
+    """Return the modules behind which dropout stands, and what leaves them."""
+    if isinstance(sites, str):
+        try:
+            own = model.dropout_sites(sites)
+        except NotImplementedError:
+            raise ValueError(
+                "sites: the network names none; list modules, as in [conv1, conv2]"
+            ) from None
+        if model.wiring is None:
+            return {site: Output(channels, model.channel_dim) for site, channels in own.items()}
+        sites = tuple(own)
+    modules = dict(model.named_modules())
+    for site in sites:
+        if site not in modules:
+            raise ValueError(f"sites: the network has no module {site}{nearest(site, modules)}")
+    wiring = model.wiring or observe(model, example_images(shape[0], shape[1:], count=2))
+    for site in sites:
+        if site not in wiring.outputs:
+            raise ValueError(f"sites: {site} does not run once and end in channels")
+    return {site: wiring.outputs[site] for site in sites}
+
+
+def _add_dropout(
+    model: StagedModel, dropout: DropoutConfig, places: Mapping[str, Output], n_examples: int
+) -> None:
     """Insert dropout of the configured kind after each of the model's sites."""
-    p, seed, dim = dropout.p_gen, dropout.seed, model.channel_dim
+    p, seed = dropout.p_gen, dropout.seed
     layers = {}
-    for number, (site, channels) in enumerate(model.dropout_sites(dropout.sites).items()):
+    for number, (site, output) in enumerate(places.items()):
+        channels, dim = output.channels, output.dim
         if dropout.kind == "example_tied":
             layers[site] = ExampleTiedDropout(
                 channels, n_examples, p, dropout.p_mem, seed, layer=number, dim=dim
@@ -136,18 +170,19 @@ def _add_dropout(model: StagedModel, dropout: DropoutConfig, n_examples: int) ->
     insert_dropout(model, layers)
 
 
-def _build(config: Config, shape: tuple[int, int, int], classes: int) -> StagedModel:
+def _build(
+    config: Config, shape: tuple[int, int, int], classes: int, proof: bool = True
+) -> StagedModel:
     channels, height, width = shape
-    if height != width:
-        raise UserError(f"data: images of {height} x {width} pixels; the models need square ones")
     try:
         return build_model(
             config.model.name,
             channels=channels,
             classes=classes,
-            image_size=height,
+            image_size=height if height == width else (height, width),
             seed=config.seed,
-            **config.model.options,
+            proof=proof,
+            **config.model.arguments,
         )
     except ValueError as error:
         raise UserError(f"model: {error}") from None
@@ -164,7 +199,7 @@ def load_evaluated_model(
     """Load the final network with its outcome on the training set, as history.csv has it."""
     run.require_finished()
     run.check_split(split)
-    model = make_model(run.config, split)
+    model = make_model(run.config, split, proof=False)
     epoch = run.config.train.epochs
     load_weights(model, run.read_checkpoint(epoch), run.checkpoint_path(epoch))
     model = model.to(device)
@@ -189,5 +224,6 @@ def estimate_disk(run: Run) -> float:
 def outline_model(config: Config) -> StagedModel:
     """Build the network without dropout on the meta device: names and shapes only."""
     known = outline(config.data.name, config.data.path)
-    with torch.device("meta"):
-        return _build(config, known.shape, known.classes)
+    # Cutting a network that is not ours takes a pass, so its weights need memory.
+    with torch.device("cpu" if is_name_of_network(config.model.name) else "meta"):
+        return _build(config, known.shape, known.classes, proof=False)

@@ -7,15 +7,16 @@ import torch
 import torch.nn.functional as F
 
 from engine.flipping.gates import Gates, neuron_sites
-from tests.slow_neurons import SlowNeurons, make
+from tests.slow_neurons import NOT_OURS, SlowNeurons, make
 
 NAMES = ["resnet9", "resnet50", "vit_small", "single_conv"]
+WIRED = ["torchvision:resnet18", "pre_activation", "mixed"]
 ABLATE = ["activation", "weight"]
 
 
-def images(count: int) -> torch.Tensor:
+def images(count: int, size: int = 20) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
-    return torch.rand(count, 1, 20, 20, generator=generator, dtype=torch.float64) * 2 - 1
+    return torch.rand(count, 1, size, size, generator=generator, dtype=torch.float64) * 2 - 1
 
 
 def some_of_each_layer(gates: Gates) -> list[int]:
@@ -24,17 +25,18 @@ def some_of_each_layer(gates: Gates) -> list[int]:
 
 
 @pytest.mark.parametrize("ablate", ABLATE)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *WIRED, "mlp"])
 def test_gradients_and_outputs_of_several_sets_at_once(name, ablate):
     model = make(name).double()
     model.requires_grad_(False)
-    label = torch.tensor([1, 4, 2, 2, 7, 0])
+    size = 8 if name == "mlp" else 20
+    label = torch.tensor([1, 4, 2, 2, 7, 0]) % (3 if name in NOT_OURS else 10)
     fresh = copy.deepcopy(model)
     with Gates(model, ablate) as gates:
         chosen = some_of_each_layer(gates)
         sets = [[], chosen[1::3], chosen[-2:]]
         gates.close(sets)
-        output = model(images(6))
+        output = model(images(6, size))
         taps = gates.take_taps()
         loss = F.cross_entropy(output, label, reduction="sum")
         found = gates.gradients(taps, torch.autograd.grad(loss, [t.output for t in taps]), 3)
@@ -43,7 +45,7 @@ def test_gradients_and_outputs_of_several_sets_at_once(name, ablate):
         for gate in closed:
             slow.close(gate)
         rows = slice(2 * i, 2 * i + 2)
-        expected = slow.model(images(6)[rows])
+        expected = slow.model(images(6, size)[rows])
         torch.testing.assert_close(output[rows], expected, rtol=1e-9, atol=1e-11)
         gradient = slow.gradient(F.cross_entropy(expected, label[rows], reduction="sum"))
         assert all(gradient[site.numbers].any() for site in gates.sites) or closed
@@ -54,7 +56,7 @@ def test_gradients_and_outputs_of_several_sets_at_once(name, ablate):
         )
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *WIRED, "mlp"])
 def test_every_neuron_has_one_gate(name):
     model = make(name)
     sites = neuron_sites(model)
@@ -70,6 +72,8 @@ def test_every_neuron_has_one_gate(name):
         assert [groups.count(g) for g in range(6)] == [1, 10, 13, 19, 10, 1]
     if name == "vit_small":
         assert groups == [1] * 4 + [2] * 4 + [3]
+    if name == "torchvision:resnet18":
+        assert [groups.count(g) for g in range(6)] == [1, 4, 5, 5, 5, 1]
 
 
 def test_closing_a_channel_silences_what_leaves_the_layer():
@@ -92,7 +96,7 @@ def test_names_of_neurons():
     assert sites[-1].describe(sites[-1].first + 3 * features + 1) == "linear:3:1"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *WIRED])
 def test_afterwards_nothing_is_left(name):
     model = make(name)
     x = images(2).float()
