@@ -247,7 +247,7 @@ SCRIPTS = {
 
 @pytest.fixture
 def complaint(tmp_path, monkeypatch, capsys):
-    """What a script says about bad input, after checking that it does nothing else."""
+    """Return a script's line about bad input, after checking that it does nothing else."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "loop.yaml").symlink_to("loop.yaml")
     os.mkfifo(tmp_path / "pipe.yaml")
