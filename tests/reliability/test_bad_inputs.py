@@ -248,7 +248,7 @@ SCRIPTS = {
 
 @pytest.fixture
 def complaint(tmp_path, monkeypatch, capsys):
-    """Return the message of a script about bad input; check that it does nothing else."""
+    """Return a script's line about bad input, after checking that it does nothing else."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "loop.yaml").symlink_to("loop.yaml")
     os.mkfifo(tmp_path / "pipe.yaml")

@@ -1,4 +1,4 @@
-"""Every file of a run, damaged in every way: said in one line or mended, and never believed.
+"""Every file of a run, damaged in every way: named in one line or restored, and never believed.
 
 Each script then either ends with status 2, names the file, and has changed nothing; or it ends as
 if nothing had happened, because it does not need the file, or has made it anew and says so.

@@ -93,6 +93,7 @@ def test_a_disk_that_becomes_read_only(call, disk, whole):
     status, (line,) = call(disk / "runs")
     assert status == 1
     assert line.endswith(": Read-only file system" + MENDED)
+    assert ".tmp" not in line
     remount(disk, "rw,size=50m")
     assert call(disk / "runs")[0] == 0
     remount(disk, "ro")

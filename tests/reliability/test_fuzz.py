@@ -198,7 +198,7 @@ def load(path: Path, arrays: dict) -> Dataset | None:
 
 
 def check_dataset(dataset: Dataset, arrays: dict) -> None:
-    """An accepted configuration has the values of its file."""
+    """Compare the accepted values with those of the file."""
     assert dataset.images.dtype == dataset.test_images.dtype
     assert dataset.images.shape[1] in (1, 3)
     classes = len(dataset.class_names)

@@ -1,4 +1,4 @@
-"""kill -9 at random moments: every script, started again, ends as if nobody had killed it.
+"""kill -9 at random moments: every script, rerun, ends with the results of an uninterrupted one.
 
 Moments are drawn from seeds, within the time that the script worked for when nobody disturbed it.
 """
@@ -55,7 +55,7 @@ def finish(script: str, folder: Path) -> None:
 
 
 def at_work(script: str, process: subprocess.Popen, folder: Path) -> None:
-    """Wait until the script has claimed a run; drawing figures claims nothing."""
+    """Wait until the script has locked a run; drawing figures locks nothing."""
     while script != "plot_results" and not list(folder.rglob("claim.json")):
         if process.poll() is not None:
             return
@@ -63,7 +63,7 @@ def at_work(script: str, process: subprocess.Popen, folder: Path) -> None:
 
 
 def contents(folder: Path) -> dict[str, object]:
-    """Bytes of every table and figure, and every bit of the weights and of what was recorded."""
+    """Read the bytes of every table and figure, and every bit of weights and records."""
     found = {}
     for path in sorted(folder.glob("runs/**/*")):
         name = str(path.relative_to(folder))
@@ -80,7 +80,7 @@ def contents(folder: Path) -> dict[str, object]:
 
 @dataclass
 class Undisturbed:
-    """Run each script once without a kill; keep its files and its duration."""
+    """Results and working time of each script without a kill; made once."""
 
     root: Path
     seconds: dict[str, float] = field(default_factory=dict)
@@ -113,7 +113,7 @@ def undisturbed(tmp_path_factory) -> Undisturbed:
 
 
 def kill(script: str, folder: Path, seconds: float) -> bool:
-    """Start a script and kill it after it has worked for so long; whether it still lived."""
+    """Start a script and kill it after it worked for some seconds; return whether it still ran."""
     process = start(script, folder)
     try:
         at_work(script, process, folder)
