@@ -13,7 +13,7 @@ this file says how to read it.
 
 import copy
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -85,11 +85,14 @@ class Work:
 # ---------------------------------------------------------------- the machine
 
 
-def matrix_rate(config: Config, device: torch.device, rounds: int) -> float:
-    """FLOPs a second of the fastest of several square products."""
+def matrix_rate(
+    config: Config, device: torch.device, rounds: int, sizes: Sequence[int] | None = None
+) -> float:
+    """Return the FLOP/s of the fastest of several square matrix products."""
+    sizes = sizes or MATRICES[device.type]
     dtype, best = torch.bfloat16 if config.precision == "bf16" else torch.float32, 0.0
-    largest = MATRICES[device.type][-1]
-    for size in MATRICES[device.type]:
+    largest = sizes[-1]
+    for size in sizes:
         left, right = (torch.rand(size, size, device=device, dtype=dtype) for _ in range(2))
         times = (largest // size) ** 2  # short ones again and again
 

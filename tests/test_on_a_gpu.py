@@ -4,11 +4,13 @@ Waiting and stray tensors show without a GPU too: torch's 'meta' device knows sh
 reading a value from it, or mixing it with values of the CPU, is an error.
 """
 
+import dataclasses
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import example_tied_dropout
@@ -16,19 +18,23 @@ import gradient_accounting
 import layer_retraining
 import layer_rewinding
 import neuron_flipping
-from data import normalize
+from data import Split, normalize
 from engine.config.load import load_configs
 from engine.flipping import cached_passes
 from engine.flipping.fold import folded
 from engine.flipping.gates import Gates
 from engine.runs.run import Run
+from engine.runs.tables import HISTORY
 from engine.training import epoch as epochs
 from engine.training import loop
 from engine.training.build import load_split, make_model
+from engine.training.devices import compute_precision
 from engine.training.evaluation import evaluate_split
 from engine.training.record import PlainBackward
 from gradient_accounting import GradientAccountant
+from models.layer_groups import layer_groups
 from tests.conftest import TINY
+from tests.engine.training.test_loop import send_signal_at
 
 VIT = (
     "model.name=vit_small", "model.width=1.0", "model.patch=4", "model.dim=16", "model.depth=2",
@@ -117,6 +123,124 @@ def test_flipping_waits_for_scores_alone(tiny, monkeypatch):
                 assert reference.of(closed).shape == (gates.count,)
                 assert correct.of(closed).shape == (40,)
         assert copies.count == 0
+
+
+# ---------------------------------------------------------------- fake CUDA: types and devices
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """Inside, tensors and models can be moved to a CUDA device that computes shapes and types only.
+
+    Unlike the meta device it has autocast; a backward pass would need a driver.
+    """
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *_: True)
+    monkeypatch.setattr("engine.training.evaluation._memory_of", lambda device: 80 << 30)
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        with mode:
+            return mode.from_tensor(tensor).to("cuda")
+
+    def moved(model: torch.nn.Module, split: Split) -> tuple[torch.nn.Module, Split]:
+        for module in model.modules():
+            for name, value in [*module.named_parameters(recurse=False)]:
+                module._parameters[name] = torch.nn.Parameter(move(value.detach()), False)
+            for name, value in [*module.named_buffers(recurse=False)]:
+                module._buffers[name] = move(value)
+        fields = {field.name: getattr(split, field.name) for field in dataclasses.fields(split)}
+        tensors = {name: move(t) for name, t in fields.items() if torch.is_tensor(t)}
+        return model, dataclasses.replace(split, **tensors)
+
+    return mode, moved
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+@pytest.mark.parametrize(
+    "overrides",
+    [(), ("model.width=0.1", *TIED), VIT, ("model.name=resnet50", "model.width=1.0")],
+    ids=["resnet9", "tied", "vit", "resnet50"],
+)
+def test_evaluation_stays_on_its_device_in_every_precision(tiny, fake_cuda, overrides, precision):
+    config = tiny(*overrides)
+    split = load_split(config)
+    mode, moved = fake_cuda
+    model, split = moved(make_model(config, split), split)
+    seen = []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda *given: seen.append(given[-1].dtype))
+    with mode, compute_precision(precision, torch.device("cuda")):
+        train, test = evaluate_split(model, split)
+    for outcome in (train, test):
+        assert outcome.loss.dtype == torch.float32
+        assert {outcome.loss.device.type, outcome.prediction.device.type} == {"cuda"}
+    half = torch.bfloat16 if precision == "bf16" else torch.float32
+    assert set(seen) <= {half}
+    assert bool(seen) == ("model.name=vit_small" not in overrides)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_rewinding_stays_on_its_device(tiny, fake_cuda, precision):
+    config = tiny()
+    split = load_split(config)
+    mode, moved = fake_cuda
+    model, split = moved(make_model(config, split).eval(), split)
+    earlier = {0: layer_groups(model)}
+    with mode, compute_precision(precision, torch.device("cuda")), torch.no_grad():
+        own, rewound = layer_rewinding.compute_predictions(
+            layer_groups(model), earlier, split.images
+        )
+        assert {own.device.type, rewound[0].device.type} == {"cuda"}
+
+
+# ---------------------------------------------------------------- only on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "overrides", [(), (*VIT, "model.dropout=0.1", "data.augment=true")], ids=["resnet9", "vit"]
+)
+def test_an_interrupted_training_resumes_its_random_states(tiny, tmp_path, monkeypatch, overrides):
+    """Dropout's masks after the interruption are those of an uninterrupted training."""
+    runs = [
+        Run.of(tiny(*overrides, "device=cuda", f"output_dir={tmp_path / name}")) for name in "ab"
+    ]
+    gradient_accounting.EXPERIMENT.main(runs[0])
+    send_signal_at(runs[1], monkeypatch, step=7)
+    assert runs[1].within_path.exists()
+    gradient_accounting.EXPERIMENT.main(runs[1])
+    tables = [HISTORY.read(run.directory) for run in runs]
+    for ours, others in zip(*tables, strict=True):
+        assert others == {name: pytest.approx(value, rel=0.02) for name, value in ours.items()}
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_a_compiled_training_is_near_an_eager_one(tiny, tmp_path, precision):
+    tables = []
+    for wanted in ("false", "true"):
+        place = (f"output_dir={tmp_path}", f"train.compile={wanted}", "device=cuda")
+        run = Run.of(tiny("train.epochs=2", f"precision={precision}", *place))
+        gradient_accounting.EXPERIMENT.main(run)
+        tables.append(HISTORY.read(run.directory))
+    for ours, others in zip(*tables, strict=True):
+        assert others["loss_total"] == pytest.approx(ours["loss_total"], rel=0.05)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+@pytest.mark.parametrize(
+    "overrides", [VIT, ("model.name=resnet50", "model.width=1.0")], ids=["vit", "resnet50"]
+)
+def test_other_networks_train(tiny, overrides, precision):
+    run = Run.of(tiny(*overrides, "device=cuda", f"precision={precision}", "train.epochs=4"))
+    gradient_accounting.EXPERIMENT.main(run)
+    first, *_, last = HISTORY.read(run.directory)
+    assert last["loss_total"] < first["loss_total"]
 
 
 # ---------------------------------------------------------------- the same numbers

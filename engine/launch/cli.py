@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from data import DataError
@@ -146,6 +147,8 @@ def run_script(
 
 def announce(runs: Sequence[Run]) -> None:
     """Say on stderr on which device, and in which precision, the runs compute."""
+    if any(run.config.device == "cuda" for run in runs) and not torch.cuda.is_available():
+        return  # computing will end with an error; a dry run is allowed
     print(describe_computing([run.config for run in runs]), file=sys.stderr, flush=True)
 
 

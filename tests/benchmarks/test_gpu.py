@@ -1,0 +1,127 @@
+"""benchmarks/gpu.py: its stages on a CPU, in tiny sizes, and what a failing stage leaves behind."""
+
+import argparse
+import importlib
+import json
+import math
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("gpu")
+
+
+def script(path: Path, ending: str) -> list[str]:
+    """Return a command that writes one result, and then ends in some way."""
+    write = f"import sys, time; open({str(path)!r}, 'w').write('{{\"a\": 1}}');"
+    return [sys.executable, "-c", write + ending]
+
+
+# ---------------------------------------------------------------- processes
+
+
+@pytest.mark.parametrize(
+    ("ending", "error"),
+    [
+        ("", None),
+        ("sys.exit('broken: by itself')", "broken: by itself"),
+        ("sys.exit(3)", "status 3"),
+        ("time.sleep(60)", "stopped after 3 s"),
+    ],
+)
+def test_what_a_stage_measured_is_kept_however_it_ends(gpu, tmp_path, ending, error):
+    path, began = tmp_path / "stage.json", time.monotonic()
+    found = gpu.measure_stage(script(path, ending), path, timeout=3)
+    assert found["results"] == {"a": 1}
+    assert found.get("error") == error
+    assert time.monotonic() - began < 30
+
+
+def test_the_report_is_whole_after_every_stage(gpu, tmp_path, monkeypatch):
+    """And says of a stage that there was no time left for it."""
+    output, seen = tmp_path / "gpu.json", []
+
+    def stage(command, path, timeout):
+        seen.append((command[command.index("--stage") + 1], timeout))
+        if len(seen) > 1:
+            assert list(json.loads(output.read_text())["stages"]) == [n for n, _ in seen[:-1]]
+        if len(seen) == 3:
+            monkeypatch.setattr(gpu, "LEAST", math.inf)
+        return {"results": {"x": 2.5}, "seconds": 0.1}
+
+    monkeypatch.setattr(gpu, "measure_stage", stage)
+    given = argparse.Namespace(minutes=10, device="cpu", output=output)
+    report = gpu.measure(given)
+    assert json.loads(output.read_text()) == report
+    assert list(report["stages"]) == list(gpu.STAGES)
+    assert [name for name, _ in seen] == list(gpu.STAGES)[:3]
+    assert all(180 <= timeout <= 600 for _, timeout in seen)
+    assert report["stages"]["configs"]["error"] == "no time left"
+    table = list(gpu.write_table(report))
+    assert "| parity | x | 2.5 |" in table
+    assert "| configs | ended early | no time left |" in table
+
+
+def test_a_way_that_fails_is_told_and_the_others_are_measured(gpu, monkeypatch):
+    def fail(device, precision, way, *rest):
+        if way == "tuned":
+            raise RuntimeError("no such kernel\nat line 3")
+        return {"seconds": 1.0}
+
+    monkeypatch.setattr(gpu, "time_step", fail)
+    found = dict(gpu.steps(CPU))
+    assert found["plain fp32 eager"] == {"seconds": 1.0}
+    assert found["plain fp32 tuned"] == {"error": "RuntimeError: no such kernel"}
+
+
+# ---------------------------------------------------------------- stages
+
+
+@pytest.mark.parametrize("name", ["environment", "parity", "steps", "flipping", "evaluation"])
+def test_a_stage_measures_numbers(gpu, name):
+    found = dict(gpu.STAGES[name][0](CPU))
+    json.dumps(found)
+    if name == "environment":
+        assert found["provenance"]["precision"] == "fp32"
+    elif name == "parity":
+        assert set(found.values()) == {0.0}, "a CPU agrees with itself"
+        assert len(found) == 5
+    else:
+        assert found
+        for value in found.values():
+            assert all(v > 0 for v in value.values() if v is not None), found
+
+
+def test_parity_sees_a_difference(gpu, monkeypatch):
+    numbers = iter([{"a": torch.tensor([1.0, 4.0])}, {"a": torch.tensor([1.0, 4.2])}])
+    monkeypatch.setattr(gpu, "_numbers_of", lambda *_: next(numbers))
+    monkeypatch.setattr(gpu, "compute_precision", lambda *_: nullcontext())
+    assert dict(gpu.parity(torch.device("meta")))["a"] == pytest.approx(0.05)
+
+
+@pytest.mark.slow(reason="nine processes, two of them train: minutes on a busy CPU")
+@pytest.mark.timeout(900)
+def test_the_whole_command_on_a_cpu(tmp_path):
+    output = tmp_path / "cpu.json"
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--device", "cpu", "--minutes", "14"]
+    done = subprocess.run([*command, "--output", str(output)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    stages = json.loads(output.read_text())["stages"]
+    assert not {name: s["error"] for name, s in stages.items() if "error" in s}
+    resume = stages["resume"]["results"]
+    assert resume["interrupted status"] == 143
+    assert resume["uninterrupted status"] == resume["resumed status"] == 0
+    assert resume["same history"] is True
+    assert stages["configs"]["results"]["configs/quickstart.yaml"].startswith("total: ")
