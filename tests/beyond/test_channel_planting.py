@@ -81,7 +81,7 @@ def test_the_channel_s_numbers_are_all_that_its_activation_depends_on(site):
 
 
 def record(model, site: str, batch) -> dict[str, torch.Tensor]:
-    """What a site's convolution puts out, and what the layer behind the site reads."""
+    """Return the output of a site's convolution, and the input of the layer behind the site."""
     writes, reads = (model.get_submodule(name) for name in CHANNELS[site])
     found = {}
     hooks = [
