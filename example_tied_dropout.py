@@ -15,7 +15,6 @@ that is cheap beside the training.
 """
 
 import copy
-import dataclasses
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,25 +24,31 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data import Split, batch_rows, normalize
+from data import Split, batch_rows, expanded, normalize
 from data.random_streams import random_stream
 from engine.config.schema import Config
 from engine.launch.cli import run_script
 from engine.launch.estimates import count_examples, training_passes
 from engine.runs.experiment import Experiment
-from engine.runs.identity import measuring_precision, measuring_settings, title
+from engine.runs.identity import (
+    digest_of,
+    measuring_precision,
+    measuring_settings,
+    title,
+    without_accounting,
+)
 from engine.runs.measurement import Measurement
 from engine.runs.run import Run
 from engine.runs.tables import ResultTable
 from engine.training.build import (
     estimate_disk,
-    load_final_model,
+    load_evaluated_model,
     load_split,
     load_typicality,
     make_model,
 )
 from engine.training.devices import compute_precision, resolve_device
-from engine.training.evaluation import Outcome, eval_mode, evaluate_split, mean_by_subset
+from engine.training.evaluation import Outcome, eval_mode, evaluate, evaluate_split, mean_by_subset
 from engine.training.loop import restore_results, train_run
 from models.dropout import dropout_mode, forget, tied_layers
 
@@ -205,13 +210,22 @@ def measurements(run: Run) -> list[Measurement]:
     draws = {"forget": dropout.forget, "forget_draws": dropout.forget_draws}
     found = [Measurement(run, DROPOUT, state)]
     if dropout.kind == "example_tied":
+        scored = state | scores_given(run.config)
         found += [
-            Measurement(run, FORGOTTEN, state),
-            Measurement(run, TYPICALITY, state),
+            Measurement(run, FORGOTTEN, scored),
+            Measurement(run, TYPICALITY, scored),
             Measurement(run, ABLATION, measured),
             Measurement(run, UNLEARNING, measured, draws),
         ]
     return found
+
+
+def scores_given(config: Config) -> dict[str, str]:
+    """Digest of a file of C-scores that no training of this split reads, only these tables."""
+    path = config.data.c_scores
+    if path is None or config.data.split == "atypical":
+        return {}
+    return {"c_scores": digest_of(expanded(path))}
 
 
 def table_1(config: Config, before: dict, after: dict) -> list[dict[str, object]]:
@@ -252,10 +266,10 @@ def measure_tables(run: Run, device: torch.device) -> None:
     """Measure the tables of a finished run that are not there yet, the cheapest first."""
     config = run.config
     split = load_split(config).to(device)
-    model = load_final_model(run, split, device)
+    model, before = load_evaluated_model(run, split, device)
     scores = load_typicality(config, split)
     with compute_precision(precision := measuring_precision(config, device), device):
-        before, test_before = evaluate_split(model, split)
+        test_before = evaluate(model, split.test_images, split.test_label)
         with dropped(model, split, config.dropout.rescale, config.dropout.batchnorm):
             after, test_after = evaluate_split(model, split)
         states = accuracies(split, before, test_before), accuracies(split, after, test_after)
@@ -276,12 +290,6 @@ def measure_tables(run: Run, device: torch.device) -> None:
 
 
 # ---------------------------------------------------------------- a run
-
-
-def without_accounting(config: Config) -> Config:
-    """Gradients are accounted without dropout, by gradient_accounting.py."""
-    train = dataclasses.replace(config.train, account_gradients=False)
-    return dataclasses.replace(config, train=train)
 
 
 def train(run: Run, device: torch.device) -> None:

@@ -43,9 +43,8 @@ from engine.stats import (
     count_neurons,
     first_epoch_for_good,
 )
-from engine.training.build import load_final_model, load_split
+from engine.training.build import load_evaluated_model, load_split
 from engine.training.devices import compute_precision, free_memory, resolve_device
-from engine.training.evaluation import evaluate
 from models.layer_groups import StagedModel
 
 FLIPPING = ResultTable(
@@ -176,9 +175,9 @@ def search_measurement(run: Run) -> Measurement:
 def search_run(run: Run, split: Split, device: torch.device) -> None:
     """Search every chosen example that was not searched before, and write the table."""
     measurement = search_measurement(run)
-    model = load_final_model(run, split, device).eval().requires_grad_(False)
+    model, outcome = load_evaluated_model(run, split, device)
+    model.eval().requires_grad_(False)
     with compute_precision(precision := measuring_precision(run.config, device), device):
-        outcome = evaluate(model, split.images, split.label, index=split.index)
         correct = outcome.correct.cpu()
         rows = choose_searched(split, correct, run.config.flipping.examples)
         example_of = dict(zip(rows, split.index[rows].tolist()))

@@ -15,12 +15,15 @@ among them, and whoever ends last draws the figures.
 """
 
 import argparse
+import math
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import plot_results
+from data import expanded
 from engine.config.load import load_configs
 from engine.config.schema import OF_THE_PAPER, Config
 from engine.errors import UserError
@@ -29,7 +32,8 @@ from engine.launch.cli import Ending, announce, make_parser, reporting_ends
 from engine.launch.experiments import load_experiments
 from engine.launch.jobs import Job, are_done, by_run
 from engine.launch.local import LeftToOthers, at_once, collect, foresee, one_after_another
-from engine.launch.processes import Slot, make_slots
+from engine.launch.processes import Slot, end_with_parent, make_slots
+from engine.runs import provenance
 from engine.runs.experiment import Experiment
 from engine.runs.run import Run, each_once
 from engine.runs.stopping import OutOfTime, ending_on_signals, time_budget
@@ -84,8 +88,8 @@ def only(jobs: Sequence[Job], directory: Path) -> list[Job]:
 
 def command(given: argparse.Namespace, *more: str) -> list[str]:
     """Return this command without the options that spread its work."""
-    wait = ["--wait"] if given.wait else []
-    return [sys.executable, str(Path(__file__)), given.config, *given.overrides, *wait, *more]
+    options = [f"--{name}" for name in ("wait", "strict") if getattr(given, name)]
+    return [sys.executable, str(Path(__file__)), given.config, *given.overrides, *options, *more]
 
 
 def command_for(run: Path, jobs: Sequence[Job], given: argparse.Namespace) -> list[str]:
@@ -162,6 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         configs = load_configs(given.config, given.overrides)
         jobs = make_jobs(configs)
         if given.only:
+            end_with_parent()
             jobs = only(jobs, given.only)
         announce([job.run for job in jobs])
         if given.dry_run:
@@ -173,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         done = []
         try:
-            with time_budget(given.time_budget):
+            with time_budget(given.time_budget), provenance.strict(given.strict):
                 for job in work(jobs, configs, given, ending):
                     done.append(job)
         except OutOfTime:
@@ -191,14 +196,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def folder_of(what: str, configs: Sequence[Config], config_file: str) -> Path:
     """What is about all runs of a configuration lies in a folder with its name."""
-    name = f"{what}-{Path(config_file).stem}".encode()[:200].decode(errors="ignore")
-    return Path(configs[0].output_dir).expanduser() / name
+    name = os.fsencode(f"{what}-{Path(config_file).stem}")[:200].decode(errors="ignore")
+    name = "".join(char if char.isprintable() else "_" for char in name)
+    return expanded(configs[0].output_dir) / name
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__, [""], default_config=str(QUICKSTART))
     parser.add_argument(
-        "--time-budget", type=float, metavar="SECONDS", help="stop cleanly after so long"
+        "--time-budget", type=_seconds, metavar="SECONDS", help="stop cleanly after so long"
     )
     parser.add_argument("--gpus", type=_gpus, metavar="0,1,...", help="where --jobs compute")
     spread = parser.add_mutually_exclusive_group()
@@ -214,6 +220,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if given.device:
         given.overrides = [*given.overrides, f"device={given.device}"]
     return given
+
+
+def _seconds(written: str) -> float:
+    try:
+        seconds = float(written)
+    except ValueError:
+        seconds = math.nan
+    if math.isnan(seconds):
+        raise argparse.ArgumentTypeError(f"{written!r} is not a number of seconds, such as 540")
+    return seconds
 
 
 def _count(written: str) -> int:

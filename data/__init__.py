@@ -11,8 +11,9 @@ Nothing here knows of models or of training, and no draw touches a global random
 
 from data.batches import Batch, augment, batch_rows, batches, epoch_order, normalize
 from data.c_scores import c_scores_at_hand, c_scores_published, load_c_scores, tfds_order
+from data.dataset import DataError, Dataset, expanded, file_digest
 from data.human_labels import load_human_labels
-from data.images import DataError, Dataset, at_hand, file_digest, load_dataset, outline
+from data.images import at_hand, full_sizes, load_dataset, outline
 from data.label_noise import add_label_noise
 from data.split import Split, make_split
 
@@ -29,7 +30,9 @@ __all__ = [
     "c_scores_at_hand",
     "c_scores_published",
     "epoch_order",
+    "expanded",
     "file_digest",
+    "full_sizes",
     "load_c_scores",
     "load_dataset",
     "load_human_labels",

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.dataset import UNREADABLE, DataError, Dataset, file_digest, reason
+from data.dataset import UNREADABLE, DataError, Dataset, expanded, file_digest, reason
 
 NETWORK_TIMEOUT = 30  # seconds
 
@@ -69,13 +69,13 @@ def load_c_scores(
     order, or the published .npy of MNIST.
     """
     if path is not None:
-        path = Path(path).expanduser()
+        path = expanded(path)
         if not path.is_file():
             raise DataError(f"{path}: no such file of C-scores")
     elif dataset.typicality is not None:
         return dataset.typicality
     else:
-        path = _find_published(dataset.name, Path(root).expanduser() / "c_scores")
+        path = _find_published(dataset.name, expanded(root) / "c_scores")
     scores = _read_npy(path) if path.suffix == ".npy" else _read_npz(path, dataset.label.numpy())
     n = len(dataset.label)
     if scores.shape != (n,):
@@ -94,7 +94,7 @@ def c_scores_at_hand(name: str, root: str | Path) -> bool:
     """Whether the published scores of a data set lie below `root` already."""
     if not c_scores_published(name):
         return False
-    return (Path(root).expanduser() / "c_scores" / PUBLISHED[name].file).is_file()
+    return (expanded(root) / "c_scores" / PUBLISHED[name].file).is_file()
 
 
 def tfds_order(n: int) -> np.ndarray:

@@ -1,6 +1,8 @@
 """What every loader returns, and how every loader complains."""
 
 import hashlib
+import os
+import stat
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -33,10 +35,20 @@ class Dataset:
     noisy_label: torch.Tensor | None = None  # int64 [n], what annotators said (npz only)
 
 
+def expanded(path: str | Path) -> Path:
+    """Replace a leading ~ or ~NAME by the home directory that it stands for."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise DataError(f"{path}: this machine has no such user; write the path in full") from None
+
+
 def file_digest(path: str | Path) -> str:
     """SHA-256 of a file's bytes in hexadecimal, read a megabyte at a time."""
     digest = hashlib.sha256()
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a named pipe may never return
+            raise DataError(f"{path}: is not a regular file")
         with open(path, "rb") as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)

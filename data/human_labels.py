@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.dataset import DataError, Dataset
+from data.dataset import DataError, Dataset, expanded
 
 FILE = "CIFAR-10_human.pt"
 SOURCE = f"https://github.com/UCSC-REAL/cifar-10-100n (data/{FILE})"
@@ -36,7 +36,7 @@ def load_human_labels(
         raise DataError(f"{dataset.name}: there are no human labels for it, only for CIFAR-10")
     if column not in COLUMNS:
         raise DataError(f"human labels: no column {column!r}; allowed: {', '.join(COLUMNS)}")
-    path = Path(Path(root) / FILE if path is None else path).expanduser()
+    path = expanded(Path(root) / FILE if path is None else path)
     if not path.is_file():
         hint = ", or give the npz a noisy_label array" if dataset.name == "npz" else ""
         raise DataError(f"{path} is not there; put {FILE} there from {SOURCE}{hint}")

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torchvision import datasets as published
 
-from data.dataset import DataError, Dataset, file_digest, reason
+from data.dataset import DataError, Dataset, expanded, file_digest, reason
 from data.glyphs import GLYPH_NAMES, make_glyphs
 from data.glyphs import SIZE as GLYPH_SIZE
 from data.npz import load_npz
@@ -28,6 +28,7 @@ __all__ = [
     "Outline",
     "at_hand",
     "file_digest",
+    "full_sizes",
     "load_dataset",
     "outline",
 ]
@@ -59,7 +60,7 @@ def load_dataset(
             raise DataError("npz: no file given; say where your .npz lies (data.path)")
         return load_npz(path)
     if name in PUBLISHED:
-        return _load_published(name, Path(root).expanduser())
+        return _load_published(name, expanded(root))
     close = difflib.get_close_matches(str(name), DATASETS, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
     raise DataError(f"unknown data set {name!r}; allowed: {', '.join(DATASETS)}{hint}")
@@ -76,7 +77,7 @@ class Outline:
 
 def at_hand(name: str, root: str | Path = "datasets") -> bool:
     """Whether the data set called `name` needs no download."""
-    return name not in PUBLISHED or not PUBLISHED[name].missing(Path(root).expanduser())
+    return name not in PUBLISHED or not PUBLISHED[name].missing(expanded(root))
 
 
 def outline(name: str, path: str | Path | None = None) -> Outline:
@@ -86,8 +87,16 @@ def outline(name: str, path: str | Path | None = None) -> Outline:
     if name in PUBLISHED:
         known = PUBLISHED[name]
         return Outline(known.shape, len(known.class_names), known.train_count)
-    own = Path(path).expanduser() if path else None
+    own = expanded(path) if path else None
     return _outline_once(name, own, own.stat().st_mtime_ns if own and own.exists() else None)
+
+
+def full_sizes(name: str) -> tuple[int, int] | None:
+    """Counts of training and test images where no size is asked for; None for an npz."""
+    if name == "glyphs":
+        return GLYPHS_BY_DEFAULT
+    known = PUBLISHED.get(name)
+    return known and (known.train_count, known.test_count)
 
 
 @lru_cache
@@ -118,6 +127,7 @@ class _Published:
     class_names: tuple[str, ...]
     shape: tuple[int, int, int]  # of an image
     train_count: int
+    test_count: int
 
     def missing(self, root: Path) -> list[str]:
         return [file for file in self.files if not (root / self.folder / file).is_file()]
@@ -135,6 +145,7 @@ PUBLISHED = {
         DIGITS,
         (1, 28, 28),
         60_000,
+        10_000,
     ),
     "cifar10": _Published(
         "cifar-10-batches-py",
@@ -153,8 +164,11 @@ PUBLISHED = {
         ),
         (3, 32, 32),
         50_000,
+        10_000,
     ),
-    "svhn": _Published("", ("train_32x32.mat", "test_32x32.mat"), DIGITS, (3, 32, 32), 73_257),
+    "svhn": _Published(
+        "", ("train_32x32.mat", "test_32x32.mat"), DIGITS, (3, 32, 32), 73_257, 26_032
+    ),
 }
 
 

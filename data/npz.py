@@ -7,13 +7,14 @@ c_score           optional, floats [n_train] in [0, 1]: how typical each example
 """
 
 import difflib
+import os
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data.dataset import UNREADABLE, DataError, Dataset, reason
+from data.dataset import UNREADABLE, DataError, Dataset, expanded, reason
 
 REQUIRED = ("x_train", "y_train", "x_test", "y_test")
 OPTIONAL = ("noisy_label", "c_score")
@@ -21,7 +22,7 @@ OPTIONAL = ("noisy_label", "c_score")
 
 def load_npz(path: str | Path) -> Dataset:
     """Read and check the file; nothing in it is ever unpickled."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     arrays = _read_arrays(path)
     for name in ("x_train", "x_test"):
         _check_images(path, name, arrays[name])
@@ -58,6 +59,7 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     if not zipfile.is_zipfile(path):
         raise DataError(f"{path}: not an .npz file, or cut off; write it with np.savez")
     arrays, name = {}, "table of contents"
+    _require_room(path)
     try:
         with np.load(path, allow_pickle=False) as file:
             names = file.files
@@ -68,6 +70,21 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise _error(path, name, found, "a plain numeric array") from None
     _check_names(path, names)
     return arrays
+
+
+def _require_room(path: Path) -> None:
+    """Refuse arrays that unpack to more than the machine's memory, before they fill it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+    except UNREADABLE as error:
+        raise _error(path, "table of contents", reason(error), "an .npz file") from None
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > memory:
+        found = f"arrays of {size / 1e9:,.1f} GB"
+        raise _error(
+            path, "size", found, f"less than this machine's memory, {memory / 1e9:,.1f} GB"
+        )
 
 
 def _check_names(path: Path, names: list[str]) -> None:

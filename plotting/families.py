@@ -3,12 +3,15 @@
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
+from data import DataError
 from engine.config.load import SCHEMA, flatten
 from engine.config.schema import Config
 from engine.errors import UserError
@@ -23,6 +26,36 @@ REDEFINING = {
     "rewinding.batchnorm", "flipping.ablate", "flipping.refresh_reference",
     "flipping.reference_copies", "dropout.rescale", "dropout.batchnorm",
 }  # fmt: skip
+
+
+Function = TypeVar("Function", bound=Callable)
+
+
+def refusing_malformed(work: Function) -> Function:
+    """Report results that `work` cannot use in one line that names their folders."""
+
+    @wraps(work)
+    def reporting(*arguments: object, **named: object) -> object:
+        try:
+            return work(*arguments, **named)
+        except DataError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            places = ", ".join(dict.fromkeys(_folders_in(arguments))) or "results"
+            raise UserError(
+                f"{places}: a result file is malformed: {work.__name__}: "
+                f"{type(error).__name__}: {error!s:.200}"
+            ) from error
+
+    return reporting
+
+
+def _folders_in(value: object) -> Iterator[str]:
+    if isinstance(value, Family):
+        yield str(value.folder)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _folders_in(item)
 
 
 @dataclass(frozen=True)
@@ -108,6 +141,7 @@ class Family:
         return {c: np.array([[row[c] for row in rows] for rows in seeds]) for c in table.columns}
 
 
+@refusing_malformed
 def find_families(places: Sequence[Path]) -> list[Family]:
     """The finished runs at or below the given folders, sweeps in the order of their values."""
     runs = [run for run in map(Run.at, _find_directories(places)) if run.finished]

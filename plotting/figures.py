@@ -1,6 +1,5 @@
 """All figures: which there are, and how they are drawn from result files."""
 
-import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -13,7 +12,8 @@ from matplotlib.figure import Figure
 from data import DataError
 from engine.launch.experiments import load_experiments
 from engine.runs import files
-from plotting.families import Family, alike
+from engine.runs.commands import shell_command
+from plotting.families import Family, alike, refusing_malformed
 from plotting.figure_kind import FigureKind
 from plotting.style import paper_style
 
@@ -76,13 +76,14 @@ def draw_all(
                 else:
                     yield Drawing(kind, about, paths)
             elif kind.comes_from(family):
-                script = load_experiments()[kind.experiment].command
-                commands = [f"{script} {shlex.quote(str(r.directory))}" for r in family.runs]
+                script = load_experiments()[kind.experiment].command.split()
+                commands = [shell_command([*script, r.directory]) for r in family.runs]
                 yield Drawing(kind, family.title, command=" && ".join(commands))
             else:
                 yield Drawing(kind, family.title, lack=f"such a run has no {kind.source}")
 
 
+@refusing_malformed
 def draw_figure(
     plot: Callable[..., Figure],
     subject: Family | list[Family],

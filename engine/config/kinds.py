@@ -1,7 +1,7 @@
 """One configuration key: its default, its meaning, and which values it takes.
 
 `engine/config/schema.py` declares every key with `option(default, kind, meaning)`. A `Kind` turns
-what YAML gave into the value that the program uses, and says in words what is allowed.
+a value from YAML into the value that the program uses, and says in words what is allowed.
 """
 
 import difflib
@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import Field, dataclass, field
 from itertools import pairwise
 
-ELLIPSIS = "..."  # at the end of a list of epochs: and so on
+FLOAT32_MAX = 3.4028234e38  # networks compute with no larger number
+ELLIPSIS = "..."  # at the end of a list of epochs: continue it
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A set of allowed values, in words and as a function that raises ValueError outside of it."""
+    """A set of allowed values, in words and as a function that raises ValueError for others."""
 
     allowed: str
     parse: Callable[[object], object]
@@ -23,12 +24,12 @@ class Kind:
 
 
 def option(default: object, kind: Kind, meaning: str) -> Field:
-    """A dataclass field that can be validated and documented."""
+    """Declare a dataclass field that can be validated and documented."""
     return field(default=default, metadata={"kind": kind, "meaning": meaning})
 
 
 def nearest(word: object, words: Iterable[str]) -> str:
-    """'; did you mean X?' for the closest spelling, or nothing where none is close."""
+    """Return '; did you mean X?' for the closest spelling, or nothing if none is close."""
     close = difflib.get_close_matches(str(word), list(words), n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -57,7 +58,7 @@ def _range_words(least: float | None, most: float | None, above: float | None) -
 
 def integer(least: int | None = None, most: int | None = None) -> Kind:
     def parse(value: object) -> int:
-        # YAML's true is Python's True, which is an int; nobody means that.
+        # YAML's true is Python's True, which is an int.
         _require(isinstance(value, int) and not isinstance(value, bool))
         _require(_in_range(value, least, most, None))
         return value
@@ -70,8 +71,8 @@ def number(
 ) -> Kind:
     def parse(value: object) -> float:
         _require(isinstance(value, (int, float)) and not isinstance(value, bool))
-        _require(_in_range(value, least, most, above))
-        return float(value)
+        _require(_in_range(value, least, most, above) and abs(value) <= FLOAT32_MAX)
+        return float(value) + 0.0  # no -0.0, which is written in another way than 0
 
     return Kind("a number" + _range_words(least, most, above), parse)
 
@@ -107,7 +108,7 @@ def one_of_or(choices: Iterable[str], others: Callable[[str], bool], words: str)
 
 
 def some_of(*choices: str) -> Kind:
-    """'all', or a list of some of the choices, in their own order; the list may be empty."""
+    """Allow 'all', or a list of some of the choices, kept in the order of the choices."""
 
     def parse(value: object) -> str | tuple[str, ...]:
         if value == "all":
@@ -128,9 +129,9 @@ def text() -> Kind:
 
 
 def epochs(open_ended: bool = False) -> Kind:
-    """Which epochs: 'all', or a list of them, kept sorted and without repeats.
+    """Allow 'all', or a list of epochs, kept sorted and without repeats.
 
-    An open-ended list may end with '...' and then goes on in steps to the last epoch.
+    An open-ended list may end with '...' and then continues in steps to the last epoch.
     """
 
     def parse(value: object) -> str | tuple[int | str, ...]:
@@ -151,7 +152,7 @@ def epochs(open_ended: bool = False) -> Kind:
 
 
 def listed_epochs(value: str | tuple[int | str, ...], last: int) -> list[int]:
-    """The epochs that a value of the kind `epochs` means, in a training of `last` epochs."""
+    """List the epochs that a value of the kind `epochs` means, in a training of `last` epochs."""
     if value == "all":
         return list(range(last + 1))
     if value[-1] != ELLIPSIS:
@@ -161,7 +162,7 @@ def listed_epochs(value: str | tuple[int | str, ...], last: int) -> list[int]:
 
 
 def integers(least: int) -> Kind:
-    """A list of different whole numbers, kept as a tuple in its order."""
+    """Allow a list of different whole numbers, kept as a tuple in its order."""
 
     def parse(value: object) -> tuple[int, ...]:
         _require(isinstance(value, (list, tuple)) and len(value) > 0)

@@ -3,7 +3,7 @@
 Every key of a configuration file is a field in `engine/config/schema.py`. A value comes from, in
 rising order: the default, the file named by `extends:`, the file itself, the command line's
 `key.path=value`. `sweep:` maps key paths to lists; the product of the lists is the set of
-runs. Everything is checked once, here; whoever holds a `Config` holds a possible one.
+runs. Everything is checked once, here: a `Config` is always a possible one.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from engine.config.kinds import Kind, nearest
+from engine.config.kinds import FLOAT32_MAX, Kind, nearest
 from engine.config.schema import Config, impossible
 from engine.errors import UserError
 
@@ -28,7 +28,7 @@ MOST_RUNS = 10_000
 
 
 def schema(section: type = Config, prefix: str = "") -> dict[str, dataclasses.Field]:
-    """Every key path of the configuration, in declaration order, with its field."""
+    """Map every key path of the configuration, in declaration order, to its field."""
     keys = {}
     for field in dataclasses.fields(section):
         if "kind" in field.metadata:
@@ -44,7 +44,7 @@ SECTIONS = sorted({key.rpartition(".")[0] for key in SCHEMA} - {""})
 
 
 def flatten(config: Config) -> dict[str, object]:
-    """Key path -> value, for every key."""
+    """Map every key path to its value."""
 
     def value_of(key: str) -> object:
         value: object = config
@@ -60,7 +60,7 @@ def defaults() -> dict[str, object]:
 
 
 def describe_keys() -> list[tuple[str, str, str, str]]:
-    """Key, default, what is allowed, and what it means, for people."""
+    """List key, default, allowed values and meaning of every key."""
 
     def written(value: object) -> str:
         if value is None:
@@ -86,7 +86,7 @@ def _build(flat: Mapping[str, object], section: type = Config, prefix: str = "")
 
 
 def to_yaml(config: Config) -> str:
-    """The configuration as a file that can be given to any script."""
+    """Write the configuration as a file that any script takes."""
 
     def plain(value: object) -> object:
         if isinstance(value, dict):
@@ -100,7 +100,7 @@ def to_yaml(config: Config) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which a key stands once and 1e-3 is a number, as everybody expects.
+    """Safe YAML in which a key stands only once and 1e-3 is a number.
 
     Aliases are refused: a few lines of them can stand for more than a memory holds.
     """
@@ -124,6 +124,19 @@ def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
     return yaml.SafeLoader.construct_mapping(loader, node)
 
 
+def _decimal(loader: _Loader, node: yaml.ScalarNode) -> object:
+    """Construct a number; refuse the forms in which YAML 1.1 reads another one than is written."""
+    tag = node.tag.rpartition(":")[2]
+    octal = tag == "int" and re.fullmatch(r"[-+]?0[0-9_]+", node.value)
+    if octal or ":" in node.value:
+        problem = f"{node.value} is a number to the base {8 if octal else 60} in YAML"
+        problem += "; write a decimal number, or put text into quotes"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+    return getattr(loader, f"construct_yaml_{tag}")(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _decimal)
+_Loader.add_constructor("tag:yaml.org,2002:float", _decimal)
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
@@ -146,7 +159,7 @@ def _parse_yaml(source: str, content: str) -> object:
 
 @dataclass
 class _Layer:
-    """What one source says: values and sweeps by key path."""
+    """The content of one source: values and sweeps by key path."""
 
     source: str
     values: dict[str, object]
@@ -155,7 +168,7 @@ class _Layer:
 
 
 def _walk(source: str, tree: Mapping, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Key paths and values of a nested mapping; an unknown key ends it."""
+    """Yield key paths and values of a nested mapping; refuse an unknown key."""
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if key in SCHEMA:
@@ -172,7 +185,7 @@ def _walk(source: str, tree: Mapping, prefix: str = "") -> Iterator[tuple[str, o
 
 
 def _spelling(key: str, prefix: str = "") -> str:
-    """The closest known key: by its whole path, else by its last part in any section."""
+    """Suggest the closest known key: by its whole path, else by its last part in any section."""
     known = [*SCHEMA, *SECTIONS, "extends", "sweep"]
     hint = nearest(key, known)
     if not hint:
@@ -207,7 +220,7 @@ def _read_layer(source: str, tree: object) -> _Layer:
 
 
 def _put(layer: _Layer, key: str, value: object, swept: bool) -> None:
-    """Enter one value, checked for its type and range; a key has one meaning in a source."""
+    """Enter one value after checking it; refuse a second one for its key in the same source."""
     if key in layer.sweeps or (swept and key in layer.values):
         raise UserError(f"{layer.source}: {key}: is swept, and set or swept a second time")
     if not swept:
@@ -229,7 +242,9 @@ def _checked(source: str, key: str, value: object) -> object:
     try:
         return kind.parse(value)
     except (ValueError, OverflowError):
-        hint = nearest(value, kind.choices) if isinstance(value, str) else ""
+        large = isinstance(value, float) and FLOAT32_MAX < abs(value) < math.inf
+        hint = f"; at most {FLOAT32_MAX:.2g}" if large else ""
+        hint += nearest(value, kind.choices) if isinstance(value, str) else ""
         section = key.partition(".")[0]
         trained = section == key or section in TRAINED  # a measurement has one value at a time
         if isinstance(value, list) and key != "seed" and trained and not hint:
@@ -239,7 +254,7 @@ def _checked(source: str, key: str, value: object) -> object:
 
 
 def _shown(value: object) -> str:
-    """A value as a message shows it; a number of thousands of digits cannot be written."""
+    """Format a value for a message; Python does not write numbers of thousands of digits."""
     try:
         return f"{value!r:.80}"
     except ValueError:
@@ -247,12 +262,14 @@ def _shown(value: object) -> str:
 
 
 def _file_layers(path: Path, chain: tuple[Path, ...] = ()) -> list[_Layer]:
-    """The layers of a file, what it extends first."""
-    if path.resolve() in chain:
-        names = " -> ".join(p.name for p in (*chain, path))
-        raise UserError(f"{path}: extends: goes round in a circle: {names}")
+    """Read the layers of a file, the extended one first."""
     try:
+        if path.exists() and not path.is_file():  # opening a named pipe may never return
+            raise UserError(f"{path}: cannot be read: it is not a regular file")
         content = path.read_text(encoding="utf-8")
+        if path.resolve() in chain:
+            names = " -> ".join(p.name for p in (*chain, path))
+            raise UserError(f"{path}: extends: goes round in a circle: {names}")
     except FileNotFoundError:
         beside = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         asked = f"{chain[-1]}: extends: " if chain else ""
@@ -285,7 +302,7 @@ def _override_layer(overrides: Sequence[str]) -> _Layer:
 
 
 def load_configs(path: str | Path, overrides: Sequence[str] = ()) -> list[Config]:
-    """Every run that a file asks for, in the order of its sweep (the last key varies fastest)."""
+    """List the runs that a file asks for, in the order of its sweep (last key fastest)."""
     values, sweeps, sources = {}, {}, {}
     for layer in [*_file_layers(Path(path)), _override_layer(overrides)]:
         # A later source's value replaces an earlier one's sweep of the same key, and vice versa.

@@ -1,4 +1,4 @@
-"""Every key of a configuration: its default, what it may be, what it means, and what goes together.
+"""Every key of a configuration: its default, allowed values, meaning, and conflicts between keys.
 
 The defaults are Section 3 of the paper.
 """
@@ -36,6 +36,8 @@ EXPERIMENTS = {
     "flipping": "neuron_flipping",
     "dropout": "example_tied_dropout",
     "gradient_distance": "beyond.gradient_distance",
+    "planted": "beyond.planted_memorization",
+    "erasure": "beyond.erasure",
 }
 OF_THE_PAPER = ("rewinding", "retraining", "flipping", "dropout")
 
@@ -45,21 +47,21 @@ class HumanLabelsConfig:
     path: str | None = option(
         None, optional(text()), "CIFAR-10N's file; by default under data.root"
     )
-    column: str = option("aggre_label", one_of(*HUMAN_COLUMNS), "which annotation is trained on")
+    column: str = option("aggre_label", one_of(*HUMAN_COLUMNS), "the annotation to train on")
 
 
 @dataclass(frozen=True)
 class DataConfig:
     name: str = option("cifar10", one_of(*DATASETS), "the data set; npz is your own")
-    root: str = option("datasets", text(), "where data sets lie, and where they are downloaded to")
+    root: str = option("datasets", text(), "folder of the data sets, also for downloads")
     path: str | None = option(None, optional(text()), "npz: the file with x_train, y_train, ...")
     train_size: int | None = option(None, optional(integer(2)), "train on a fixed random subset")
     test_size: int | None = option(None, optional(integer(1)), "test on a fixed random subset")
     split: str = option(
-        "noise", one_of("noise", "human", "atypical"), "what makes the memorized examples"
+        "noise", one_of("noise", "human", "atypical"), "kind of the memorized examples"
     )
     noise_rate: float = option(0.1, number(0, 1), "fraction of wrong labels (split: noise)")
-    noise_seed: int = option(0, integer(0), "which examples get which wrong label (split: noise)")
+    noise_seed: int = option(0, integer(0), "seed of the wrong labels (split: noise)")
     human_labels: HumanLabelsConfig = dataclasses.field(default_factory=HumanLabelsConfig)
     c_scores: str | None = option(
         None, optional(text()), "file of C-scores; by default under data.root (split: atypical)"
@@ -99,7 +101,7 @@ class ModelConfig:
 
     @property
     def arguments(self) -> dict[str, object]:
-        """The keyword arguments that this model takes."""
+        """Map the names of the keyword arguments that this model takes to their values."""
         return {key: getattr(self, key) for key in sorted(model_options(self.name))}
 
 
@@ -112,10 +114,12 @@ class TrainConfig:
     momentum: float = option(0.9, number(0, 0.9999), "SGD's momentum")
     weight_decay: float = option(5.0e-4, number(0), "L2 penalty, added to the gradient by SGD")
     schedule: str = option(
-        "triangle", one_of("triangle", "warmup_cosine"), "how the rate falls after the peak"
+        "triangle", one_of("triangle", "warmup_cosine"), "shape of the learning rate after the peak"
     )
     account_gradients: bool = option(
-        True, flag(), "sum up clean and noisy gradients apart (Section 4); a second backward pass"
+        True,
+        flag(),
+        "sum clean and noisy gradients separately (Section 4); takes a second backward pass",
     )
     compile: bool | str = option(
         "auto",
@@ -127,23 +131,25 @@ class TrainConfig:
 @dataclass(frozen=True)
 class CheckpointsConfig:
     keep: str | tuple[int, ...] = option(
-        "all", epochs(), "epochs whose weights stay on disk; the last one always does"
+        "all", epochs(), "epochs whose weights stay on disk, beside the last one"
     )
 
 
 @dataclass(frozen=True)
 class RewindingConfig:
     epochs: str | tuple[int | str, ...] = option(
-        (0, 5, 10, "..."), epochs(open_ended=True), "epochs that each layer group is taken back to"
+        (0, 5, 10, "..."), epochs(open_ended=True), "epochs that each layer is rewound to"
     )
     batchnorm: str = option(
-        "final", one_of("final", "checkpoint"), "whose running statistics a group back there uses"
+        "final",
+        one_of("final", "checkpoint"),
+        "batch-norm statistics of the rewound layer: final or of its epoch",
     )
 
 
 @dataclass(frozen=True)
 class RetrainingConfig:
-    epochs: int = option(20, integer(1), "passes over the clean examples, for each group")
+    epochs: int = option(20, integer(1), "passes over the clean examples, for each layer")
     peak_lr: float = option(0.1, number(above=0), "the triangle's highest learning rate")
     peak_epoch: int = option(10, integer(0), "the epoch that ends at peak_lr")
     patience: int | None = option(
@@ -153,17 +159,15 @@ class RetrainingConfig:
 
 @dataclass(frozen=True)
 class FlippingConfig:
-    examples: int = option(
-        1000, integer(1), "memorized examples that are searched, and as many clean ones"
-    )
+    examples: int = option(1000, integer(1), "memorized examples to search, and as many clean ones")
     noise_copies: int = option(5, integer(1), "noisy copies whose mean output is the prediction")
     noise_ratio: float = option(0.01, number(0), "L2 norm of the noise, relative to its image's")
     reference_batch: int = option(
-        512, integer(1), "training examples whose loss is to stay low; at most all of them"
+        512, integer(1), "training examples whose loss must stay low; at most all"
     )
-    max_neurons: int = option(100, integer(1), "a search that closed as many gives up")
+    max_neurons: int = option(100, integer(1), "neurons after which a search stops")
     ablate: str = option(
-        "activation", one_of("activation", "weight"), "what a gate multiplies with 0"
+        "activation", one_of("activation", "weight"), "quantity that a closed gate multiplies by 0"
     )
     remaining: int | None = option(
         None, optional(integer(2)), "examples for the accuracy after removal; null: all others"
@@ -175,7 +179,7 @@ class FlippingConfig:
         None, optional(integer(1)), "approximate: noisy copies of the reference batch; null: exact"
     )
     second_split: bool = option(
-        False, flag(), "train on either half, then on the other, for the forgetting time"
+        False, flag(), "measure forgetting times: train on one half, then on the other"
     )
 
 
@@ -184,10 +188,10 @@ class DropoutConfig:
     kind: str = option(
         "none",
         one_of("example_tied", "standard", "sparse", "none"),
-        "what example_tied_dropout.py trains with; the other scripts train without",
+        "dropout in example_tied_dropout.py; the other scripts train without",
     )
     p_gen: float = option(
-        0.4, number(above=0, most=1), "share of neurons always on; what the baselines keep"
+        0.4, number(above=0, most=1), "share of neurons always on; share that the baselines keep"
     )
     p_mem: float = option(
         0.2, number(0, 1), "example_tied: probability that another neuron is on for an example"
@@ -197,19 +201,19 @@ class DropoutConfig:
         names("blocks", "layers"),
         "behind each block; resnet9: or all convolutions; or behind the modules of these names",
     )
-    seed: int = option(0, integer(0, 2**31 - 1), "example_tied, sparse: which neurons are on")
+    seed: int = option(0, integer(0, 2**31 - 1), "seed of the masks (example_tied, sparse)")
     rescale: str = option(
-        "none", one_of("none", "paper"), "paper: (p_gen + p_mem) / p_gen times what is left"
+        "none", one_of("none", "paper"), "paper: multiply by (p_gen + p_mem) / p_gen after dropping"
     )
     batchnorm: str = option(
         "running",
         one_of("running", "recalibrated"),
-        "statistics after dropping: as trained, or anew",
+        "statistics after dropping: as trained, or re-estimated",
     )
     forget: tuple[int, ...] = option(
-        (1, 3, 10), integers(1), "how many noisy examples are forgotten at a time"
+        (1, 3, 10), integers(1), "numbers of noisy examples to forget at a time"
     )
-    forget_draws: int = option(10, integer(1), "how many times, each time others")
+    forget_draws: int = option(10, integer(1), "independent draws per size")
 
 
 @dataclass(frozen=True)
@@ -223,29 +227,50 @@ class GradientDistanceConfig:
 
 
 @dataclass(frozen=True)
+class PlantedConfig:
+    examples: int = option(30, integer(2), "noisy examples to localize, and as many clean ones")
+    reference: int = option(50, integer(2), "training examples that a score may compare with")
+    others: int = option(50, integer(1), "training and test examples for the cost of deletion")
+    channels: int = option(3, integer(1), "single channels that are planted in each of two layers")
+    chosen: int = option(3, integer(1), "clean examples whose new label a channel has to hold")
+
+
+@dataclass(frozen=True)
+class ErasureConfig:
+    examples: int = option(20, integer(1), "learned noisy examples to erase")
+    reference: int = option(50, integer(2), "reference batch of the search that closes units")
+    ascent_lr: float = option(0.001, number(above=0), "gradient ascent: learning rate")
+    ascent_steps: int = option(500, integer(1), "gradient ascent: steps at most")
+    fine_tuning_lr: float = option(0.01, number(above=0), "fine-tuning: peak learning rate")
+    fine_tuning_epochs: int = option(5, integer(1), "fine-tuning: passes over the other examples")
+
+
+@dataclass(frozen=True)
 class SlurmConfig:
-    partition: str | None = option(None, optional(text()), "null: the cluster's own choice")
-    account: str | None = option(None, optional(text()), "who pays; null: the user's own")
-    gpus: int = option(1, integer(0), "of a job, which is a run")
-    cpus: int = option(4, integer(1), "cores of a job")
-    memory: int | None = option(None, optional(integer(1)), "GB of a job; null: the cluster's own")
-    time: int = option(240, integer(1), "minutes until a job has to go on as a new one")
-    restarts: int = option(100, integer(0), "how many times a job may run out of its time")
-    parallel: int = option(64, integer(1), "jobs at the same time, at the most")
+    partition: str | None = option(None, optional(text()), "partition; null: the cluster's default")
+    account: str | None = option(
+        None, optional(text()), "account to charge; null: the user's default"
+    )
+    gpus: int = option(1, integer(0), "GPUs per job (one job per run)")
+    cpus: int = option(4, integer(1), "cores per job")
+    memory: int | None = option(
+        None, optional(integer(1)), "GB per job; null: the cluster's default"
+    )
+    time: int = option(240, integer(1), "minutes per job; then it is requeued and resumes")
+    restarts: int = option(100, integer(0), "times that a job may run out of time")
+    parallel: int = option(64, integer(1), "largest number of simultaneous jobs")
 
 
 @dataclass(frozen=True)
 class Config:
-    name: str = option("experiment", text(), "a title for reports")
-    output_dir: str = option("runs", text(), "where run directories are made")
+    name: str = option("experiment", text(), "title of reports")
+    output_dir: str = option("runs", text(), "folder of the run directories")
     experiments: str | tuple[str, ...] = option(
         "all",
         some_of(*list(EXPERIMENTS)[1:]),
         "measurements that reproduce.py makes after training; all: the paper's four",
     )
-    device: str = option(
-        "auto", one_of("auto", "cpu", "cuda"), "auto takes the GPU if there is one"
-    )
+    device: str = option("auto", one_of("auto", "cpu", "cuda"), "auto: the GPU if there is one")
     precision: str = option(
         "auto",
         one_of("auto", "fp32", "tf32", "bf16"),
@@ -272,11 +297,13 @@ class Config:
     gradient_distance: GradientDistanceConfig = dataclasses.field(
         default_factory=GradientDistanceConfig
     )
+    planted: PlantedConfig = dataclasses.field(default_factory=PlantedConfig)
+    erasure: ErasureConfig = dataclasses.field(default_factory=ErasureConfig)
     slurm: SlurmConfig = dataclasses.field(default_factory=SlurmConfig)
 
 
 def impossible(config: Config) -> tuple[str, str] | None:
-    """The first key whose value cannot stand beside the others, and why; None if all can."""
+    """Return the first key whose value conflicts with others, and the reason; None without any."""
     data, model, train = config.data, config.model, config.train
     if train.peak_epoch > train.epochs:
         return "train.peak_epoch", (

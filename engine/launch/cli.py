@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from engine.config.load import SECTIONS, describe_keys, load_configs
 from engine.config.schema import Config
 from engine.errors import RunFailed, UserError
 from engine.launch.memory import free_memory_of, out_of_memory
+from engine.runs import provenance
+from engine.runs.commands import printable
 from engine.runs.experiment import Experiment
 from engine.runs.identity import without_dropout
 from engine.runs.locking import lock
@@ -86,6 +89,11 @@ def make_parser(
         "--wait", action="store_true", help="wait for runs that another process works on"
     )
     parser.add_argument("--help-all", action=_HelpOfAllKeys, help="describe every key, and exit")
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="do not resume a training with other code, torch, device or threads",
+    )
     return parser
 
 
@@ -127,7 +135,7 @@ def run_script(
                 if given.dry_run:
                     result = experiment.plan(run)
                 else:
-                    with lock(run.directory, given.wait):
+                    with lock(run.directory, given.wait), provenance.strict(given.strict):
                         result = experiment.main(run)
                 print(f"{result}  {run.directory}", flush=True)
                 done.append(run)
@@ -160,7 +168,7 @@ class Ending:
             self._report(directory, reason)
 
     def _report(self, directory: Path, reason: str) -> None:
-        tqdm.write(f"{directory}: {reason}", file=sys.stderr)  # on a line without a bar
+        tqdm.write(printable(f"{directory}: {reason}"), file=sys.stderr)  # apart from a bar
         self.status = 1
 
 
@@ -168,24 +176,35 @@ class Ending:
 def reporting_ends() -> Iterator[Ending]:
     """Whatever ends a command early becomes one line on stderr and an exit status."""
     ending = Ending()
+    _open_standard_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # may not be able to write every name
             stream.reconfigure(errors="backslashreplace")
     try:
         yield ending
     except (UserError, DataError) as error:
-        print(error, file=sys.stderr)
+        print(printable(error), file=sys.stderr)
         ending.status = 2
     except (MemoryError, RuntimeError) as error:
         if (reason := out_of_memory(error)) is None:
             raise
-        print(reason, file=sys.stderr)
+        print(printable(reason), file=sys.stderr)
         ending.status = 1
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         reason = f"{place}{error.strerror or error}"
-        print(f"{reason}; the same command goes on once this is mended", file=sys.stderr)
+        print(f"{printable(reason)}; the same command goes on once this is mended", file=sys.stderr)
         ending.status = 1
     except (KeyboardInterrupt, Terminated) as error:
         ending.status = getattr(error, "status", 130)
         print("\nended by a signal; the same command goes on where this one was", file=sys.stderr)
+
+
+def _open_standard_streams() -> None:
+    """Let a closed stdout or stderr lead nowhere; else the next file would get its descriptor."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - for good

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from data import DataError, Split, outline
+from data import DataError, Split, expanded, outline
 from engine.config.schema import Config, ModelConfig
 from engine.errors import UserError
 from engine.runs import files
@@ -98,7 +98,7 @@ class Speeds:
     def _find_out(self, config: Config, device: torch.device) -> float:
         place = config.output_dir, describe_device(device)
         if place not in self.past:
-            output_dir = Path(config.output_dir).expanduser()
+            output_dir = expanded(config.output_dir)
             self.past[place] = past_runs(output_dir, describe_device(device))
         past = self.past[place].get(Shape.of(config))
         if past:

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from engine.training.devices import SHARED_BY
 
 POLL = 0.1  # seconds between two looks at the processes
 WATCH = 2.0  # seconds between two looks at what they have done
+PARENT = "REPRODUCE_PARENT"  # environment variable: the process that starts and ends others
 PATIENCE = 60.0  # seconds for a process to end itself before it is killed
 
 
@@ -120,9 +122,24 @@ def start(command: Sequence[str], directory: Path, slot: Slot) -> subprocess.Pop
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env=os.environ | slot.environment | {"TQDM_MININTERVAL": "30"},  # it is no terminal
+            env=os.environ
+            | slot.environment
+            | {"TQDM_MININTERVAL": "30", PARENT: str(os.getpid())},  # it is no terminal
             start_new_session=True,
         )
+
+
+def end_with_parent() -> None:
+    """End by SIGTERM when the process that started this one is gone, even if it was killed."""
+    parent = int(os.environ.pop(PARENT, 0))
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if parent:
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def end(processes: Sequence[subprocess.Popen]) -> None:

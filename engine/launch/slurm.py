@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -89,6 +90,8 @@ def _complaints_of_slurm() -> Iterator[None]:
 
 
 def _make_executor(folder: Path, settings: SlurmConfig, cluster: str, gpus: int):
+    if not str(folder.absolute()).isprintable():  # it would end a line of the job's script
+        raise UserError(f"command line: --slurm: {folder}: its name must be text on one line")
     try:
         executor = _submitit().AutoExecutor(
             folder, cluster=cluster, **{f"{cluster}_max_num_timeout": settings.restarts}
@@ -102,7 +105,7 @@ def _make_executor(folder: Path, settings: SlurmConfig, cluster: str, gpus: int)
         "TQDM_MININTERVAL": "30",  # a log is no terminal
     }
     executor.update_parameters(
-        name=folder.name,
+        name=re.sub(r"[^A-Za-z0-9._-]", "_", folder.name),
         timeout_min=settings.time,
         cpus_per_task=settings.cpus,
         gpus_per_node=gpus or None,

@@ -1,13 +1,15 @@
-"""Files that are whole or not there: atomic writes, and reads that say what is wrong."""
+"""Files that are whole or absent: atomic writes, and reads that name the damage."""
 
 import csv
 import io
 import json
+import math
 import os
+import stat
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,49 +20,66 @@ from data import file_digest
 from engine.errors import UserError
 from engine.runs.locking import require_held, temporary_path
 
+LARGEST_COUNT = 1e9  # no table counts further: a larger number would only fill the memory
+COUNTS = frozenset({
+    "epoch", "group", "layer", "example", "index", "label", "true_label", "prediction_after",
+    "memorized", "neurons", "flipped", "forgotten", "kept", "examples", "draw", "runs",
+})  # fmt: skip
+
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a temporary file, then give it its name in one step, durably.
+    """Write a temporary file, flush it to the disk, then rename it to `path`.
 
-    `write` fills a buffer, since not every library says what went wrong when a disk is full.
+    `write` fills a buffer, since not every library reports a full disk.
     """
     buffer = io.BytesIO()
     write(buffer)
     require_held(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_path(path)
-    try:
-        with naming(path), open(temporary, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        require_held(path)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = temporary_path(path)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(buffer.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            require_held(path)
+            os.replace(temporary, path)
+        finally:
+            # Even an absent file cannot be unlinked on a read-only disk.
+            with suppress(OSError):
+                temporary.unlink()
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An error of the operating system names this file; that of a write names none."""
+    """Name this file in an operating system's error: a write names none, an open a temporary."""
     try:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
+def require_regular(path: Path) -> None:
+    """Refuse a path that is no plain file: opening a named pipe may never return."""
+    with suppress(OSError):  # the read that follows says what is wrong
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UserError(f"{path}: is not a regular file")
+
+
 def write_text(path: Path, text: str) -> None:
-    """Names of files may hold what is no text; it stays readable, in JSON as an escape."""
+    """Write UTF-8; bytes of file names that are not text become escapes, also valid in JSON."""
     content = text.encode("utf-8", "backslashreplace")
     write_atomically(path, lambda file: file.write(content))
 
 
 def read_text(path: Path) -> str:
+    require_regular(path)
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -69,11 +88,11 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}: cannot be read: {error}") from None
 
 
-# ---------------------------------------------------------------- CSV: what a run measured
+# ---------------------------------------------------------------- CSV: measured tables
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:
-    """Floats get ten significant digits: more than float32 holds, and the same bytes every time."""
+    """Write floats with ten significant digits: more than float32 holds, equal bytes each time."""
 
     def cell(value: object) -> object:
         return f"{value:.10g}" if isinstance(value, float) else value
@@ -86,11 +105,11 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, ob
 
 
 def read_csv(path: Path, columns: Sequence[str], text: Sequence[str] = ()) -> list[dict]:
-    """The rows of a file of numbers, but for its `text` columns; its header must be `columns`.
+    """Read rows of numbers, except the `text` columns; the header must be `columns`.
 
-    Where a JSON file beside it has a digest of it, it must be that very table.
+    Where a JSON file beside the table has a digest, the table must match it.
     """
-    lines = list(csv.reader(io.StringIO(read_text(path))))
+    lines = _csv_lines(path)
     source = path.with_suffix(".json")
     if source.exists() and read_json(source).get("sha256") not in (None, file_digest(path)):
         raise UserError(
@@ -103,10 +122,36 @@ def read_csv(path: Path, columns: Sequence[str], text: Sequence[str] = ()) -> li
     for number, line in enumerate(lines[1:], start=2):
         try:
             cells = zip(columns, line, strict=True)
-            rows.append({name: cell if name in text else float(cell) for name, cell in cells})
+            row = {name: cell if name in text else float(cell) for name, cell in cells}
         except ValueError:
             raise UserError(f"{path}: damaged: line {number} is not a row of numbers") from None
+        for name in columns:
+            if name not in text and not _possible(name, row[name]):
+                raise UserError(
+                    f"{path}: damaged: line {number}: {name}: {row[name]:g} is not {_allowed(name)}"
+                )
+        rows.append(row)
     return rows
+
+
+def _csv_lines(path: Path) -> list[list[str]]:
+    try:
+        return list(csv.reader(io.StringIO(read_text(path))))
+    except csv.Error as error:  # a field of more than 128 KB
+        raise UserError(f"{path}: damaged: {error}") from None
+
+
+def _possible(column: str, value: float) -> bool:
+    """Return whether a measurement can have this value in a column of this name."""
+    if column in COUNTS:
+        return 0 <= value <= LARGEST_COUNT
+    if column.startswith("acc_"):
+        return math.isnan(value) or 0 <= value <= 1
+    return True
+
+
+def _allowed(column: str) -> str:
+    return "a number from 0 to 1" if column.startswith("acc_") else "a number from 0 to 1e9"
 
 
 # ---------------------------------------------------------------- JSON, NumPy, torch
@@ -131,13 +176,21 @@ def write_arrays(path: Path, **arrays: np.ndarray) -> None:
 
 
 def read_arrays(path: Path, *names: str) -> dict[str, np.ndarray]:
-    """The named arrays of an .npz file; nothing in the file is executed."""
+    """Read the named arrays of an .npz file without executing anything in it.
+
+    `write_arrays` compresses nothing: a compressed file is not from here, and may unpack to more
+    than the memory holds.
+    """
+    require_regular(path)
     try:
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in names}
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except Exception:  # of many kinds, and some advise to trust the file
+    except Exception:  # of many types, and some advise to trust the file
         raise UserError(f"{path}: damaged, or not an .npz file of {', '.join(names)}") from None
 
 
@@ -146,16 +199,19 @@ def write_tensors(path: Path, content: Mapping) -> None:
 
 
 def read_tensors(path: Path) -> dict:
-    """A dictionary of tensors and plain values; nothing in the file is executed."""
+    """Read a dictionary of tensors and plain values without executing anything in the file."""
+    require_regular(path)
     try:
         with warnings.catch_warnings(), zipfile.ZipFile(path) as archive:
-            warnings.simplefilter("ignore")  # the error below says all there is to say
-            if archive.testzip():  # torch does not look at the checksums
+            warnings.simplefilter("ignore")  # the error below says everything
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError
+            if archive.testzip():  # torch ignores the checksums
                 raise ValueError
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except Exception:  # what a damaged pickle or zip raises has no common type
+    except Exception:  # a damaged pickle or zip raises errors without a common type
         raise UserError(f"{path}: damaged, or not a checkpoint") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a checkpoint: it holds no dictionary")

@@ -9,9 +9,16 @@ from pathlib import Path
 
 import torch
 
-from data import file_digest
+from data import expanded, file_digest, full_sizes
 from engine.config.load import SCHEMA, flatten
-from engine.config.schema import OTHER, Config, DropoutConfig, HumanLabelsConfig
+from engine.config.schema import (
+    OTHER,
+    Config,
+    DataConfig,
+    DropoutConfig,
+    HumanLabelsConfig,
+    TrainConfig,
+)
 from engine.errors import UserError
 from engine.runs.machine import can_compile, default_precision, device_type
 from models import MODELS, model_options, network_file
@@ -84,14 +91,14 @@ def measuring_settings(config: Config) -> dict[str, str]:
 
 
 def deciding_settings(config: Config, contents: bool = True) -> dict[str, object]:
-    """The settings that decide a training's weights, those that have no effect left out.
+    """Return the settings that decide a training's weights, without those that have no effect.
 
-    The contents of data files are settings too, unless they are not asked for.
+    The contents of data files are settings too, unless `contents` is false.
 
     A value at its default is left out too (but for the three that name the run), so that a key
     which a later version adds does not rename the runs of an earlier one.
     """
-    config = resolved(config)
+    config = canonical(resolved(config))
     without_effect = {
         *PLACES,
         *(key for kind, keys in _SPLIT_KEYS.items() if kind != config.data.split for key in keys),
@@ -110,7 +117,7 @@ def deciding_settings(config: Config, contents: bool = True) -> dict[str, object
     }
     for key in PLACES[1:] if contents else ():
         if (path := flatten(config)[key]) is not None:
-            settings[f"{key}.sha256"] = digest_of(Path(path).expanduser())
+            settings[f"{key}.sha256"] = digest_of(expanded(path))
     settings["model.name"] = short_name(config.model.name)
     if contents and (path := network_file(config.model.name)) is not None:
         try:
@@ -127,12 +134,44 @@ def short_name(model: str) -> str:
     return model if path is None else f"{path.name}:{model.rpartition(':')[2]}"
 
 
+def canonical(config: Config) -> Config:
+    """Spell settings that train the same network in the same way.
+
+    Glyphs have their sizes written out, other data sets none where all images are used. Settings
+    that cannot have an effect beside the others take their defaults.
+    """
+    data, train, dropout = config.data, config.train, config.dropout
+    changes = {}
+    if data.name == "glyphs":
+        train_size, test_size = full_sizes(data.name)
+        changes["train_size"] = train_size if data.train_size is None else data.train_size
+        changes["test_size"] = test_size if data.test_size is None else data.test_size
+    elif sizes := full_sizes(data.name):
+        given = zip(("train_size", "test_size"), (data.train_size, data.test_size), sizes)
+        changes |= {key: None for key, size, whole in given if size == whole}
+        if "train_size" in changes:
+            changes["keep_memorized"] = False  # all are kept
+    if data.noise_rate == 0:
+        changes["noise_seed"] = DataConfig.noise_seed
+    if data.split != "atypical":
+        changes["c_scores"] = None
+    if data.split != "human":
+        changes["human_labels"] = HumanLabelsConfig()
+    if train.peak_epoch == train.epochs:  # the rate never falls
+        train = dataclasses.replace(train, schedule=TrainConfig.schedule)
+    always_or_never = {"example_tied": dropout.p_mem, "sparse": dropout.p_gen}
+    if dropout.p_gen == 1 or always_or_never.get(dropout.kind) in (0, 1):
+        dropout = dataclasses.replace(dropout, seed=DropoutConfig.seed)
+    data = dataclasses.replace(data, **changes)
+    return dataclasses.replace(config, data=data, train=train, dropout=dropout)
+
+
 def digest_of(path: Path) -> str:
-    """What a file holds; the runs of a sweep read a large one once."""
+    """SHA-256 of a file; the runs of a sweep read a large one once."""
     try:
         state = path.stat()
     except OSError:
-        return file_digest(path)  # which says what is wrong
+        return file_digest(path)  # its message names the error
     return _digest_once(path, state.st_size, state.st_mtime_ns)
 
 
@@ -172,12 +211,18 @@ def run_directory(config: Config) -> Path:
     ]
     readable = "-".join([data, settings["model.name"], split, *dropout, *changed])
     readable = re.sub(r"[^A-Za-z0-9._-]+", "_", readable).strip(".")[:150]
-    folder = Path(config.output_dir).expanduser() / f"{readable}-{_digest(settings)[:8]}"
+    folder = expanded(config.output_dir) / f"{readable}-{_digest(settings)[:8]}"
     return folder / f"seed{config.seed}"
 
 
+def without_accounting(config: Config) -> Config:
+    """Return the settings under which example_tied_dropout.py trains."""
+    train = dataclasses.replace(config.train, account_gradients=False)
+    return dataclasses.replace(config, train=train)
+
+
 def without_dropout(config: Config) -> Config:
-    """The plain training that all scripts are about but example_tied_dropout.py."""
+    """The plain training, which all scripts but example_tied_dropout.py read."""
     return dataclasses.replace(config, dropout=DropoutConfig())
 
 
@@ -190,7 +235,7 @@ def title(config: Config) -> str:
         "atypical": "atypical",
     }[config.data.split]
     data = Path(config.data.path).stem if config.data.path else config.data.name
-    data = data.replace("$", "")  # which would begin a formula in a figure
+    data = data.replace("$", "")  # it would begin a formula in a figure
     size = f" {config.data.train_size:,}" if config.data.train_size else ""
     width = config.model.arguments.get("width", 1)
     width = "" if width == 1 else f" width {width:g}"

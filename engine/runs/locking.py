@@ -1,9 +1,9 @@
-"""One process at a time in a folder, on one machine or on many that share a file system.
+"""A lock on a folder: one process at a time, on one machine or on many that share a file system.
 
-The claim is a file in the folder: who works there (host, pid, since when), for people and programs.
+The lock is a file in the folder that names its holder (host, pid, start), for people and programs.
 It is created in one atomic step, which network file systems have too (and file locks often not),
-and its holder touches it every few seconds. A claim whose holder is dead is taken over: on the same
-machine the holder's pid tells, from elsewhere a claim that was long not touched does.
+and its holder touches it every few seconds. The lock of a dead holder is taken over: on the same
+machine the holder's pid tells, from another host a file that was long not touched does.
 """
 
 import errno
@@ -28,17 +28,17 @@ from engine.runs.stopping import safe_point
 
 FILE_NAME = "claim.json"
 BEAT = 10.0  # seconds between signs of life
-DEAD_AFTER = 180.0  # seconds without one, for a holder that cannot be asked directly
-TOKEN_SHOWN = 12  # characters of a claim's token in the names of temporary files
-POLL = 1.0  # seconds between two looks at a claim that is waited for
+DEAD_AFTER = 180.0  # seconds without one, for a holder on another host
+UNREADABLE_AFTER = 2.0  # seconds in which a lock that cannot be read may still be being written
+TOKEN_SHOWN = 12  # characters of a lock's token in the names of temporary files
+POLL = 1.0  # seconds between two looks at a lock that is waited for
 
-
-# Folders that this process holds, and what their claims say.
+# Folders that this process holds, and the content of their locks.
 _own: dict[Path, "Holder"] = {}
 
 
 class Held(RunFailed):
-    """Another process works there. A caller may wait, or go on with something else."""
+    """Another process holds the lock. A caller may wait, or continue with other work."""
 
     def __init__(self, by: "Holder") -> None:
         super().__init__(f"held by {by}; wait for it (--wait) or end it")
@@ -46,7 +46,7 @@ class Held(RunFailed):
 
 
 def _machine() -> str:
-    """Where a pid means what it means here: this boot of this kernel, this space of pids."""
+    """Name the space in which a pid is unique: this boot of this kernel, this pid namespace."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -55,24 +55,25 @@ def _machine() -> str:
 
 
 def _birth(pid: int) -> str | None:
-    """When a process of this machine began, if that can be known; None for a dead one.
+    """Return the start time of a process of this machine, "" if unknown, None if it is dead.
 
-    A pid alone may have become another process's, or be that of a dead one whose parent did not
-    take notice.
+    A pid may have been reused, also by another user, or belong to a dead process that its parent
+    did not reap.
     """
     try:
-        os.kill(pid, 0)
+        with suppress(PermissionError):  # alive, but another user's
+            os.kill(pid, 0)
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except ProcessLookupError:
         return None
-    except OSError:  # alive, but another user's, or on a system without /proc
+    except OSError:  # a system that hides others' processes, or without /proc
         return ""
     return None if state in "ZX" else rest[18]
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a claim, as its file says."""
+    """The holder of a lock, as its file describes it."""
 
     host: str = "an unknown host"
     pid: int = 0
@@ -80,7 +81,7 @@ class Holder:
     machine: str = ""
     birth: str = ""
     token: str = ""
-    seen: float = 0.0  # when the file was last touched: no part of what it says
+    seen: float = 0.0  # when the file was last touched: not part of its content
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host} since {self.since}"
@@ -93,16 +94,14 @@ class Holder:
 
     @classmethod
     def of(cls, path: Path) -> "Holder | None":
-        """The holder of a claim's file; one of whom only the age is known, if it is damaged."""
+        """Read a lock's file; without a pid if it is damaged, or is being written right now."""
         try:
-            seen, content = path.stat().st_mtime, path.read_bytes()
+            seen = path.stat().st_mtime
+            found = cls(**json.loads(path.read_bytes()), seen=seen) if path.is_file() else None
         except FileNotFoundError:
             return None
-        try:
-            found = cls(**json.loads(content), seen=seen)
-        except (ValueError, TypeError, RecursionError):
+        except (PermissionError, ValueError, TypeError, RecursionError):
             found = None
-        # Damaged, unless its holder is just about to write it.
         return found if found and found._possible() else cls(seen=seen)
 
     def _possible(self) -> bool:
@@ -111,7 +110,7 @@ class Holder:
         return printable and type(self.pid) is int and 0 < self.pid < 2**31
 
     def write(self, path: Path) -> None:
-        """Create the claim's file; FileExistsError if there is one."""
+        """Create the lock's file; raise FileExistsError if there is one."""
         content = {key: value for key, value in asdict(self).items() if key != "seen"}
         with open(path, "x", encoding="utf-8") as file:
             try:
@@ -125,22 +124,23 @@ class Holder:
         if self.machine == _machine():
             return _birth(self.pid) in (self.birth, "")
         with TemporaryFile(dir=folder) as now:  # by the file system's clock, which all share
-            return os.fstat(now.fileno()).st_mtime - self.seen < DEAD_AFTER
+            silent = os.fstat(now.fileno()).st_mtime - self.seen
+        return silent < (DEAD_AFTER if self.pid else UNREADABLE_AFTER)
 
 
 def holder_of(directory: Path) -> Holder | None:
-    """Who works in a folder now."""
+    """Return the living holder of a folder's lock, if there is one."""
     holder = Holder.of(directory / FILE_NAME)
     return holder if holder and holder.alive(directory) else None
 
 
 @contextmanager
 def lock(directory: Path, wait: bool = False) -> Iterator[None]:
-    """Nobody else who claims this folder works in it meanwhile; Held if somebody does already.
+    """Hold a folder's lock; raise Held if another process holds it.
 
-    What a dead holder did not finish to write is removed. Folders that are missing are made, and
-    removed again if nothing came into them. Where nothing can be written no claim is needed. Only
-    the main thread may claim.
+    Temporary files of a dead holder are removed. Missing folders are made, and removed again if
+    they stay empty. A folder in which nothing can be written needs no lock. Only the main thread
+    may take a lock.
     """
     own, path = Holder.me(), directory / FILE_NAME
     with _folder(directory) as was_there:
@@ -158,21 +158,21 @@ def lock(directory: Path, wait: bool = False) -> Iterator[None]:
 
 
 def temporary_path(path: Path) -> Path:
-    """Name the temporary file that becomes `path`, after the claim under which it is written."""
-    held = _claim_over(path)
+    """Name the temporary file that becomes `path`, after the lock under which it is written."""
+    held = _lock_over(path)
     token = held[1].token if held else uuid.uuid4().hex
     return path.with_name(f".{path.name}.{token[:TOKEN_SHOWN]}.tmp")
 
 
 def require_held(path: Path) -> None:
     """Refuse to write below a folder that this process held and lost to another process."""
-    if held := _claim_over(path):
+    if held := _lock_over(path):
         folder, own = held
         if not _is(folder / FILE_NAME, own):
             raise _lost(folder / FILE_NAME)
 
 
-def _claim_over(path: Path) -> tuple[Path, "Holder"] | None:
+def _lock_over(path: Path) -> tuple[Path, "Holder"] | None:
     """Find the innermost folder that this process holds and `path` lies in."""
     return next(((p, _own[p]) for p in path.absolute().parents if p in _own), None)
 
@@ -189,7 +189,7 @@ def _remove_leftovers(folder: Path, dead: "Holder") -> None:
 
 @contextmanager
 def _folder(folder: Path) -> Iterator[bool]:
-    """A folder, and whether it was there; what was not goes again, if it is empty."""
+    """Yield whether a folder exists; remove parents that were missing, if they are empty."""
     missing = [part for part in (folder, *folder.parents) if not part.exists()]
     try:
         yield not missing
@@ -200,7 +200,7 @@ def _folder(folder: Path) -> Iterator[bool]:
 
 
 def _acquire(path: Path, own: Holder, wait: bool) -> Holder | None:
-    """Get the claim, or learn who has it."""
+    """Take the lock, or return its holder."""
     said = False
     while held := _try(path, own):
         if not wait:
@@ -214,14 +214,14 @@ def _acquire(path: Path, own: Holder, wait: bool) -> Holder | None:
 
 
 def _try(path: Path, own: Holder) -> Holder | None:
-    """None if it is ours now, else who has it."""
-    held = Holder()
-    for _ in range(50):  # whatever changes between two steps, the next round sees it
+    """Return None if the lock is ours now, else its holder."""
+    held, deadline = Holder(), time.monotonic() + UNREADABLE_AFTER + 1
+    while time.monotonic() < deadline:  # the next round sees a change between two steps
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             own.write(path)
             return None
-        except FileNotFoundError:  # another's end removed the folder, which was empty
+        except FileNotFoundError:  # another process removed the folder, which was empty
             continue
         except FileExistsError:
             if found := Holder.of(path):
@@ -230,15 +230,15 @@ def _try(path: Path, own: Holder) -> Holder | None:
                     _bury(path, held)
                 elif held.pid:
                     return held
-                else:  # its holder is about to write it, or it is damaged
+                else:  # being written right now, or damaged: dead in a moment
                     time.sleep(0.01)
     return held
 
 
 def _bury(path: Path, dead: Holder) -> None:
-    """Remove the claim of a dead holder, and never one that somebody else made since.
+    """Remove the lock of a dead holder, and never one that another process made since.
 
-    Who removes it must first create a file that only one process can create at a time.
+    Before it removes the lock, a process creates a file that only one process can create.
     """
     guard = path.with_name(f"{path.name}.burial")
     try:
@@ -263,14 +263,14 @@ def _is(path: Path, own: Holder) -> bool:
 
 
 def _lost(path: Path) -> RunFailed:
-    return RunFailed(f"{path} is gone; now held by {Holder.of(path) or 'nobody'}")
+    return RunFailed(f"{path}: lock lost; now held by {Holder.of(path) or 'no process'}")
 
 
 @contextmanager
 def _holding(path: Path, own: Holder) -> Iterator[None]:
-    """Touch the claim now and then, and remove it in the end.
+    """Touch the lock now and then, and remove it in the end.
 
-    Who lost it, for having slept too long, must not go on writing.
+    A process that lost the lock, by sleeping too long, is interrupted and must not write any more.
     """
     end, lost = threading.Event(), threading.Event()
 
@@ -296,6 +296,6 @@ def _holding(path: Path, own: Holder) -> Iterator[None]:
         del _own[path.parent.absolute()]
         end.set()
         thread.join()
-        with suppress(OSError):  # what stays behind is a dead process's claim
+        with suppress(OSError):  # a lock left behind is a dead process's
             if _is(path, own):
                 path.unlink()

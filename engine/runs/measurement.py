@@ -1,10 +1,10 @@
-"""What is measured on a finished run: part by part, with the settings that it came from.
+"""Measurements of a finished run: part by part, with the settings that they came from.
 
 A measurement leaves three things in the run's directory. Parts (`parts/<name>-<digest>/`) are saved
-as soon as each is measured, and stay: a measurement that was killed goes on with the next part, and
-going back to earlier settings measures nothing. The table (`<name>.csv`) is made from the parts.
-The source (`<name>.json`) says which settings, code and machine the table came from; it is written
-last and carries the table's digest, so that a table without its own source is never taken as done.
+as soon as each is measured, and stay: a killed measurement resumes with the next part, and a return
+to earlier settings measures nothing again. The table (`<name>.csv`) is made from the parts. The
+source (`<name>.json`) names the settings, code and machine of the table; it is written last and
+holds the table's digest, so that a table without its own source never counts as finished.
 """
 
 import hashlib
@@ -27,8 +27,8 @@ from engine.runs.tables import ResultTable
 class Measurement:
     """One table of a run, made with some settings.
 
-    `settings` decide what is in a part: parts of other settings are never read. `selection` decides
-    only which parts the table is made from, so that asking for more reuses what there is.
+    `settings` decide the content of a part: parts of other settings are never read. `selection`
+    only decides which parts the table is made from, so that asking for more reuses existing parts.
     """
 
     def __init__(
@@ -49,11 +49,11 @@ class Measurement:
 
     @property
     def finished(self) -> bool:
-        """Whether the table is there, whole, and from this run and these settings."""
+        """Return whether the table is complete, undamaged, and from this run and these settings."""
         return self._state() == "finished"
 
     def _state(self) -> str:
-        """finished, to do, or what is wrong with the files that are there."""
+        """Return 'finished', 'to do', or a message about damaged files."""
         if not (self.source_path.exists() and self.path.exists()):
             return "to do"
         try:
@@ -68,11 +68,11 @@ class Measurement:
         return "finished" if whole else f"{self.path}: damaged, or another run's"
 
     def _part_path(self, key: str) -> Path:
-        assert re.fullmatch(r"[\w.-]+", key), f"{key!r} is no name for a file"
+        assert re.fullmatch(r"[\w.-]+", key), f"{key!r} is not a file name"
         return self.folder / f"{key}.pt"
 
     def part(self, key: str) -> object | None:
-        """What was saved under this key; None where nothing was, or where it is damaged."""
+        """Read the part saved under this key; None if there is none, or if it is damaged."""
         path = self._part_path(key)
         if not path.exists():
             return None
@@ -81,12 +81,12 @@ class Measurement:
             if (part.get("digest"), part.get("key")) != (self.digest, key):
                 raise UserError(f"{path}: belongs to another measurement")
         except UserError as error:
-            print(f"{error}; it is measured again", file=sys.stderr)
+            print(f"{error}; measuring it again", file=sys.stderr)
             return None
         return part["content"]
 
     def save(self, key: str, content: object) -> None:
-        """Keep a part: numbers, text, tensors, and lists and dictionaries of them."""
+        """Save a part: numbers, text, tensors, and lists and dictionaries of them."""
         self.run.require_present()
         part = {"digest": self.digest, "key": key, "content": content}
         files.write_tensors(self._part_path(key), part)
@@ -98,9 +98,9 @@ class Measurement:
         device: torch.device,
         precision: str | None = None,
     ) -> None:
-        """Write the table and where it came from."""
+        """Write the table, then its source."""
         if (state := self._state()) not in ("finished", "to do"):
-            print(f"{state}; it is made again from its parts", file=sys.stderr)
+            print(f"{state}; making it again from its parts", file=sys.stderr)
         self.run.require_present()
         self.table.write(self.run.directory, rows)
         source = provenance.describe(device, precision or self.run.config.precision) | {

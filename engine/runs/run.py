@@ -1,12 +1,13 @@
-"""Run directories: which one belongs to a training, and what lies in it.
+"""Run directories: the one that belongs to a training, and the files in it.
 
-What decides the weights decides the directory. `deciding_settings` names those settings, a digest
+The settings that decide the weights decide the directory. `deciding_settings` names them, a digest
 over them is the run's identity, and the identity is written into every checkpoint: a run never
-reads another run's files by mistake, and a run that was moved elsewhere is still itself.
+reads another run's files by mistake, and a moved run keeps its identity.
 """
 
 import dataclasses
-import shlex
+import hashlib
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,11 +18,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from data import Split, file_digest
+from data import Split, expanded, file_digest
 from engine.config.load import SCHEMA, flatten, load_configs, to_yaml
 from engine.config.schema import Config
 from engine.errors import RunFailed, UserError
-from engine.runs import files
+from engine.runs import files, provenance
+from engine.runs.commands import shell_command
 from engine.runs.identity import (
     DECIDING,
     PLACES,
@@ -32,15 +34,20 @@ from engine.runs.identity import (
     run_directory,
     short_name,
 )
+from engine.runs.locking import require_held
 from engine.runs.tables import HISTORY
 from models import network_file
 
+_FILE_NAME = re.compile(r"[A-Za-z0-9_]+\.[a-z]+")
 _AGAIN = "the script that trained this run makes it again"
+
+# Examples that rounding alone may classify otherwise on another machine: some, and a share.
+_ROUNDING = {"fp32": (1, 0.002), "tf32": (2, 0.02), "bf16": (2, 0.05)}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training's directory, and the settings that made it."""
+    """The directory of one training, and the settings that made it."""
 
     directory: Path
     config: Config
@@ -48,7 +55,7 @@ class Run:
 
     @classmethod
     def of(cls, config: Config) -> "Run":
-        """Return the run that a configuration asks for, whether it is there yet or not.
+        """Return the run that a configuration asks for, also if it does not exist yet.
 
         Where a precision is left to the machine, a run that another machine began is found again.
         """
@@ -60,9 +67,9 @@ class Run:
 
     @classmethod
     def at(cls, directory: Path, overrides: tuple[str, ...] = ()) -> "Run":
-        """The run that lies in a directory, wherever it was made.
+        """Return the run in a directory, also if it was moved.
 
-        Overrides can change what a measurement does and where data lie, never what was trained.
+        Overrides can change measurements and the places of data, never what was trained.
         """
         path = directory / "config.yaml"
         if not path.exists():
@@ -86,7 +93,7 @@ class Run:
 
     @classmethod
     def _settings_in(cls, directory: Path) -> Config:
-        """What config.yaml says, if it is this run's own; only the places of data may change."""
+        """Read config.yaml if it is this run's own; only the places of data may change."""
         path = directory / "config.yaml"
         try:
             made, *more = load_configs(path)
@@ -94,7 +101,9 @@ class Run:
             raise UserError(f"{error}{_remedy(directory)}") from None
         run, own = cls(directory, made), deciding_settings(made, contents=False)
         trained = {k: v for k, v in (run._trained or own).items() if not k.endswith(".sha256")}
-        if more or trained != own:
+        # An earlier version recorded settings without effect too.
+        values = {key: field.default for key, field in SCHEMA.items()} | trained
+        if more or any(values[key] != flatten(made).get(key) for key in {*own, *trained}):
             raise UserError(
                 f"{path} and {run.provenance_path} are not of the same run; one is damaged, or "
                 f"another run's{_remedy(directory)}"
@@ -123,7 +132,7 @@ class Run:
 
     @cached_property
     def identity(self) -> str:
-        """From the files of a run that exists (it may have been moved), else from its settings."""
+        """Read the identity of an existing run from its files; derive a new run's from settings."""
         path = self.provenance_path
         if not path.exists():
             return self.expected or identity_of(self.config)
@@ -140,16 +149,16 @@ class Run:
         return bool(path.exists() and self.identity and self._provenance().get("finished"))
 
     def missing_results(self, accounts: str = "") -> list[Path]:
-        """What a finished training must have left behind, and is not there."""
+        """List the results of a finished training that are missing."""
         paths = [self.checkpoint_path(self.config.train.epochs)]
         paths += [self.split_path, self.history_path, self.examples_path]
         paths += [self.directory / accounts] if accounts else []
         return [path for path in paths if not path.exists()]
 
     def require_intact(self, accounts: str = "") -> None:
-        """A finished run has all that its training wrote, as it was written.
+        """Refuse a finished run of which a result is missing or damaged.
 
-        From the run's record, the script that trained it makes everything again but weights.
+        The script that trained it restores everything except weights from the run's record.
         """
         for path in self.missing_results(accounts):
             restorable = self.record_path.exists() and path.suffix != ".pt"
@@ -158,23 +167,35 @@ class Run:
         self.require_undamaged()
 
     def require_undamaged(self) -> None:
-        """The results that are there are those that the training of a finished run wrote."""
+        """Refuse a finished run of which an existing result is not as its training wrote it."""
         again = self.record_path.exists()
         remedy = f"; delete it, and {_AGAIN}" if again else _remedy(self.directory)
-        for name, digest in (self._provenance().get("files") or {}).items():
+        digests = self._provenance().get("files") or {}
+        # A name with a folder in it would lead out of the run.
+        if not isinstance(digests, dict) or not all(map(_FILE_NAME.fullmatch, digests)):
+            raise UserError(
+                f"{self.provenance_path}: damaged: its files are not a run's"
+                f"{_remedy(self.directory)}"
+            )
+        for name, digest in digests.items():
             if (path := self.directory / name).exists() and file_digest(path) != digest:
                 raise UserError(f"{path}: damaged, or another run's{remedy}")
 
     @property
     def settings(self) -> dict[str, object]:
-        """What decides the weights: as the training wrote it down, if there was one."""
+        """The settings that decide the weights, as the training recorded them if there was one."""
         return self._trained or deciding_settings(self.config)
 
     @property
     def _trained(self) -> dict[str, object]:
-        """What decided the weights; empty before a training, and of an earlier version's."""
+        """The recorded settings; empty before a training, and in runs of an earlier version."""
         found = self._provenance().get("settings") if self.provenance_path.exists() else None
         return found if isinstance(found, dict) else {}
+
+    def starts(self) -> list[dict[str, object]]:
+        """List the starts of this run's training so far, as provenance.json has them."""
+        there = self.provenance_path.exists()
+        return provenance.earlier_starts(self._provenance() if there else {})
 
     def _provenance(self) -> dict:
         try:
@@ -184,25 +205,25 @@ class Run:
 
     @property
     def state(self) -> str:
-        """In words, for a person: what there is of this run."""
+        """The progress of this run in words."""
         if self.finished:
             return "finished"
         epochs = self.resumable_epochs()
         return f"interrupted after epoch {epochs[0]}" if epochs else "to do"
 
     def require_finished(self) -> None:
-        """A measurement needs a training that came to its end, and all that it wrote."""
+        """Refuse to measure a run whose training is not finished and intact."""
         if self.finished:
             return self.require_intact()
         if not self.provenance_path.exists():
             # Other scripts have options that this one lacks.
             given = [a for a in sys.argv[1:] if "=" in a or a.endswith("yaml") or Path(a).is_dir()]
-            command = shlex.join(["gradient_accounting.py", *given])
-            raise UserError(f"{self.directory}: no such run; `python {command}` trains it")
-        command = files.read_json(self.provenance_path).get("command")
-        raise UserError(
-            f"{self.directory}: its training is {self.state}; `python {command}` finishes it"
-        )
+            command = shell_command(["python", "gradient_accounting.py", *given])
+            raise UserError(f"{self.directory}: no such run; `{command}` trains it")
+        kind = self.config.dropout.kind
+        script = "gradient_accounting.py" if kind == "none" else "example_tied_dropout.py"
+        command = shell_command(["python", script, self.directory])
+        raise UserError(f"{self.directory}: its training is {self.state}; `{command}` finishes it")
 
     # ------------------------------------------------------------ files
 
@@ -244,36 +265,38 @@ class Run:
 
     @property
     def within_path(self) -> Path:
-        """Where an epoch that a signal ended goes on with its next step."""
+        """The state within an epoch that a signal ended, from which its next step resumes."""
         return self.directory / "resume" / "within_epoch.pt"
 
     def resumable_epochs(self) -> list[int]:
-        """Epochs after which training could go on, the latest first."""
+        """List the epochs after which training can resume, the latest first."""
         return self.epochs_in("resume")[::-1]
 
     def epochs_in(self, folder: str) -> list[int]:
-        """Epochs that have a file in checkpoints/ or resume/."""
-        names = [path.stem for path in (self.directory / folder).glob("epoch_*.pt")]
-        return sorted(int(name.removeprefix("epoch_")) for name in names)
+        """List the epochs that have a file in checkpoints/ or resume/, not counting copies."""
+        names = [path.name for path in (self.directory / folder).glob("epoch_*.pt")]
+        found = [re.fullmatch(r"epoch_([0-9]{3,9})\.pt", name) for name in names]
+        return sorted(int(match[1]) for match in found if match)
 
     def kept(self, epoch: int) -> bool:
-        """Whether this epoch's weights are to stay on disk."""
+        """Return whether this epoch's weights stay on disk."""
         keep = self.config.checkpoints.keep
         return keep == "all" or epoch in keep or epoch == self.config.train.epochs
 
     def discard(self, epochs: list[int]) -> None:
-        """Drop what it took to go on from these epochs or within one, and weights not to keep."""
+        """Remove the resume files of these epochs and within one, and weights not to keep."""
         paths = [self.resume_path(epoch) for epoch in epochs] + [self.within_path]
         paths += [self.checkpoint_path(epoch) for epoch in epochs if not self.kept(epoch)]
-        for path in filter(
-            Path.exists, paths
-        ):  # a finished run may lie where nothing can be removed
+        # A finished run may lie where nothing can be removed.
+        for path in filter(Path.exists, paths):
+            require_held(path)
             path.unlink()
 
     # ------------------------------------------------------------ writing and reading
 
     def write_settings(self, split: Split) -> None:
-        """config.yaml and split.npz; those of an earlier start must say the same."""
+        """Write config.yaml and split.npz; an earlier start's split must be equal."""
+        self.check_images(split)
         if self.split_path.exists():
             self.check_split(split)
         else:
@@ -289,7 +312,7 @@ class Run:
             files.write_atomically(self.network_path, lambda file: file.write(path.read_bytes()))
 
     def check_split(self, split: Split) -> None:
-        """The data set must still be the one that this run was trained on."""
+        """Refuse a data set that is not the one that this run was trained on."""
         try:
             arrays = files.read_arrays(self.split_path, "label", "true_label", "memorized", "index")
         except UserError as error:
@@ -304,22 +327,57 @@ class Run:
         paths["model.name"] = network_file(self.config.model.name)
         for key, path in paths.items():
             digest = self._trained.get(f"{key}.sha256")
-            if path and digest not in (None, digest_of(Path(path).expanduser())):
+            if path and digest not in (None, digest_of(expanded(path))):
                 raise UserError(f"{path}: is not the file that the run was trained on ({key})")
+        self.check_images(split)
+
+    def check_images(self, split: Split) -> None:
+        """Refuse images that are not those of the run's first start, if it recorded them."""
+        recorded = self._provenance().get("images") if self.provenance_path.exists() else None
+        if recorded not in (None, images_digest(split)):
+            data = self.config.data
+            raise UserError(
+                f"{data.path or data.root}: the images of {data.name} are not those of "
+                f"{self.provenance_path}: they changed since this run began, or that file is "
+                f"another run's{_remedy(self.directory)}"
+            )
+
+    def require_reproduced(self, split: Split, correct: torch.Tensor) -> None:
+        """Refuse a final network whose accuracies are not those of history.csv's last row.
+
+        `correct` tells which training examples it classifies as trained. Rounding may change a few.
+        """
+        *_, last = HISTORY.read(self.directory) or [{}]
+        if last.get("epoch") != self.config.train.epochs:
+            raise UserError(
+                f"{self.history_path}: damaged: it does not end with epoch "
+                f"{self.config.train.epochs}{_remedy(self.directory)}"
+            )
+        some, share = _ROUNDING[self.config.precision]
+        for name, subset in (("clean", ~split.memorized), ("noisy", split.memorized)):
+            count, found = int(subset.sum()), int(correct[subset].sum())
+            differ = abs(found - last[f"acc_{name}"] * count)
+            if count and not differ <= some + share * count:
+                raise UserError(
+                    f"{self.history_path}: says {last[f'acc_{name}']:.2%} {name} accuracy after "
+                    f"the last epoch, but the final network has {found / count:.2%} here: images, "
+                    f"code or versions differ from the training's; restore them, or delete "
+                    f"{self.directory} and train again"
+                )
 
     def require_present(self) -> None:
-        """A folder that was removed while its run is worked on is not made anew, half empty."""
+        """Refuse to write into a folder that was deleted: it would become half a run."""
         if not self.provenance_path.exists():
-            raise RunFailed(f"{self.directory} vanished; the same command begins anew")
+            raise RunFailed(f"{self.directory} was deleted; rerun to start from scratch")
 
     def write_checkpoint(self, epoch: int, state: Mapping[str, torch.Tensor]) -> None:
-        """Weights (a state_dict on the CPU) after an epoch."""
+        """Save the weights (a state_dict on the CPU) after an epoch."""
         self.require_present()
         content = {"identity": self.identity, "epoch": epoch, "model": dict(state)}
         files.write_tensors(self.checkpoint_path(epoch), content)
 
     def read_checkpoint(self, epoch: int) -> dict[str, torch.Tensor]:
-        """The weights (state_dict) after an epoch, on the CPU; 0 is the initialization."""
+        """Load the weights (state_dict) after an epoch, on the CPU; 0 is the initialization."""
         path = self.checkpoint_path(epoch)
         if not path.exists():
             kept = ", ".join(map(str, self.epochs_in("checkpoints")))
@@ -330,17 +388,26 @@ class Run:
         return state
 
     def read_own(self, path: Path, epoch: int) -> dict:
-        """A file of tensors that this very run wrote at this epoch."""
+        """Read a file of tensors, which this run must have written at this epoch."""
         try:
             content = files.read_tensors(path)
             if content.get("identity") != self.identity:
                 raise UserError(f"{path}: belongs to another run, not to {self.directory}")
             if content.get("epoch") != epoch:
-                raise UserError(f"{path}: is of epoch {content.get('epoch')}, not {epoch}")
+                raise UserError(f"{path}: is of epoch {content.get('epoch')!r:.20}, not {epoch}")
         except UserError as error:
             # An interrupted training goes back an epoch instead.
             raise UserError(f"{error}{_remedy(self.directory) if self.finished else ''}") from None
         return content
+
+
+def images_digest(split: Split) -> str:
+    """SHA-256 of the training and the test images, as they lie in memory."""
+    digest = hashlib.sha256()
+    for images in (split.images, split.test_images):
+        digest.update(str(tuple(images.shape)).encode())
+        digest.update(images.contiguous().cpu().numpy())
+    return digest.hexdigest()
 
 
 def _remedy(directory: Path) -> str:
@@ -348,7 +415,7 @@ def _remedy(directory: Path) -> str:
 
 
 def load_weights(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
-    """Put a checkpoint's weights into a model that must be of the same shape."""
+    """Load a checkpoint's weights into a model, which must have the same shapes."""
     try:
         model.load_state_dict(state)
     except RuntimeError:
@@ -362,7 +429,7 @@ def load_weights(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -
 
 
 def each_once(runs: Iterable[Run]) -> list[Run]:
-    """Different runs; a sweep cannot ask for the same one to be measured in two ways."""
+    """Drop repeated runs; refuse a sweep that would measure one run in two ways."""
     found: dict[Path, Run] = {}
     for run in runs:
         first = found.setdefault(run.directory, run)

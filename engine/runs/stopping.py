@@ -1,7 +1,7 @@
-"""Ending early without losing anything: a budget of time, and signals that ask to end.
+"""Stopping early without losing work: a time budget, and signals that ask to end.
 
-All files are written whole, so a program may end anywhere; these two ends lose the least work, and
-say how to go on.
+All files are written whole, so that a program may end anywhere; these two ways lose the least work,
+and say how to resume.
 """
 
 import signal
@@ -10,17 +10,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-# A cluster sends the last of them as a warning before it takes a machine away.
+# A cluster sends the last one as a warning before it takes a machine away.
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _deadline: ContextVar[float] = ContextVar("deadline", default=float("inf"))
 
 
 class OutOfTime(Exception):
-    """The time budget is spent, and what was done until now is on disk."""
+    """The time budget is spent; all finished work is on disk."""
 
 
 class Terminated(BaseException):
-    """A signal asked the program to end; like KeyboardInterrupt, nothing may swallow it."""
+    """A signal asked the program to end; like KeyboardInterrupt, it must not be swallowed."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -29,7 +29,7 @@ class Terminated(BaseException):
 
 @contextmanager
 def time_budget(seconds: float | None) -> Iterator[None]:
-    """What runs inside ends with OutOfTime at the first safe point after so many seconds."""
+    """Raise OutOfTime inside, at the first safe point after this many seconds."""
     if seconds is None:
         yield
         return
@@ -41,14 +41,14 @@ def time_budget(seconds: float | None) -> Iterator[None]:
 
 
 def time_left() -> float:
-    """Seconds of the time budget; infinity where there is none."""
+    """Return the remaining seconds of the time budget; infinity without one."""
     return _deadline.get() - time.monotonic()
 
 
 def safe_point(next_piece: float = 0.0) -> None:
-    """End here if the next piece of work, of so many seconds, would be too much.
+    """Stop here if the next piece of work, of this many seconds, exceeds the budget.
 
-    All is saved, or is saved on the way out of the training (engine/training/background.py).
+    Everything is saved, or is saved when the training exits (engine/training/background.py).
     """
     if next_piece > time_left():
         raise OutOfTime
@@ -66,7 +66,7 @@ def _handling_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
 
 @contextmanager
 def ending_on_signals() -> Iterator[None]:
-    """Signals that ask to end become exceptions, so that everything is cleaned up."""
+    """Turn signals that ask to end into exceptions, so that everything is cleaned up."""
 
     def end(number: int, frame: object) -> None:
         raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
@@ -77,9 +77,9 @@ def ending_on_signals() -> Iterator[None]:
 
 @contextmanager
 def finishing_steps() -> Iterator[Callable[[], bool]]:
-    """Inside, a signal only raises a flag: what runs there asks for it, saves, and leaves.
+    """Let a signal only set a flag inside, for the code there to test, save and return.
 
-    The signal takes its effect then; a second one does so at once.
+    The signal takes effect on exit; a second one takes effect at once.
     """
     asked: list[int] = []
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from data import (
     at_hand,
     c_scores_at_hand,
     c_scores_published,
+    expanded,
     load_c_scores,
     load_dataset,
     load_human_labels,
@@ -26,6 +26,8 @@ from engine.config.schema import Config, DataConfig, DropoutConfig
 from engine.errors import UserError
 from engine.runs.locking import holder_of, lock
 from engine.runs.run import Run, load_weights
+from engine.training.devices import compute_precision
+from engine.training.evaluation import Outcome, evaluate
 from models import build_model, is_name_of_network
 from models.any_network import example_images
 from models.dropout import ExampleTiedDropout, SparseDropout, StandardDropout, insert_dropout
@@ -50,7 +52,7 @@ def _load_dataset(data: DataConfig) -> Dataset:
 @contextmanager
 def _downloading_once(data: DataConfig) -> Iterator[None]:
     """Let one process download; processes on any host wait until all files are whole."""
-    root = Path(data.root).expanduser()
+    root = expanded(data.root)
     if at_hand(data.name, root) and not holder_of(root):
         yield
     else:
@@ -187,13 +189,24 @@ def _build(
 
 
 def load_final_model(run: Run, split: Split, device: torch.device) -> StagedModel:
-    """Load the network of a finished training, which must have used these examples."""
+    """Load the network of a finished training, and prove that it is the one of its history."""
+    return load_evaluated_model(run, split, device)[0]
+
+
+def load_evaluated_model(
+    run: Run, split: Split, device: torch.device
+) -> tuple[StagedModel, Outcome]:
+    """Load the final network with its outcome on the training set, as history.csv has it."""
     run.require_finished()
     run.check_split(split)
     model = make_model(run.config, split, proof=False)
     epoch = run.config.train.epochs
     load_weights(model, run.read_checkpoint(epoch), run.checkpoint_path(epoch))
-    return model.to(device)
+    model = model.to(device)
+    with compute_precision(run.config.precision, device):
+        outcome = evaluate(model, split.images, split.label, index=split.index)
+    run.require_reproduced(split, outcome.correct)
+    return model, outcome
 
 
 def estimate_disk(run: Run) -> float:

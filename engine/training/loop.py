@@ -24,7 +24,7 @@ from engine.config.schema import Config, TrainConfig
 from engine.errors import RunFailed
 from engine.runs import files, provenance
 from engine.runs.identity import deciding_settings
-from engine.runs.run import Run
+from engine.runs.run import Run, images_digest
 from engine.runs.stopping import finishing_steps, safe_point
 from engine.training import resume
 from engine.training.background import BackgroundWriter
@@ -102,15 +102,25 @@ def train_run(
     """Train a run to its end, from scratch or from where it was interrupted."""
     require_precision(run.config, device)
     run.write_settings(split)
-    source = provenance.describe(device, run.config.precision) | {
+    record = Record()
+    if _train_epochs(run, split, model, device, record, accounting(model)):
+        _finish(run, record, accounting)
+
+
+def _record_start(run: Run, split: Split, device: torch.device, epoch: int, resumed: bool) -> None:
+    """Append this start to the provenance of the run, and report what changed since the last."""
+    source = provenance.describe(device, run.config.precision)
+    starts, start = run.starts(), provenance.describe_start(source, epoch)
+    if starts and resumed:
+        provenance.report_changes(starts[-1], start)
+    source |= {
         "identity": run.identity,
         "settings": deciding_settings(run.config),
+        "images": images_digest(split),
+        "starts": [*starts, start],
         "finished": False,
     }
     files.write_json(run.provenance_path, source)
-    record = Record()
-    if _train_epochs(run, split, model, device, record, accounting(model)):
-        _finish(run, record, accounting, source)
 
 
 def _train_epochs(
@@ -126,6 +136,7 @@ def _train_epochs(
     optimizer = make_optimizer(model.parameters(), train)
     last = resume.resume_epoch(run, model, optimizer, record)
     start = resume.resume_within(run, last + 1, model, optimizer, accountant.sums)
+    _record_start(run, split, device, last + 1, resumed=last >= 0 or start is not None)
     began = time.perf_counter() - record.seconds
     steps = len(batch_rows(split.n, train.batch_size))
     with (
@@ -195,7 +206,7 @@ def _require_finite_weights(
         raise diverged(worst, epoch, position.done - 1, steps, train, name="largest weight")
 
 
-def _finish(run: Run, record: Record, accounting: type[Accountant], source: Mapping) -> None:
+def _finish(run: Run, record: Record, accounting: type[Accountant]) -> None:
     """Write the results of a finished training; remove what only resuming needed."""
     for write in record.results(run, accounting).values():
         write()
@@ -203,7 +214,7 @@ def _finish(run: Run, record: Record, accounting: type[Accountant], source: Mapp
     files.write_tensors(run.record_path, content)
     finished = {"seconds": round(record.seconds, 1), "finished": True}
     finished["files"] = _digests([run.split_path, *record.results(run, accounting)])
-    files.write_json(run.provenance_path, source | finished)
+    files.write_json(run.provenance_path, files.read_json(run.provenance_path) | finished)
     run.discard(run.resumable_epochs())
 
 

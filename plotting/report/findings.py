@@ -9,7 +9,7 @@ import numpy as np
 
 from engine.config.schema import Config
 from engine.stats import rank_correlation
-from plotting.families import Family, families_over, setting_of
+from plotting.families import Family, families_over, refusing_malformed, setting_of
 from plotting.report.claims import CLAIMS, Claim
 from plotting.report.tables import PAPER_TABLE_1, Table, spread
 
@@ -43,6 +43,7 @@ class Finding:
         return "agrees" if agreeing else "differs"
 
 
+@refusing_malformed
 def find(families: Sequence[Family]) -> list[Finding]:
     """Every claim about the runs that it concerns, in the paper's order."""
     found = []
@@ -52,6 +53,7 @@ def find(families: Sequence[Family]) -> list[Finding]:
     return found
 
 
+@refusing_malformed
 def _judge(claim: Claim, family: Family) -> Finding:
     measured = family.having(claim.source)
     values = claim.measure(measured) if measured else ()

@@ -5,7 +5,6 @@ Pictures and style are inside of the file, and it needs no script, so it can be 
 
 import base64
 import re
-import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -13,8 +12,9 @@ from pathlib import Path
 
 from engine.launch.experiments import load_experiments
 from engine.runs import files
+from engine.runs.commands import shell_command
 from engine.runs.provenance import REPOSITORY
-from plotting.families import Family
+from plotting.families import Family, refusing_malformed
 from plotting.figures import Drawing
 from plotting.report.findings import Finding
 from plotting.report.headline_numbers import LEARNING
@@ -80,6 +80,7 @@ footer { color: var(--soft); font-size: .85rem; padding-bottom: 3rem; }
 """
 
 
+@refusing_malformed
 def write_report(
     title: str,
     families: Sequence[Family],
@@ -216,7 +217,8 @@ def _chapter(
     parts += [f"<p>{escape(str(drawing))}</p>" for drawing in drawings if drawing.lack]
     if missing := {drawing.command for drawing in drawings if drawing.command}:
         parts.append(f"<p>Not measured yet; these commands do it:</p>{_commands(missing)}")
-    again = [f"{experiment.command} {shlex.quote(str(run))}" for run in _runs_of(name, families)]
+    script = experiment.command.split()
+    again = [shell_command([*script, run]) for run in _runs_of(name, families)]
     parts.append(
         "<details><summary>How to run this again</summary><p>Finished work is kept: delete a "
         f"result file of a run, and these commands make it again.</p>{_commands(again)}</details>"

@@ -1,13 +1,14 @@
 """Every headline number beside the paper's, and what is kept of runs when they are deleted."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from engine.errors import UserError
 from engine.runs import files
-from plotting.families import Family, measured
+from plotting.families import Family, measured, refusing_malformed
 from plotting.report.findings import Finding
 
 NAME = "summary.json"
@@ -43,13 +44,16 @@ def _entry(finding: Finding) -> dict[str, object]:
     }
 
 
+@refusing_malformed
 def keep_results(families: Sequence[Family], folder: Path) -> Path:
     """Copies of all tables of all runs and over seeds, and of each run where it came from: settings
     (no paths), how each table was measured, code, versions, machine. Small enough to be kept where
     the weights are not."""
     sources = {}
     for family in families:
+        _require_own([*family.folder.glob("*.csv"), *family.folder.glob("*.json")])
         for run in family.runs:
+            _require_own(run.directory.glob("*.csv"))
             place = Path("tables") / family.name / run.directory.name
             settings = {"settings": run.settings, "measured_with": {}}
             for table in sorted(run.directory.glob("*.csv")):
@@ -66,6 +70,14 @@ def keep_results(families: Sequence[Family], folder: Path) -> Path:
     return folder / SOURCES
 
 
+def _require_own(paths: Iterable[Path]) -> None:
+    """Refuse links among the tables to be copied: they may lead to what is not for publication."""
+    for path in paths:
+        if path.is_symlink():
+            raise UserError(f"{path}: is a link, not a table; put the table itself there")
+
+
+@refusing_malformed
 def write_summary(families: Sequence[Family], findings: Sequence[Finding], folder: Path) -> Path:
     path = folder / NAME
     files.write_json(path, summarize(families, findings))

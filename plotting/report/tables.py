@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -12,10 +13,15 @@ import numpy as np
 from engine.stats import compute_area, rank_correlation
 from example_tied_dropout import DROPOUT
 from neuron_flipping import DETECTION, FLIPPING
-from plotting.families import Family, by_numbers
+from plotting.families import Family, by_numbers, refusing_malformed
 from plotting.neurons import read_searched
 
 KINDS = ("clean", "noisy", "test")
+LATEX = str.maketrans(
+    {char: f"\\{char}" for char in "%_&#${}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    | {"±": r"$\pm$"}
+)
 
 # What the paper gives: Table 1 (before and after: clean, noisy, test), Table 3 (clean, noisy) and
 # Table 2 by (p_gen, p_mem), all on 10% noise; in Section 6.1 the AUCs on CIFAR-10.
@@ -50,17 +56,20 @@ class Table:
 
     def markdown(self) -> str:
         lines = [self.header, ("---",) * len(self.header), *self.rows]
+        lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
         return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
     def csv(self) -> str:
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([self.header, *self.rows])
+        # A spreadsheet would compute a cell that begins as a formula does.
+        formula = re.compile(r"^(?=[=@\t\r]|[-+](?![\d.]|$))")
+        lines = [[formula.sub("'", cell) for cell in line] for line in (self.header, *self.rows)]
+        csv.writer(text, lineterminator="\n").writerows(lines)
         return text.getvalue()
 
     def latex(self) -> str:
         def line(cells: Sequence[str]) -> str:
-            words = " & ".join(cells).replace("%", r"\%").replace("_", r"\_").replace("±", r"$\pm$")
-            return words + r" \\" + "\n"
+            return " & ".join(cell.translate(LATEX) for cell in cells) + r" \\" + "\n"
 
         columns = "l" * len(self.header)
         body = line(self.header) + "\\hline\n" + "".join(line(row) for row in self.rows)
@@ -200,10 +209,6 @@ def counts_of_all_seeds(family: Family) -> tuple[np.ndarray, np.ndarray]:
     return counts, np.array([tables[0][example][1] for example in common], bool)
 
 
-TABLES: tuple[Callable[[Sequence[Family]], Table], ...] = (
-    table_1,
-    table_2,
-    table_3,
-    table_auc,
-    table_stability,
+TABLES: tuple[Callable[[Sequence[Family]], Table], ...] = tuple(
+    map(refusing_malformed, (table_1, table_2, table_3, table_auc, table_stability))
 )

@@ -4,8 +4,10 @@ One table: configurations and what is said on the command line about them, comma
 script, and data files.
 """
 
+import os
 import re
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -126,6 +128,23 @@ CONFIGURATIONS = [
     ),
     ("extends: ../../../../../../../etc/hostname", [], "is a mapping 'key: value', not"),
     ("extends: .", [], "cannot be read"),
+    ("extends: loop.yaml", [], "loop.yaml: cannot be read: "),
+    ("output_dir: ~nouser/runs", [], "~nouser/runs: this machine has no such user"),
+    ("data: {name: mnist, root: ~nouser}", [], "~nouser: this machine has no such user"),
+    ("data: {name: npz, path: ~nouser/x.npz}", [], "~nouser/x.npz: this machine has no such user"),
+    (
+        "train: {peak_lr: 1e39}",
+        [],
+        "train.peak_lr: 1e+39 is not allowed: a number above 0; at most",
+    ),
+    ("train: {weight_decay: 1e39}", [], "train.weight_decay: 1e+39 is not allowed"),
+    ("retraining: {peak_lr: 1e39}", [], "retraining.peak_lr: 1e+39 is not allowed"),
+    ("flipping: {noise_ratio: 1e39}", [], "flipping.noise_ratio: 1e+39 is not allowed"),
+    ("train: {epochs: 1:30}", [], "(line 1, column 17): 1:30 is a number to the base 60 in YAML"),
+    ("train: {peak_lr: 1:30.5}", [], "1:30.5 is a number to the base 60 in YAML"),
+    ("seed: 010", [], "(line 1, column 7): 010 is a number to the base 8 in YAML"),
+    ("name: x", ["train.epochs=1:30"], "train.epochs: not valid YAML (line 1, column 1): 1:30"),
+    ("name: x", ["seed=010"], "seed: not valid YAML (line 1, column 1): 010 is a number to the"),
 ]
 # Script, its arguments (FILE is a good configuration, FOLDER an empty folder), and the line.
 COMMAND_LINES = [
@@ -145,7 +164,12 @@ COMMAND_LINES = [
     ("plot_results", ["nowhere"], "nowhere: no such folder"),
     ("plot_results", ["FOLDER", "--figure", "20"], "--figure: '20' is not a figure"),
     ("plot_results", ["--format", "svg"], "argument --format: invalid choice: 'svg'"),
-    ("reproduce", ["FILE", "--time-budget", "soon"], "--time-budget: invalid float value: 'soon'"),
+    ("reproduce", ["FILE", "--time-budget", "soon"], "'soon' is not a number of seconds"),
+    ("reproduce", ["FILE", "--time-budget", "nan"], "'nan' is not a number of seconds"),
+    ("gradient_accounting", ["loop.yaml"], "loop.yaml: cannot be read: "),
+    ("gradient_accounting", ["pipe.yaml"], "pipe.yaml: cannot be read: it is not a regular file"),
+    ("reproduce", ["pipe.yaml"], "pipe.yaml: cannot be read: it is not a regular file"),
+    ("gradient_accounting", ["FILE", "data.path=pipe.yaml", "data.name=npz"], "regular file"),
     ("reproduce", ["sede=3"], "sede: unknown key; did you mean seed?"),
     ("reproduce", ["FILE", "experiments=[rewind]"], "experiments: ['rewind'] is not allowed"),
 ]
@@ -226,6 +250,8 @@ SCRIPTS = {
 def complaint(tmp_path, monkeypatch, capsys):
     """Return the message of a script about bad input; check that it does nothing else."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop.yaml").symlink_to("loop.yaml")
+    os.mkfifo(tmp_path / "pipe.yaml")
 
     def complaint(name: str, arguments: list[str]) -> str:
         script, before = SCRIPTS[name], sorted(tmp_path.rglob("*"))
@@ -251,7 +277,7 @@ def test_configurations(complaint, tmp_path, content, overrides, expected):
     line = complaint("gradient_accounting", ["a.yaml", *overrides])
     assert expected in line
     where = "command line" if overrides and "peak_epoch" not in line else "a.yaml"
-    assert line.startswith(where) or content.startswith("extends")
+    assert line.startswith((where, "~nouser")) or content.startswith("extends")
 
 
 @pytest.mark.parametrize(("script", "arguments", "expected"), COMMAND_LINES)
@@ -291,3 +317,15 @@ def test_there_is_no_data_file(complaint, own_data):
 
 def test_the_table_is_long():
     assert len(CONFIGURATIONS) + len(COMMAND_LINES) + len(DATA_FILES) + len(NO_DATA_FILES) > 120
+
+
+def test_a_data_file_that_unpacks_to_more_than_the_memory(complaint, tmp_path, monkeypatch):
+    """A zip bomb: 20 TB of zeros, as its table of contents says; nothing is unpacked."""
+    path = tmp_path / "bomb.npz"
+    np.savez(path, **good_arrays())
+    entry = zipfile.ZipInfo("x_train.npy")
+    entry.file_size = 20 * 10**12
+    monkeypatch.setattr(zipfile.ZipFile, "infolist", lambda archive: [entry])
+    (tmp_path / "a.yaml").write_text("data: {name: npz, path: bomb.npz}\n")
+    line = complaint("gradient_accounting", ["a.yaml"])
+    assert re.search(r"bomb.npz: size: found arrays of [0-9,.]+ GB; allowed: less than", line)

@@ -22,6 +22,7 @@ import layer_rewinding
 import neuron_flipping
 import plot_results
 from engine.launch.cli import run_script
+from tests.conftest import complaints
 
 CONFIG = """
 device: cpu
@@ -74,7 +75,7 @@ def call(script, folder: Path) -> tuple[int, str, str]:
         else:
             arguments = [str(folder / "config.yaml"), f"output_dir={folder / 'runs'}"]
             status = run_script(script.EXPERIMENT, "", arguments)
-    lines = re.split(r"[\r\n]+", error.getvalue())
+    lines = [part for line in complaints(error.getvalue()) for part in re.split(r"[\r\n]+", line)]
     said = [line for line in lines if line and not re.search(r"\d+%\||\d+(it|step|batch)", line)]
     return status, out.getvalue(), "\n".join(said)
 

@@ -135,7 +135,7 @@ def test_full_at_any_write(call, tmp_path, monkeypatch, number):
 
 
 def test_a_folder_that_vanishes(call, tmp_path, monkeypatch):
-    """Whoever removes a run's folder ends the work on it, and finds no half of it made anew."""
+    """A deleted run folder ends the work on it, and no half of it is made again."""
     write = Run.write_checkpoint
 
     def vanish(run, epoch, state):
@@ -147,7 +147,7 @@ def test_a_folder_that_vanishes(call, tmp_path, monkeypatch):
         patch.setattr(Run, "write_checkpoint", vanish)
         status, (line,) = call(tmp_path / "runs")
     assert status == 1
-    assert line.endswith("seed0 vanished; the same command begins anew")
+    assert line.endswith("seed0 was deleted; rerun to start from scratch")
     assert not list(tmp_path.glob("runs/*/seed0/*"))
     assert call(tmp_path / "runs")[0] == 0
 

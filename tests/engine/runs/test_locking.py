@@ -1,4 +1,4 @@
-"""Claims: one process at a time in a folder, whatever becomes of the others."""
+"""The lock on a folder: one process at a time, whatever happens to the others."""
 
 import errno
 import json
@@ -103,17 +103,43 @@ def test_another_hosts_process_lives_as_long_as_it_shows_life(other, tmp_path):
     "content",
     ["", "{", "[1]", '{"pid": -1}', '{"pid": 1, "host": "two\\nlines"}', '{"pid": "../x"}'],
 )
-def test_a_damaged_claim_is_anybodys_until_it_is_old(tmp_path, content):
+def test_a_damaged_lock_is_taken_over_as_soon_as_it_cannot_be_being_written(
+    tmp_path, monkeypatch, content
+):
+    monkeypatch.setattr(locking, "UNREADABLE_AFTER", 0.3)
     path = tmp_path / "claim.json"
     path.write_text(content)
-    with pytest.raises(Held, match="an unknown host"), lock(tmp_path):
-        pass
-    os.utime(path, (0, 0))
+    began = time.monotonic()
     with lock(tmp_path):
         assert holder_of(tmp_path).pid == os.getpid()
+        assert time.monotonic() - began > 0.2, "another process might just have been writing it"
 
 
-def test_a_claim_that_is_just_being_made_is_read_when_it_is_written(other, tmp_path):
+def test_a_lock_that_may_not_be_read_is_a_damaged_one(tmp_path, monkeypatch):
+    path = tmp_path / "claim.json"
+    path.write_text("{}")
+    os.utime(path, (0, 0))
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert holder_of(tmp_path) is None
+
+
+def test_a_reused_pid_of_another_user_is_a_dead_one(other, tmp_path, monkeypatch):
+    """The start time, which every user may read, tells; a signal may not be sent."""
+
+    def refuse(pid, number):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "kill", refuse)
+    assert holder_of(tmp_path / "run").pid == other.pid
+    rewrite(tmp_path / "run" / "claim.json", birth="1")
+    assert holder_of(tmp_path / "run") is None
+
+
+def test_a_lock_that_is_being_written_is_read_when_it_is_whole(other, tmp_path):
     path = tmp_path / "run" / "claim.json"
     content = path.read_text()
     path.write_text("")
@@ -134,7 +160,7 @@ def test_a_holder_shows_life(tmp_path, monkeypatch):
             time.sleep(0.01)
 
 
-def test_who_lost_the_claim_stops_and_leaves_the_others_alone(tmp_path, monkeypatch):
+def test_a_process_that_lost_the_lock_stops_and_leaves_the_new_holder_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(locking, "BEAT", 0.05)
 
     def sleep_too_long():
@@ -144,7 +170,7 @@ def test_who_lost_the_claim_stops_and_leaves_the_others_alone(tmp_path, monkeypa
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores it
     try:
-        with pytest.raises(RunFailed, match="is gone; now held by process 1 on"):
+        with pytest.raises(RunFailed, match="lock lost; now held by process 1 on"):
             sleep_too_long()
     finally:
         signal.signal(signal.SIGINT, before)
@@ -152,7 +178,7 @@ def test_who_lost_the_claim_stops_and_leaves_the_others_alone(tmp_path, monkeypa
 
 
 def test_many_at_once_lose_no_count(other, tmp_path):
-    """Also when the first of them finds a dead process's claim."""
+    """Also when the first of them finds a dead process's lock."""
     counter = tmp_path / "counter"
     counter.write_text("0")
     (tmp_path / "run").rename(tmp_path / "folder")
@@ -164,7 +190,7 @@ def test_many_at_once_lose_no_count(other, tmp_path):
 
 
 def test_only_what_the_dead_holder_was_writing_is_removed(other, tmp_path):
-    """Not a stranger's files, and not those of a living process in a folder below."""
+    """Strangers' files stay, and those of a living process in a folder below."""
     run = tmp_path / "run"
     token = json.loads((run / "claim.json").read_text())["token"]
     (run / "checkpoints").mkdir()
@@ -179,7 +205,7 @@ def test_only_what_the_dead_holder_was_writing_is_removed(other, tmp_path):
         assert all(path.exists() for path in others)
 
 
-def test_a_claim_on_a_folder_leaves_all_temporary_files_below_it(tmp_path):
+def test_a_lock_on_a_folder_leaves_all_temporary_files_below_it(tmp_path):
     """A data folder may be a home directory, with trainings below it."""
     (tmp_path / "runs" / "a").mkdir(parents=True)
     strangers = [tmp_path / ".thesis.docx.tmp", tmp_path / "runs" / "a" / ".record.pt.1a2b3c4d.tmp"]
@@ -190,7 +216,7 @@ def test_a_claim_on_a_folder_leaves_all_temporary_files_below_it(tmp_path):
     assert all(path.exists() for path in strangers)
 
 
-def test_temporary_files_carry_the_token_of_the_claim(tmp_path, monkeypatch):
+def test_temporary_files_carry_the_token_of_the_lock(tmp_path, monkeypatch):
     names = []
     monkeypatch.setattr(os, "replace", lambda source, path: names.append(Path(source).name))
     with lock(tmp_path):
@@ -199,16 +225,16 @@ def test_temporary_files_carry_the_token_of_the_claim(tmp_path, monkeypatch):
     assert names == [f".a.txt.{token[:12]}.tmp"]
 
 
-def test_who_lost_the_claim_writes_nothing_more(tmp_path):
+def test_a_process_that_lost_the_lock_writes_nothing_more(tmp_path):
     with lock(tmp_path):
         files.write_text(tmp_path / "table.csv", "mine")
         rewrite(tmp_path / "claim.json", token="of another", pid=1)
-        with pytest.raises(RunFailed, match="is gone; now held by process 1 on"):
+        with pytest.raises(RunFailed, match="lock lost; now held by process 1 on"):
             files.write_text(tmp_path / "table.csv", "late")
     assert (tmp_path / "table.csv").read_text() == "mine"
 
 
-def test_a_claim_lost_while_a_file_is_written_gives_it_no_name(tmp_path, monkeypatch):
+def test_a_lock_lost_while_a_file_is_written_gives_it_no_name(tmp_path, monkeypatch):
     fsync = os.fsync
 
     def lose(descriptor):
@@ -217,7 +243,7 @@ def test_a_claim_lost_while_a_file_is_written_gives_it_no_name(tmp_path, monkeyp
 
     with lock(tmp_path):
         monkeypatch.setattr(os, "fsync", lose)
-        with pytest.raises(RunFailed, match="is gone"):
+        with pytest.raises(RunFailed, match="lock lost"):
             files.write_text(tmp_path / "table.csv", "late")
     assert [path.name for path in tmp_path.iterdir()] == ["claim.json"]
 
@@ -231,7 +257,7 @@ def test_nothing_is_left_behind(tmp_path):
     assert [path.name for path in (tmp_path / "runs" / "a").iterdir()] == ["kept"]
 
 
-def test_where_nothing_can_be_written_no_claim_is_needed(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_written_needs_no_lock(tmp_path, monkeypatch):
     def refuse(self, path):
         raise OSError(errno.EROFS, "Read-only file system", str(path))
 

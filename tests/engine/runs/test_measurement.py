@@ -48,7 +48,7 @@ def test_a_damaged_or_misplaced_part_is_measured_again(make, capsys):
     assert measurement.part("b") is None
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
-    assert "belongs to another measurement; it is measured again" in lines[0]
+    assert "belongs to another measurement; measuring it again" in lines[0]
     assert "damaged" in lines[1]
 
 

@@ -80,7 +80,7 @@ def test_a_half_finished_run_names_the_command_that_finishes_it(tiny, monkeypatc
     monkeypatch.setattr(sys, "argv", ["layer_rewinding.py", "other.yaml"])
     assert complaint(run).endswith(
         "its training is interrupted after epoch 0; "
-        "`python gradient_accounting.py tiny.yaml` finishes it"
+        f"`python gradient_accounting.py {run.directory}` finishes it"
     )
 
 

@@ -1,0 +1,115 @@
+"""Planted memorization: localizers against the truth, and deletion curves."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from beyond.planted_memorization import DELETIONS, TRUTHS
+from plotting.families import Family
+from plotting.figure_kind import FigureKind
+from plotting.style import COLORS, PAGE, wrapped
+
+# Colour, marker, and width of each line; the colours are those of Okabe and Ito.
+LINES = {
+    "planted": ("#000000", "o", 2.2),
+    "flipping": ("#D55E00", "s", 1.6),
+    "gate_gain": ("#E69F00", "^", 0.9),
+    "zero_out": ("#CC79A7", "v", 0.9),
+    "activation": ("#56B4E9", "D", 0.9),
+    "activation_gradient": ("#009E73", "<", 0.9),
+    "integrated_gradients": ("#0072B2", ">", 0.9),
+    "unitmem": ("#AA9900", "P", 0.9),
+    "unitmem_own_masks": ("#777777", "X", 0.9),
+    "random": ("#999999", "", 1.2),
+}
+
+
+def words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def plot_localizers(families: Sequence[Family]) -> Figure:
+    """Draw each localizer's recall by setting: a point a seed, with its 95% interval."""
+    shape = {"figsize": (max(3.6, min(PAGE, 1.4 + 2 * len(families))), 3.2), "sharey": True}
+    figure, panels = plt.subplots(1, len(families), squeeze=False, **shape)
+    for axes, family in zip(panels[0], families):
+        names = draw_recall(axes, family)
+        axes.set_title(f"{wrapped(family.title, 2.2)}\n{family.seeds}", size=7)
+        axes.set_xlabel("recall of own memorization neurons")
+    panels[0, 0].set_yticks(range(len(names)), [words(name) for name in names])
+    panels[0, 0].invert_yaxis()
+    panels[0, 0].legend(loc="upper right")
+    return figure
+
+
+def draw_recall(axes: Axes, family: Family) -> list[str]:
+    """Draw noisy and clean examples' recall of every seed, and the chance line."""
+    rows = family.rows(TRUTHS)
+    rows = [row for row in rows if (row["truth"], row["layer"]) == ("own", "all")]
+    names = list(dict.fromkeys(row["localizer"] for row in rows))
+    for subset, side in (("noisy", -1), ("clean", 1)):
+        for place, name in enumerate(names):
+            own = [row for row in rows if (row["localizer"], row["subset"]) == (name, subset)]
+            for number, row in enumerate(own):
+                below = row["recall"] - row["recall_low"]
+                above = row["recall_high"] - row["recall"]
+                axes.errorbar(
+                    row["recall"], place + side * (0.1 + 0.08 * number), xerr=[[below], [above]],
+                    color=COLORS[subset], marker="o" if subset == "noisy" else "s", lw=0.8,
+                    label=subset if place == number == 0 else None,
+                )  # fmt: skip
+    chance = np.mean([row["expected_by_chance"] for row in rows])
+    axes.axvline(chance, color="0.3", lw=0.8, ls=":", label="chance")
+    axes.set_xlim(0, 1)
+    return names
+
+
+def plot_deletion(family: Family) -> Figure:
+    """Draw the share of predictions that survive as the first ranked units are closed."""
+    rows = family.rows(DELETIONS)
+    figure, panels = plt.subplots(1, 2, figsize=(PAGE, 2.9), sharey=True)
+    for axes, subset in zip(panels, ("noisy", "clean")):
+        for name, (color, marker, width) in LINES.items():
+            own = [row for row in rows if (row["localizer"], row["subset"]) == (name, subset)]
+            closed = sorted({row["closed"] for row in own})
+            held = [np.mean([r["acc_trained"] for r in own if r["closed"] == k]) for k in closed]
+            axes.plot(closed, held, marker=marker, color=color, lw=width, label=words(name))
+        axes.set_xscale("symlog", linthresh=5)
+        axes.set_xticks(closed, [f"{count:g}" for count in closed])
+        axes.minorticks_off()
+        axes.set(xlabel="units closed, highest score first", title=f"{subset} examples")
+    panels[0].set_ylabel("still predicted as trained")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
+    figure.suptitle(wrapped(f"{family.title}, {family.seeds}", PAGE), fontsize=8)
+    return figure
+
+
+def plot_recall(family: Family) -> Figure:
+    """Draw each localizer's recall of one setting."""
+    return plot_localizers([family])
+
+
+FIGURES = (
+    FigureKind(
+        ("planted-memorization",), "planted_memorization", "planted", TRUTHS.name, plot_recall,
+        "Recall above chance for noisy examples and not for clean ones: a localizer that finds "
+        "memory. Own masks alone make every memorization neuron selective.",
+        beyond=True,
+    ),
+    FigureKind(
+        ("planted-memorization-compared",), "planted_memorization_compared", "planted",
+        TRUTHS.name, plot_localizers,
+        "Whether the localizers keep their order over data sets and shares of neurons.",
+        compares=r"(data|model|train|dropout)\..+", beyond=True,
+    ),
+    FigureKind(
+        ("planted-memorization-deletion",), "planted_memorization_deletion", "planted",
+        DELETIONS.name, plot_deletion,
+        "The planted neurons cost noisy examples their labels and clean ones nothing; ranked units "
+        "cost both.",
+        beyond=True,
+    ),
+)  # fmt: skip

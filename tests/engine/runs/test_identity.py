@@ -1,0 +1,87 @@
+"""Identities: settings without effect make no other run, and no version renames a run."""
+
+import json
+
+import numpy as np
+import pytest
+
+import gradient_accounting
+import layer_rewinding
+from engine.errors import UserError
+from engine.runs import files
+from engine.runs.identity import deciding_settings, identity_of, run_directory
+from engine.runs.run import Run
+
+GLYPHS = ("data.train_size=null", "data.test_size=null")
+DROPOUT = ("dropout.kind=example_tied", "dropout.p_mem=0")
+# Two ways to write the same training.
+ALIKE = {
+    "glyphs to train on": ((*GLYPHS,), ("data.train_size=4000", "data.test_size=null")),
+    "glyphs to test on": ((*GLYPHS,), ("data.train_size=null", "data.test_size=1000")),
+    "all images": (
+        ("data.name=mnist", *GLYPHS),
+        ("data.name=mnist", "data.train_size=60000", "data.test_size=10000"),
+    ),
+    "a seed of no noise": (
+        ("data.noise_rate=0",), ("data.noise_rate=0", "data.noise_seed=5"),
+    ),
+    "scores that are not read": ((), ("data.c_scores=scores.npz",)),
+    "human labels that are not read": ((), ("data.human_labels.path=scores.npz",)),
+    "minus zero": (("train.weight_decay=0",), ("train.weight_decay=-0.0",)),
+    "minus no noise": (("data.noise_rate=0",), ("data.noise_rate=-0.0",)),
+    "how a rate falls that never falls": (
+        ("train.peak_epoch=3",), ("train.peak_epoch=3", "train.schedule=warmup_cosine"),
+    ),
+    "a seed of no masks": (DROPOUT, (*DROPOUT, "dropout.seed=3")),
+}  # fmt: skip
+DIFFERENT = {
+    "fewer glyphs": ((*GLYPHS,), ("data.train_size=3999", "data.test_size=null")),
+    "a noise seed": ((), ("data.noise_seed=5",)),
+    "a schedule": ((), ("train.schedule=warmup_cosine",)),
+    "masks": (
+        ("dropout.kind=example_tied",), ("dropout.kind=example_tied", "dropout.seed=3"),
+    ),
+    "scores that are read": (
+        ("data.split=atypical",), ("data.split=atypical", "data.c_scores=scores.npz"),
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def scores(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.savez("scores.npz", labels=np.arange(3), scores=np.ones(3))
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_settings_without_effect_make_no_other_run(tiny, name):
+    one, other = (tiny(*overrides) for overrides in ALIKE[name])
+    assert identity_of(one) == identity_of(other)
+    assert run_directory(one) == run_directory(other)
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_settings_with_an_effect_do(tiny, name):
+    one, other = (tiny(*overrides) for overrides in DIFFERENT[name])
+    assert run_directory(one) != run_directory(other)
+
+
+def test_the_sizes_of_glyphs_are_those_of_the_quickstart(tiny):
+    """Shipped configurations write them out, and their runs keep their names."""
+    settings = deciding_settings(tiny(*GLYPHS))
+    assert (settings["data.train_size"], settings["data.test_size"]) == (4000, 1000)
+
+
+def test_a_run_that_an_earlier_version_named_by_more_is_still_read(tiny, tmp_path):
+    """It recorded a seed of no noise among what decides the weights."""
+    run = Run.of(tiny("data.noise_rate=0", "data.noise_seed=5", "rewinding.epochs=[0,3]"))
+    gradient_accounting.EXPERIMENT.main(run)
+    source = files.read_json(run.provenance_path)
+    source["settings"]["data.noise_seed"] = 5
+    files.write_json(run.provenance_path, source)
+    old = run.directory.rename(tmp_path / "old")
+    layer_rewinding.EXPERIMENT.main(Run.at(old))
+    source["settings"]["data.noise_seed"] = 6
+    (old / "provenance.json").write_text(json.dumps(source))
+    with pytest.raises(UserError, match="are not of the same run"):
+        Run.at(old)
