@@ -5,7 +5,7 @@ import io
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from tqdm import tqdm
@@ -115,7 +115,8 @@ def run_script(
                 if given.dry_run:
                     result = experiment.plan(run)
                 else:
-                    with lock(run.directory, given.wait):
+                    alone = nullcontext() if experiment.shared else lock(run.directory, given.wait)
+                    with alone:
                         result = experiment.main(run)
                 print(f"{result}  {run.directory}", flush=True)
                 done.append(run)

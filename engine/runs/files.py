@@ -130,11 +130,14 @@ def write_arrays(path: Path, **arrays: np.ndarray) -> None:
     write_atomically(path, lambda file: np.savez(file, **arrays))
 
 
-def read_arrays(path: Path, *names: str) -> dict[str, np.ndarray]:
-    """The named arrays of an .npz file; nothing in the file is executed."""
+def read_arrays(path: Path, *names: str, missing: bool = False) -> dict[str, np.ndarray]:
+    """The named arrays of an .npz file; nothing in the file is executed.
+
+    With `missing`, arrays that the file does not have are left out.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in names}
+            return {name: file[name] for name in names if not missing or name in file}
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception:  # of many kinds, and some advise to trust the file
