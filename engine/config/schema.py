@@ -38,6 +38,8 @@ EXPERIMENTS = {
     "gradient_distance": "beyond.gradient_distance",
     "planted": "beyond.planted_memorization",
     "erasure": "beyond.erasure",
+    "scores": "beyond.example_scores",
+    "counterfactual": "beyond.counterfactual",
 }
 OF_THE_PAPER = ("rewinding", "retraining", "flipping", "dropout")
 
@@ -184,6 +186,23 @@ class FlippingConfig:
 
 
 @dataclass(frozen=True)
+class ScoresConfig:
+    el2n_epoch: int | None = option(
+        None, optional(integer(1)), "epoch of EL2N; null: a tenth of the training, rounded up"
+    )
+    neighbours: int | None = option(
+        30, optional(integer(1)), "k of prediction depth's k-NN probes; null: no prediction depth"
+    )
+
+
+@dataclass(frozen=True)
+class CounterfactualConfig:
+    trainings: int = option(
+        100, integer(2, 100_000), "networks, each trained on a random half of the training set"
+    )
+
+
+@dataclass(frozen=True)
 class DropoutConfig:
     kind: str = option(
         "none",
@@ -299,6 +318,8 @@ class Config:
     )
     planted: PlantedConfig = dataclasses.field(default_factory=PlantedConfig)
     erasure: ErasureConfig = dataclasses.field(default_factory=ErasureConfig)
+    scores: ScoresConfig = dataclasses.field(default_factory=ScoresConfig)
+    counterfactual: CounterfactualConfig = dataclasses.field(default_factory=CounterfactualConfig)
     slurm: SlurmConfig = dataclasses.field(default_factory=SlurmConfig)
 
 
@@ -321,6 +342,11 @@ def impossible(config: Config) -> tuple[str, str] | None:
         return "retraining.peak_epoch", (
             f"{config.retraining.peak_epoch} is not allowed: at most retraining.epochs, "
             f"which is {config.retraining.epochs}"
+        )
+    if (config.scores.el2n_epoch or 1) > train.epochs:
+        return "scores.el2n_epoch", (
+            f"{config.scores.el2n_epoch} is not allowed: at most train.epochs, "
+            f"which is {train.epochs}"
         )
     if (data.name == "npz") != (data.path is not None):
         return "data.path", (

@@ -5,7 +5,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -136,7 +136,8 @@ def run_script(
                 if given.dry_run:
                     result = experiment.plan(run)
                 else:
-                    with lock(run.directory, given.wait), provenance.strict(given.strict):
+                    alone = nullcontext() if experiment.shared else lock(run.directory, given.wait)
+                    with alone, provenance.strict(given.strict):
                         result = experiment.main(run)
                 print(f"{result}  {run.directory}", flush=True)
                 done.append(run)

@@ -32,6 +32,7 @@ class Experiment:
     measurements: Callable[[Run], Sequence[Measurement]] = lambda run: ()
     epochs_read: Callable[[Config], Sequence[int]] = lambda config: ()  # besides the last
     training: Callable[[Config], Config] = without_dropout  # what a configuration trains
+    shared: bool = False  # several processes may measure one run at the same time
     trains: bool = False  # or reads runs that gradient_accounting.py trained
     accounts: Callable[[Config], str] = lambda config: ""  # a table that the training writes
     conclude: Callable[[Sequence[Run]], Iterable[tuple[str, Path]]] = lambda runs: ()

@@ -175,11 +175,11 @@ def write_arrays(path: Path, **arrays: np.ndarray) -> None:
     write_atomically(path, lambda file: np.savez(file, **arrays))
 
 
-def read_arrays(path: Path, *names: str) -> dict[str, np.ndarray]:
+def read_arrays(path: Path, *names: str, missing: bool = False) -> dict[str, np.ndarray]:
     """Read the named arrays of an .npz file without executing anything in it.
 
-    `write_arrays` compresses nothing: a compressed file is not from here, and may unpack to more
-    than the memory holds.
+    With `missing`, arrays that the file does not have are left out. `write_arrays` compresses
+    nothing: a compressed file is not from here, and may unpack to more than the memory holds.
     """
     require_regular(path)
     try:
@@ -187,7 +187,7 @@ def read_arrays(path: Path, *names: str) -> dict[str, np.ndarray]:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise ValueError
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in names}
+            return {name: file[name] for name in names if not missing or name in file}
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception:  # of many types, and some advise to trust the file

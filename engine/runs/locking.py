@@ -157,6 +157,11 @@ def lock(directory: Path, wait: bool = False) -> Iterator[None]:
             yield
 
 
+def is_held(directory: Path) -> bool:
+    """Whether this process holds the folder."""
+    return directory.absolute() in _own
+
+
 def temporary_path(path: Path) -> Path:
     """Name the temporary file that becomes `path`, after the lock under which it is written."""
     held = _lock_over(path)

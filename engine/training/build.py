@@ -217,7 +217,7 @@ def estimate_disk(run: Run) -> float:
     weights = sum(value.numel() * value.element_size() for value in state.values())
     kept = sum(run.kept(epoch) for epoch in range(config.train.epochs + 1))
     # Resuming takes two epochs' momentum, and their weights where those are not kept.
-    examples = 2.2 * (config.data.train_size or known.train_count) * config.train.epochs
+    examples = 6.2 * (config.data.train_size or known.train_count) * config.train.epochs
     return (kept + 4) * weights + examples
 
 

@@ -23,6 +23,7 @@ class Outcome:
     loss: Tensor
     correct: Tensor
     prediction: Tensor
+    logits: Tensor | None = None  # float32 [n, classes]
 
 
 def batch_size(device: torch.device) -> int:
@@ -62,16 +63,17 @@ def evaluate(
     With their `index`, training examples go through example-tied dropout under their own masks.
     """
     size = size or batch_size(label.device)
-    losses, predictions = [], []
+    losses, parts = [], []
     with eval_mode(model):
         for start in range(0, len(label), size):
             batch = slice(start, start + size)
             with examples(model, None if index is None else index[batch]):
                 logits = model(normalize(images[batch])).float()
             losses.append(F.cross_entropy(logits, label[batch], reduction="none"))
-            predictions.append(logits.argmax(1))
-    prediction = torch.cat(predictions)
-    return Outcome(torch.cat(losses), prediction == label, prediction)
+            parts.append(logits)
+    logits = torch.cat(parts)
+    prediction = logits.argmax(1)
+    return Outcome(torch.cat(losses), prediction == label, prediction, logits)
 
 
 def evaluate_split(model: nn.Module, split: Split) -> tuple[Outcome, Outcome]:
@@ -80,6 +82,20 @@ def evaluate_split(model: nn.Module, split: Split) -> tuple[Outcome, Outcome]:
         evaluate(model, split.images, split.label, index=split.index),
         evaluate(model, split.test_images, split.test_label),
     )
+
+
+def compute_margin(logits: Tensor, label: Tensor) -> Tensor:
+    """Subtract the largest other logit from the label's [n]."""
+    own = label[:, None]
+    others = logits.scatter(1, own, -torch.inf)
+    return logits.gather(1, own).squeeze(1) - others.amax(1)
+
+
+def compute_error_norm(logits: Tensor, label: Tensor) -> Tensor:
+    """Return the L2 norm [n] of softmax minus one-hot."""
+    error = logits.softmax(1)
+    error[torch.arange(len(label), device=label.device), label] -= 1
+    return error.norm(dim=1)
 
 
 def mean_by_subset(values: Tensor, memorized: Tensor, name: str) -> dict[str, float]:

@@ -224,7 +224,7 @@ def restore_results(run: Run, accounting: type[Accountant] = PlainBackward) -> N
     missing = run.missing_results(accounts)
     if missing and run.record_path.exists():
         content = run.read_own(run.record_path, run.config.train.epochs)
-        record = Record(**{name: content[name] for name in vars(Record())})
+        record = Record().restore(content)
         results = record.results(run, accounting)
         results[run.split_path] = lambda: run.write_settings(load_split(run.config))
         again = [path for path in missing if path in results]

@@ -46,8 +46,7 @@ def resume_epoch(
             continue
         load_weights(model, state, run.checkpoint_path(epoch))
         _set_momentum(model, optimizer, content["momentum"])
-        for name in vars(record):
-            setattr(record, name, content[name])
+        record.restore(content)
         return epoch
     return -1
 

@@ -1,11 +1,15 @@
 """Every headline number beside the paper's, and what is kept of runs when they are deleted."""
 
+import lzma
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from beyond.counterfactual import COUNTERFACTUAL
+from beyond.example_scores import EXAMPLES
+from data import file_digest
 from engine.errors import UserError
 from engine.runs import files
 from plotting.families import Family, measured, refusing_malformed
@@ -13,6 +17,7 @@ from plotting.report.findings import Finding
 
 NAME = "summary.json"
 SOURCES = "provenance.json"
+PACKED = (EXAMPLES.name, COUNTERFACTUAL.name)  # a row an example: kept as .csv.xz
 DIGITS = 6  # significant ones: two machines' sums differ in the last ones of all
 
 
@@ -57,7 +62,11 @@ def keep_results(families: Sequence[Family], folder: Path) -> Path:
             place = Path("tables") / family.name / run.directory.name
             settings = {"settings": run.settings, "measured_with": {}}
             for table in sorted(run.directory.glob("*.csv")):
-                files.write_text(folder / place / table.name, files.read_text(table))
+                if table.name in PACKED:
+                    packed = _pack(table, folder / place / f"{table.name}.xz")
+                    settings.setdefault("sha256", {})[packed.name] = file_digest(packed)
+                else:
+                    files.write_text(folder / place / table.name, files.read_text(table))
                 if (own := measured(run, table.name)) is not None:
                     settings["measured_with"][table.name] = own
             source = files.read_json(run.provenance_path)
@@ -75,6 +84,13 @@ def _require_own(paths: Iterable[Path]) -> None:
     for path in paths:
         if path.is_symlink():
             raise UserError(f"{path}: is a link, not a table; put the table itself there")
+
+
+def _pack(table: Path, path: Path) -> Path:
+    """Write a compressed copy of a table, which pandas reads as it is."""
+    content = lzma.compress(files.read_text(table).encode())
+    files.write_atomically(path, lambda file: file.write(content))
+    return path
 
 
 @refusing_malformed

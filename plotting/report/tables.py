@@ -10,13 +10,16 @@ from itertools import combinations
 
 import numpy as np
 
+from beyond.example_scores import AREAS, SCORES, WITH_NEURONS
 from engine.stats import compute_area, rank_correlation
 from example_tied_dropout import DROPOUT
 from neuron_flipping import DETECTION, FLIPPING
+from plotting.beyond.scores import readable
 from plotting.families import Family, by_numbers, refusing_malformed
 from plotting.neurons import read_searched
 
 KINDS = ("clean", "noisy", "test")
+ON = ("all", "searched")
 LATEX = str.maketrans(
     {char: f"\\{char}" for char in "%_&#${}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
@@ -209,6 +212,30 @@ def counts_of_all_seeds(family: Family) -> tuple[np.ndarray, np.ndarray]:
     return counts, np.array([tables[0][example][1] for example in common], bool)
 
 
+def table_scores(families: Sequence[Family]) -> Table:
+    """How well every score finds the memorized examples, and what neurons add to it."""
+    rows = []
+    for family in filter(None, (family.having(AREAS.name) for family in families)):
+        areas, added = family.rows(AREAS), family.rows(WITH_NEURONS)
+        for name in SCORES:
+            of = [[r["auc"] for r in areas if (r["score"], r["on"]) == (name, on)] for on in ON]
+            own = [row for row in added if row["score"] == name]
+            if any(of):
+                cells = [spread(values, 3, percent=False) for values in of]
+                for column in ("auc_with_neurons", "partial"):
+                    cells.append(spread([row[column] for row in own], 3, percent=False))
+                rows.append((family.title, readable(name), str(len(family.runs)), *cells))
+    header = (
+        "data", "score", "n", "AUC, all examples", "AUC, searched examples",
+        "AUC with neurons, searched", "partial correlation of neurons with the truth",
+    )  # fmt: skip
+    caption = "Scores of every example: AUC of telling memorized from clean ones"
+    return Table("table_scores", caption, header, tuple(rows))
+
+
 TABLES: tuple[Callable[[Sequence[Family]], Table], ...] = tuple(
-    map(refusing_malformed, (table_1, table_2, table_3, table_auc, table_stability))
+    map(
+        refusing_malformed,
+        (table_1, table_2, table_3, table_auc, table_stability, table_scores),
+    )
 )
