@@ -1,4 +1,4 @@
-"""What the benchmarks share: the repository's own modules, arguments, a clock, and taking turns."""
+"""Shared by the benchmarks: imports, arguments, a clock, and alternating runs."""
 
 import argparse
 import statistics

@@ -1,4 +1,4 @@
-"""What example-tied dropout costs, as a ratio measured in one process, and what its masks take.
+"""Cost of example-tied dropout, as a ratio measured in one process, and its masks' memory.
 
     python benchmarks/dropout.py [key.path=value ...] [--rounds 5]
 

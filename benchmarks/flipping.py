@@ -1,4 +1,4 @@
-"""What the search of many examples at once gains over the slow, obvious way, in one process.
+"""Search of many examples at once against the slow, obvious way, in one process.
 
     python benchmarks/flipping.py [key.path=value ...] [--examples 60] [--slow 2]
 

@@ -1,4 +1,4 @@
-"""How near the machine's limits each piece of work is: what it takes at least, and what it takes.
+"""Time of each piece of work, beside the least that the machine's limits allow.
 
     python benchmarks/floors.py [key.path=value ...] [--models resnet9 resnet50 vit_small]
 
@@ -72,7 +72,7 @@ class Work:
     plainly: Callable[[], object] | None = None  # the same, not compiled
 
     def flops(self) -> float:
-        """Of one step. Attention is counted as its two products; fused kernels hide them."""
+        """Count one step. Attention is counted as its two products; fused kernels hide them."""
         with Counter() as counter, sdpa_kernel(SDPBackend.MATH):
             (self.plainly or self.run)()
         return counter.flops / self.steps

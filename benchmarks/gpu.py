@@ -53,7 +53,7 @@ START = 180.0  # seconds that a stage may take in any case: importing torch alon
 
 @dataclass(frozen=True)
 class Size:
-    """How large the work is: the paper's on a GPU, tiny on a CPU."""
+    """Sizes of the work: the paper's on a GPU, tiny on a CPU."""
 
     overrides: tuple[str, ...]
     precisions: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""What rewinding and retraining cost, as ratios measured in one process.
+"""Cost of rewinding and retraining, as ratios measured in one process.
 
     python benchmarks/rewinding.py [key.path=value ...] [--rounds 3]
 
@@ -48,7 +48,7 @@ def rewind_slowly(run: Run, final: StagedModel, split: Split) -> Grid:
 
 
 def rewind(run: Run, final: StagedModel, split: Split) -> Grid:
-    """As layer_rewinding.py does, without its files."""
+    """Rewind as layer_rewinding.py does, without its files."""
     last, groups = run.config.train.epochs, layer_groups(final)
     earlier = load_earlier_groups(run, final, range(last), "final")
     grid = {epoch: [] for epoch in range(last + 1)}

@@ -1,4 +1,4 @@
-"""What accounting, feeding and keeping records cost, as ratios measured in one process.
+"""Cost of accounting, feeding and record keeping, as ratios measured in one process.
 
     python benchmarks/training.py [key.path=value ...] [--rounds 5]
 
@@ -56,7 +56,7 @@ def consume(found: Iterator) -> None:
 def after_epoch(
     run: Run, split: Split, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> Mapping[str, Callable[[], object]]:
-    """What follows the last epoch of a training, whose record is the longest."""
+    """Time the work after the last epoch of a training, which has the longest record."""
     files.write_json(run.provenance_path, {"identity": run.expected})  # or it counts as removed
     record, epochs = Record(), run.config.train.epochs
     train_epoch(model, optimizer, split, run.config, 1)  # for momentum

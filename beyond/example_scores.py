@@ -1,4 +1,4 @@
-"""Which published score finds the memorized examples, on the same weights?
+"""Published scores of every example on the same weights: which finds the memorized ones?
 
 Section 6.1 offers the number of neurons that flip an example as a way to find mislabeled ones, and
 compares it with two other scores. Here stand a dozen published scores of every training example

@@ -22,7 +22,7 @@ MODELS: dict[str, type[StagedModel]] = {
 
 
 def model_options(name: str) -> set[str]:
-    """What can be chosen about a model: its arguments, less those that the images decide."""
+    """Return the arguments of a model, except those that the images decide."""
     if is_name_of_network(name):
         return {"layers", "options"}
     if name not in MODELS:

@@ -1,4 +1,4 @@
-"""Which neurons belong to whom in a trained model (Figure 6), and whom dropping forgets (7)."""
+"""Masks of a trained model (Figure 6), and the examples that dropping forgets (7)."""
 
 import numpy as np
 from matplotlib import pyplot as plt

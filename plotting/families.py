@@ -72,7 +72,7 @@ class Family:
 
     @property
     def settings(self) -> dict[str, object]:
-        """What decided the weights, but for the seed."""
+        """Settings that decided the weights, except the seed."""
         return {k: v for k, v in self.runs[0].settings.items() if k != "seed"}
 
     @property
@@ -98,18 +98,18 @@ class Family:
 
     @property
     def seeds(self) -> str:
-        """How many runs a figure is about, as its caption says it."""
+        """Number of runs of a figure, as its caption says it."""
         return f"n = {len(self.runs)} seed{'s' if len(self.runs) > 1 else ''}"
 
     @property
     def devices(self) -> list[str]:
-        """What the runs were trained on."""
+        """Devices that the runs were trained on."""
         sources = [files.read_json(run.provenance_path) for run in self.runs]
         return sorted({str(source.get("device")) for source in sources})
 
     @property
     def measured_with(self) -> dict[str, object]:
-        """How the first run's tables were measured, by key path, where that is not the default."""
+        """Settings of the first run's tables, by key path, where they are not the defaults."""
         found = {}
         for experiment in load_experiments().values():
             for table in experiment.tables:
@@ -165,7 +165,7 @@ def by_numbers(words: str) -> list[str | float]:
 
 
 def _find_directories(places: Sequence[Path]) -> list[Path]:
-    """Where runs lie, through links too; each once, by whatever ways it is reached."""
+    """Find the directories of runs, through links too; each once."""
     found: dict[Path, Path | None] = {}
     for place in places:
         if not place.is_dir():

@@ -25,7 +25,7 @@ class FigureKind:
     beyond: bool = False  # not in the paper: drawn where it was measured, not asked for elsewhere
 
     def concerns(self, family: Family) -> bool:
-        """Whether a family of runs could have this figure at all."""
+        """Return True if a family of runs can have this figure."""
         if self.beyond:
             return family.having(self.source) is not None
         kind = family.config.dropout.kind
@@ -34,6 +34,6 @@ class FigureKind:
         return kind == "none" or self.source == "history.csv"
 
     def comes_from(self, family: Family) -> bool:
-        """Whether a script makes what the figure needs of a family that does not have it."""
+        """Return True if a script makes the table that a family lacks for this figure."""
         accounted = family.config.train.account_gradients or self.source != ACCOUNTS.name
         return (self.beyond or self.concerns(family)) and accounted

@@ -90,7 +90,7 @@ def draw_figure(
     path: Path,
     formats: Sequence[str] = ("pdf", "png"),
 ) -> tuple[Path, ...]:
-    """What `plot` makes of a family, or of several at once, as files of this name."""
+    """Draw a family, or several at once, into files of this name."""
     with paper_style():
         figure = plot(subject)
         figure.draw_without_rendering()  # places everything, once for all formats

@@ -1,4 +1,4 @@
-"""What single layers are needed for: rewinding (Figures 3, 9, 15-17) and retraining (4, 18, 19)."""
+"""Figures of single layers: rewinding (3, 9, 15-17) and retraining (4, 18, 19)."""
 
 from collections.abc import Sequence
 

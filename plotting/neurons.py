@@ -1,4 +1,4 @@
-"""How many neurons hold an example, and where they are (Figure 5)."""
+"""Number of neurons that hold an example, and their layers (Figure 5)."""
 
 from collections.abc import Iterator, Sequence
 

@@ -1,4 +1,4 @@
-"""How every figure looks: sized for a printed column, readable without colour vision."""
+"""Style of all figures: sized for a printed column, readable without colour vision."""
 
 import textwrap
 from collections.abc import Iterator
@@ -49,7 +49,7 @@ def wrapped(title: str, inches: float) -> str:
 
 
 def names_of(split: str) -> dict[str, str]:
-    """What the two kinds of examples are called: in atypical splits nobody is mislabeled."""
+    """Return the names of the two kinds of examples; atypical splits have no mislabeled ones."""
     if split == "atypical":
         return {"clean": "typical", "noisy": "atypical", "total": "all", "test": "test"}
     return {name: name for name in COLORS}

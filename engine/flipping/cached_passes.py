@@ -1,4 +1,4 @@
-"""A fixed batch under ever other sets of closed gates, and nothing computed twice.
+"""Cache passes of a fixed batch under changing sets of closed gates.
 
 In eval mode examples are independent, so what lies below the lowest closed gate does as it did with
 all gates open: forward passes go on from stored states there. How much is stored depends on the
@@ -40,14 +40,14 @@ def _tensors(state: State) -> tuple[Tensor, ...]:
 
 
 def bytes_each(model: StagedModel, gates: Gates, images: Tensor) -> int:
-    """What autograd keeps of a pass of these images, an estimate."""
+    """Estimate the bytes that autograd keeps of a pass of these images."""
     gates.close([()])
     model(images)
     return SAVED_PER_TAP * sum(tap.value.nbytes for tap in gates.take_taps())
 
 
 def rows_at_once(model: StagedModel, gates: Gates, images: Tensor) -> int:
-    """How many images go through a model in one pass: its choice, and the kind of device's."""
+    """Return the number of images in one pass; it depends on the model and the kind of device."""
     kind = images.device.type
     return max(1, min(ROWS[kind], PASS_BYTES[kind] // bytes_each(model, gates, images[:1])))
 
@@ -165,7 +165,7 @@ class ReferenceGradient:
 
 
 class Correctness:
-    """Which of many images a model gets right, for any set of closed gates; no noise is added."""
+    """Correctness of many images for any set of closed gates; no noise is added."""
 
     def __init__(
         self,

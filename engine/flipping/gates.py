@@ -133,7 +133,7 @@ def _group_of(model: StagedModel, groups: Sequence[LayerGroup], module: nn.Modul
 
 @dataclass(frozen=True)
 class Tap:
-    """What a gated layer did in a forward pass: enough to differentiate by its gates."""
+    """Record of a gated layer in a forward pass: enough to differentiate by its gates."""
 
     site: Site
     value: Tensor  # what the gates multiply; of single weights, what they are multiplied with
@@ -168,7 +168,7 @@ class Gates:
             handle.remove()
 
     def close(self, sets: Sequence[Collection[int]]) -> None:
-        """Which gates are closed from now on, for each set of a batch; all others are open."""
+        """Close these gates from now on, for each set of a batch; open all others."""
         open_ = torch.ones(len(sets), self.count)
         for row, numbers in enumerate(sets):
             open_[row, list(numbers)] = 0
@@ -177,7 +177,7 @@ class Gates:
         self._taps: list[Tap] = []
 
     def take_taps(self) -> list[Tap]:
-        """What the forward passes since the last call of `close` or of this left behind."""
+        """Return the taps of the forward passes since the last call of `close` or of this."""
         taps, self._taps = self._taps, []
         return taps
 

@@ -83,6 +83,6 @@ def search(
 
 
 def chunk_size(model: StagedModel, gates: Gates, images: Tensor) -> int:
-    """How many examples fit into a quarter of the free memory, with their copies."""
+    """Return the number of examples, with copies, that fit into a quarter of the free memory."""
     each = bytes_each(model, gates, images)
     return max(1, min(LARGEST_CHUNK, int(free_memory(images.device) / 4 / each)))

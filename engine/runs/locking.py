@@ -158,7 +158,7 @@ def lock(directory: Path, wait: bool = False) -> Iterator[None]:
 
 
 def is_held(directory: Path) -> bool:
-    """Whether this process holds the folder."""
+    """Return True if this process holds the folder."""
     return directory.absolute() in _own
 
 

@@ -1,4 +1,4 @@
-"""Where a run computes, in which precision, and with which random numbers."""
+"""Devices, precision and random numbers of a run."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence

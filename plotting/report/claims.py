@@ -22,7 +22,7 @@ from plotting.report.tables import PAPER_AUC, PAPER_TABLE_3
 
 @dataclass(frozen=True)
 class Rule:
-    """When a number agrees, in words too."""
+    """Condition for a number to agree, with its words."""
 
     words: str
     holds: Callable[[float], bool]

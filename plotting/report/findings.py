@@ -1,4 +1,4 @@
-"""What runs say about the paper's claims, and the verdicts."""
+"""Findings: measured numbers for the paper's claims, and verdicts."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from plotting.report.tables import PAPER_TABLE_1, Table, spread
 
 @dataclass(frozen=True)
 class Finding:
-    """What runs say about a claim."""
+    """Measured numbers for a claim."""
 
     claim: Claim
     about: str
@@ -108,6 +108,6 @@ def table_claims(findings: Sequence[Finding]) -> Table:
 
 
 def _hardware(families: Sequence[Family]) -> str:
-    """How many threads a CPU used changes the time only."""
+    """Name the hardware; the number of threads of a CPU changes the time only."""
     devices = [device for family in families for device in family.devices]
     return "; ".join(sorted({re.sub(r" \(\d+ threads\)$", "", device) for device in devices}))

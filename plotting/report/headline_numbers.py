@@ -79,7 +79,7 @@ def norm_ratio_epochs(family: Family) -> Values:
 
 
 def mean_norm_ratio(family: Family) -> Values:
-    """Of norms averaged over all epochs, as Figures 8 and 11 to 14 show them."""
+    """Ratio of norms averaged over all epochs, as in Figures 8 and 11 to 14."""
     table = read_accounts(family)
     return np.median(_quotient(table["norm_noisy"].mean(1), table["norm_clean"].mean(1)), axis=1)
 

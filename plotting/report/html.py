@@ -286,7 +286,7 @@ def _what_was_run(families: Sequence[Family]) -> str:
 
 
 def _measured_with(family: Family) -> str:
-    """How its tables were measured, where that is not as by default."""
+    """Return the settings of its tables that are not the defaults."""
     values = (f"{key}={value!s:.60}" for key, value in family.measured_with.items())
     words = ", ".join(values)
     return f"measured with {words}" if words else ""

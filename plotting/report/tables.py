@@ -54,7 +54,7 @@ class Table:
 
     @property
     def measured(self) -> bool:
-        """Whether it holds more than the paper's own numbers."""
+        """Return True if the table holds more than the paper's own numbers."""
         return any(not row[0].startswith("paper") for row in self.rows)
 
     def markdown(self) -> str:
@@ -153,7 +153,7 @@ def table_3(families: Sequence[Family]) -> Table:
 
 
 def table_auc(families: Sequence[Family]) -> Table:
-    """How well each score tells memorized from clean examples; on those that were searched."""
+    """AUC of each score, memorized against clean examples, on the searched examples."""
     rows = []
     for family in filter(None, (family.having(DETECTION.name) for family in families)):
         found = family.rows(DETECTION)
@@ -168,7 +168,7 @@ def table_auc(families: Sequence[Family]) -> Table:
 
 
 def table_stability(families: Sequence[Family]) -> Table:
-    """Whether an example's number of neurons is its own, or the training's; what averaging buys.
+    """Stability of an example's number of neurons over trainings; gain of averaging.
 
     The rank correlation of two trainings' numbers, within clean and within noisy examples: that
     over both together would also say how much these two differ. And over all choices of k of a
@@ -213,7 +213,7 @@ def counts_of_all_seeds(family: Family) -> tuple[np.ndarray, np.ndarray]:
 
 
 def table_scores(families: Sequence[Family]) -> Table:
-    """How well every score finds the memorized examples, and what neurons add to it."""
+    """AUC of every score of the memorized examples, and what the number of neurons adds."""
     rows = []
     for family in filter(None, (family.having(AREAS.name) for family in families)):
         areas, added = family.rows(AREAS), family.rows(WITH_NEURONS)

@@ -1,4 +1,4 @@
-"""Which layers run, in which order, and which batch norm takes whose output."""
+"""Layers in the order in which they run, and the batch norm that takes the output of each."""
 
 import pytest
 import torch

@@ -88,7 +88,7 @@ def test_no_line_of_a_jobs_script_comes_from_a_name(tmp_path, monkeypatch):
 
 @pytest.mark.slow(reason="training, a measurement and a report in a process of its own")
 def test_a_user_without_privileges_gets_from_training_to_figures(tmp_path):
-    """As another user where one may read this installation, else as root without capabilities."""
+    """Run as another user if that user may read this installation, else without capabilities."""
     (tmp_path / "config.yaml").write_text(CONFIG + "experiments: [rewinding]\n")
     drop = []
     if os.getuid() == 0:

@@ -1,4 +1,4 @@
-"""What `auto` means on a machine: device, precision, compiling; what is said about its GPU.
+"""Resolution of `auto` on a machine: device, precision, compiling; messages about its GPU.
 
 No GPU is needed: torch is made to report one, and is asked for nothing else.
 """
