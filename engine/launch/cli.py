@@ -21,17 +21,18 @@ from engine.runs.run import Run, each_once
 from engine.runs.stopping import Terminated, ending_on_signals
 
 TRAINING_SECTIONS = ("data", "train")
+UNFINISHED = 75  # exit status: nothing failed, and a rerun resumes (EX_TEMPFAIL)
 
 
 class Parser(argparse.ArgumentParser):
-    """One that complains in one line."""
+    """Parser that reports a mistake in one line."""
 
     def error(self, message: str) -> None:
         raise UserError(f"command line: {message}; see --help")
 
 
 class _HelpOfAllKeys(argparse.Action):
-    """Print the help with every key of a configuration, and exit."""
+    """Print the help with every key of a configuration, then exit."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
         super().__init__(option_strings, dest, nargs=0, help=help)
@@ -43,7 +44,7 @@ class _HelpOfAllKeys(argparse.Action):
 
 
 def describe_sections(sections: Sequence[str]) -> str:
-    """Return a line for each key of some sections of a configuration, and the other sections."""
+    """Describe each key of the given sections in one line, and name the other sections."""
     lines, others = [], {}
     for key, default, allowed, meaning in describe_keys():
         section = key.partition(".")[0] if "." in key else ""
@@ -59,9 +60,9 @@ def describe_sections(sections: Sequence[str]) -> str:
 def make_parser(
     description: str, sections: Sequence[str] = (), default_config: str | None = None
 ) -> argparse.ArgumentParser:
-    """Return the arguments that all scripts share; its help describes the keys of some sections.
+    """Make the parser of all scripts; its help describes the keys of the given sections.
 
-    Without a default, the configuration must be named.
+    Without a default, the configuration is a required argument.
     """
     parser = Parser(
         description=description,
@@ -75,12 +76,16 @@ def make_parser(
     parser.add_argument(
         "overrides", nargs="*", metavar="key.path=value", help="overrides; values are YAML"
     )
-    parser.add_argument("--dry-run", action="store_true", help="only print what would be done")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only print what would be done, its time and its disk",
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"))
     parser.add_argument(
-        "--wait", action="store_true", help="wait for runs that another process works on"
+        "--wait", action="store_true", help="wait for runs that another process has locked"
     )
-    parser.add_argument("--help-all", action=_HelpOfAllKeys, help="describe every key, and exit")
+    parser.add_argument("--help-all", action=_HelpOfAllKeys, help="describe every key, then exit")
     return parser
 
 
@@ -89,9 +94,9 @@ def find_runs(
     overrides: Sequence[str] = (),
     training: Callable[[Config], Config] = without_dropout,
 ) -> list[Run]:
-    """The runs that a command is about: those of a configuration's sweep, or the one given.
+    """Return the runs of a configuration's sweep, or the run in a directory.
 
-    `training` says which training a script makes of a configuration: by default, the plain one.
+    `training` maps a configuration to the training that a script reads; by default, the plain one.
     """
     if Path(config).is_dir():
         return [Run.at(Path(config), tuple(overrides))]
@@ -103,7 +108,7 @@ def run_script(
 ) -> int:
     """Measure every run of the command line, print a line for each, and return the exit status.
 
-    Every line ends with the run's directory, or with the folder of the runs that it concludes.
+    Each line ends with the run's directory, or with the folder of the runs that it summarizes.
     """
     with reporting_ends() as ending, ending_on_signals():
         sections = [experiment.key] if experiment.key in SECTIONS else TRAINING_SECTIONS
@@ -125,13 +130,13 @@ def run_script(
 
 
 class Ending:
-    """How a command ended: its exit status."""
+    """Exit status of a command."""
 
     status = 0
 
     @contextmanager
     def one_of_several(self, directory: Path) -> Iterator[None]:
-        """A run that fails is reported, and the others go on: they may do better."""
+        """Report a failed run and continue with the others."""
         try:
             yield
         except RunFailed as error:
@@ -141,7 +146,7 @@ class Ending:
 
 @contextmanager
 def reporting_ends() -> Iterator[Ending]:
-    """Whatever ends a command early becomes one line on stderr and an exit status."""
+    """Turn whatever ends a command early into one line on stderr and an exit status."""
     ending = Ending()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # may not be able to write every name
@@ -158,16 +163,15 @@ def reporting_ends() -> Iterator[Ending]:
             raise
         reason = str(error).strip().partition("\n")[0].partition(". ")[0]
         print(
-            f"out of memory: {reason}; a smaller model, train.batch_size or data.train_size may "
-            "help",
+            f"out of memory: {reason}; try a smaller model, train.batch_size or data.train_size",
             file=sys.stderr,
         )
         ending.status = 1
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         reason = f"{place}{error.strerror or error}"
-        print(f"{reason}; the same command goes on once this is mended", file=sys.stderr)
+        print(f"{reason}; fix this, then rerun to resume", file=sys.stderr)
         ending.status = 1
     except (KeyboardInterrupt, Terminated) as error:
         ending.status = getattr(error, "status", 130)
-        print("\nended by a signal; the same command goes on where this one was", file=sys.stderr)
+        print("\nInterrupted. Rerun the same command to resume.", file=sys.stderr)

@@ -7,7 +7,6 @@ has both. A thread of its own writes copies while the next epoch trains.
 """
 
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -17,11 +16,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from data import Batch, Split, batch_rows, batches, epoch_order, file_digest
 from engine.config.schema import Config, TrainConfig
 from engine.errors import RunFailed
+from engine.progress import progress_bar
 from engine.runs import files, provenance
 from engine.runs.identity import deciding_settings
 from engine.runs.run import Run
@@ -178,13 +177,11 @@ def train_run(
     cut = resume.resume_within(run, last + 1, model, optimizer, accountant.sums)
     began = time.perf_counter() - record.seconds
     steps = len(batch_rows(split.n, train.batch_size))
-    bar = tqdm(
-        desc=f"{run.directory.parent.name[:40]}/{run.directory.name}",
-        total=train.epochs * steps,
+    bar = progress_bar(
+        f"{run.directory.parent.name[:40]}/{run.directory.name}",
+        train.epochs * steps,
+        "step",
         initial=max(last, 0) * steps + (cut.done if cut else 0),
-        unit="step",
-        leave=None,
-        mininterval=0.5 if sys.stderr.isatty() else 30,
     )
     with (
         bar,
