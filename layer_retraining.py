@@ -17,13 +17,13 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor
-from tqdm import tqdm
 
 from data import Split, batch_rows
 from engine.config.schema import Config
 from engine.errors import RunFailed
 from engine.launch.cli import run_script
 from engine.launch.estimates import count_examples, count_groups
+from engine.progress import progress_bar
 from engine.runs.experiment import Experiment
 from engine.runs.identity import title
 from engine.runs.measurement import Measurement
@@ -124,7 +124,7 @@ def measure(run: Run) -> None:
     steps = config.retraining.epochs * len(batch_rows(clean, config.train.batch_size))
     rows = []
     with (
-        tqdm(desc=title(config), total=len(groups) * steps, unit="step") as bar,
+        progress_bar(title(config), len(groups) * steps, "step") as bar,
         compute_precision(config.precision, device),
     ):
         for group in groups:

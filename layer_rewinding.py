@@ -18,13 +18,13 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from data import normalize
 from engine.config.kinds import listed_epochs
 from engine.config.schema import Config
 from engine.launch.cli import run_script
 from engine.launch.estimates import count_examples, count_groups
+from engine.progress import with_progress
 from engine.runs.experiment import Experiment
 from engine.runs.identity import measuring_precision, measuring_settings, title
 from engine.runs.measurement import Measurement
@@ -151,7 +151,7 @@ def measure(run: Run) -> None:
     earlier = load_earlier_groups(run, model, missing - {last}, config.rewinding.batchnorm)
 
     with compute_precision(precision := measuring_precision(config, device), device):
-        for rows, part in tqdm(list(zip(batches, parts)), title(config), None, unit="batch"):
+        for rows, part in with_progress(zip(batches, parts), title(config), len(parts), "batch"):
             if wanted := missing - part.keys():
                 rewound = {epoch: earlier[epoch] for epoch in wanted - {last}}
                 batch = (t[rows] for t in (split.images, split.label, split.memorized))

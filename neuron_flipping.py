@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from data import Split, normalize
 from data.random_streams import random_stream
@@ -32,6 +31,7 @@ from engine.flipping.search import Candidate, chunk_size, search
 from engine.flipping.second_split import forgetting_measurement, measure_forgetting, read_forgetting
 from engine.launch.cli import run_script
 from engine.launch.estimates import count_examples
+from engine.progress import progress_bar
 from engine.runs import files
 from engine.runs.experiment import Experiment
 from engine.runs.identity import measuring_precision, measuring_settings, title
@@ -183,13 +183,7 @@ def search_run(run: Run, split: Split, device: torch.device) -> None:
         example_of = dict(zip(rows, split.index[rows].tolist()))
         found = {e: measurement.part(f"example_{e:06d}") for e in example_of.values()}
         known = [part["neurons"] for part in found.values() if part is not None]
-        bar = tqdm(
-            desc=f"{title(run.config)}: flipping",
-            total=len(rows),
-            initial=len(known),
-            unit="example",
-            mininterval=0.5 if sys.stderr.isatty() else 30,
-        )
+        bar = progress_bar(f"{title(run.config)}: flipping", len(rows), "example", len(known))
         to_do = [row for row, example in example_of.items() if found[example] is None]
         with bar:
             for result in compute_flipping(run, split, model, to_do) if to_do else ():

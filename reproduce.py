@@ -1,22 +1,26 @@
-"""The main job: everything that a configuration asks for, in order, for every run of its sweep.
+"""Run everything that a configuration asks for, in order, for every run of its sweep.
 
     python reproduce.py                              # configs/quickstart.yaml, on embedded images
     python reproduce.py configs/small/mnist.yaml
-    python reproduce.py CONFIG --time-budget 540     # stop cleanly after nine minutes; call again
-    python reproduce.py CONFIG --jobs 8 --gpus 0,1,2,3   # runs side by side, two on a GPU
-    python reproduce.py CONFIG --slurm slurm.time=60     # each run a job of the cluster
+    python reproduce.py CONFIG --time-budget 540     # stop after nine minutes; rerun to resume
+    python reproduce.py CONFIG --jobs 8 --gpus 0,1,2,3   # runs in parallel, two per GPU
+    python reproduce.py CONFIG --slurm slurm.time=60     # each run as a job of the cluster
 
 Trains and accounts gradients, rewinds, retrains, flips neurons, trains with dropout (where
 `dropout.kind` names one), and draws the figures. `experiments: [rewinding, flipping]` does less;
-`experiments: [dropout]` is what example_tied_dropout.py does, and nothing else.
-What is done is skipped, what was interrupted goes on: the same command, called again and again,
-ends with the same results. Called on several machines with a common file system, it shares the runs
-among them, and whoever ends last draws the figures.
+`experiments: [dropout]` does only what example_tied_dropout.py does.
+Skips finished work and resumes interrupted work; the results are the same as without interruption.
+Started on several machines with a common file system, it distributes the runs among them, and the
+last process to finish draws the figures.
+
+The report lies in OUTPUT_DIR/report-CONFIG[-OVERRIDES]; a report of other runs is never replaced.
+Exit status: 0 all done, 1 a run failed, 2 the input is wrong, 75 work remains (the time budget is
+spent, or other processes work on the remaining runs): rerun the same command to resume.
 """
 
 import argparse
+import hashlib
 import math
-import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -28,12 +32,12 @@ from engine.config.load import load_configs
 from engine.config.schema import OF_THE_PAPER, Config
 from engine.errors import UserError
 from engine.launch import slurm
-from engine.launch.cli import Ending, announce, make_parser, reporting_ends
+from engine.launch.cli import UNFINISHED, Ending, announce, make_parser, reporting_ends
 from engine.launch.experiments import load_experiments
 from engine.launch.jobs import Job, are_done, by_run
 from engine.launch.local import LeftToOthers, at_once, collect, foresee, one_after_another
 from engine.launch.processes import Slot, end_with_parent, make_slots
-from engine.runs import provenance
+from engine.runs import files, provenance
 from engine.runs.experiment import Experiment
 from engine.runs.run import Run, each_once
 from engine.runs.stopping import OutOfTime, ending_on_signals, time_budget
@@ -41,10 +45,13 @@ from engine.training.build import load_split
 from plotting.families import find_families
 
 QUICKSTART = Path(__file__).resolve().parent / "configs" / "quickstart.yaml"
+REPORTED = "report.json"  # in a report's folder: the runs that it is about
+WITHOUT_RESULT = re.compile(r"(output_dir|device|data\.root|slurm\.\w+)=")
+LONGEST_NAME = 150  # bytes
 
 
 def make_jobs(configs: Sequence[Config]) -> list[Job]:
-    """Run by run, each experiment once; configurations that ask for the same work share it."""
+    """List the jobs by run, each once, however many configurations ask for it."""
     known = load_experiments()
 
     def wanted(config: Config) -> Iterator[Experiment]:
@@ -68,18 +75,19 @@ def make_jobs(configs: Sequence[Config]) -> list[Job]:
 
 
 def require_weights(experiment: Experiment, run: Run) -> None:
-    """Refuse, before anything is trained, to measure on epochs that the training will not keep."""
+    """Refuse, before any training, measurements of epochs whose weights will not be kept."""
     missing = [epoch for epoch in experiment.epochs_read(run.config) if not run.kept(epoch)]
     if missing and not run.finished:
         kept = list(run.config.checkpoints.keep)
         script = experiment.name.replace(" ", "_")
         raise UserError(
             f"checkpoints.keep: {kept} is not enough: {script} reads the weights of "
-            f"epochs {missing}; keep them, or name in `experiments` what is to be done without it"
+            f"epochs {missing}; keep them, or leave this measurement out of `experiments`"
         )
 
 
 def only(jobs: Sequence[Job], directory: Path) -> list[Job]:
+    """Return the jobs of the run in one directory."""
     chosen = [job for job in jobs if job.run.directory.resolve() == directory.resolve()]
     if not chosen:
         raise UserError(f"command line: --only: {directory} is not a run of this configuration")
@@ -106,7 +114,7 @@ def command_for(run: Path, jobs: Sequence[Job], given: argparse.Namespace) -> li
 def work(
     jobs: Sequence[Job], configs: Sequence[Config], given: argparse.Namespace, ending: Ending
 ) -> Iterator[Job]:
-    """Do every job, one after another or side by side; yield what is done."""
+    """Do every job, in turn or in parallel; yield the finished ones."""
     if given.collect:
         return collect(jobs, ending)
     if not given.jobs and not given.gpus:
@@ -117,7 +125,7 @@ def work(
 
 
 def places(jobs: Sequence[Job], configs: Sequence[Config], given: argparse.Namespace) -> list[Slot]:
-    """Where runs would be worked on at the same time."""
+    """Return the places where runs are worked on in parallel."""
     if given.slurm:
         settings = configs[0].slurm
         return [Slot(None, settings.cpus)] * min(settings.parallel, len(by_run(jobs)))
@@ -125,31 +133,31 @@ def places(jobs: Sequence[Job], configs: Sequence[Config], given: argparse.Names
 
 
 def fetch_data(configs: Sequence[Config]) -> None:
-    """Before many processes need them: no two download the same, and what is missing shows now."""
+    """Load all data once, so that parallel processes download nothing and mistakes show early."""
     for config in {config.data: config for config in configs}.values():
         load_split(config)
 
 
 def submit(jobs: Sequence[Job], configs: Sequence[Config], given: argparse.Namespace) -> None:
-    """Give each run that is not done to the cluster, and the collecting of all of them."""
+    """Submit each unfinished run to the cluster, and a last job that collects all results."""
     runs = [run for run, share in by_run(jobs).items() if not are_done(share)]
     if not runs:
-        print("nothing to submit: all is done; --collect shows it")
+        print("nothing to submit: all runs are finished; --collect prints the results")
         return
     fetch_data(configs)
-    given.wait = True  # a job that went on elsewhere may meet the claim that it left behind
+    given.wait = True  # a requeued job may meet its own lock from another machine
     settings = configs[0].slurm
-    folder = folder_of("slurm", configs, given.config)
+    folder = folder_of(configs[0], ["slurm", Path(given.config).stem])
     commands = [command_for(run, jobs, given) for run in runs]
     handles = slurm.submit(commands, folder, settings)
     for handle, run in zip(handles, runs):
         print(f"job {handle.job_id}  {run}")
     last = slurm.submit_after(handles, command(given, "--collect"), folder, settings)
-    print(f"job {last.job_id}, when these have ended, collects the results; logs  {folder}")
+    print(f"job {last.job_id}: collects the results after all others; logs  {folder}")
 
 
 def conclude(jobs: Sequence[Job], folder: Path, title: str) -> None:
-    """What several runs show together: means over seeds, figures, tables, and the report."""
+    """Summarize all runs: means over seeds, figures, tables, and the report."""
     for experiment in dict.fromkeys(job.experiment for job in jobs):
         runs = [job.run for job in jobs if job.experiment is experiment]
         for result, place in experiment.conclude(runs):
@@ -182,41 +190,79 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for job in work(jobs, configs, given, ending):
                     done.append(job)
         except OutOfTime:
-            print(f"out of time: {len(jobs) - len(done)} of {len(jobs)} jobs left; ", end="")
-            print("the same command goes on")
-            return ending.status
+            print(
+                f"out of time: {len(jobs) - len(done)} of {len(jobs)} jobs remain; rerun to resume"
+            )
+            return ending.status or UNFINISHED
         except LeftToOthers:
-            print("other processes work on what is left; whoever ends last draws the figures")
-            return ending.status
+            print(
+                "other processes work on the remaining runs; the last to finish draws the figures"
+            )
+            return ending.status or UNFINISHED
         if not given.only:
-            folder = folder_of("report", configs, given.config)
-            conclude(sorted(done, key=jobs.index), folder, configs[0].name)
+            overrides = describe_overrides(given.overrides)
+            folder = folder_of(configs[0], ["report", Path(given.config).stem, *overrides])
+            if done:
+                folder = report_folder(folder, jobs)
+            title = ", ".join([configs[0].name, *overrides])
+            conclude(sorted(done, key=jobs.index), folder, title)
     return ending.status
 
 
-def folder_of(what: str, configs: Sequence[Config], config_file: str) -> Path:
-    """What is about all runs of a configuration lies in a folder with its name."""
-    name = os.fsencode(f"{what}-{Path(config_file).stem}")[:200].decode(errors="ignore")
-    name = "".join(char if char.isprintable() else "_" for char in name)
-    return expanded(configs[0].output_dir) / name
+def folder_of(config: Config, parts: Sequence[str]) -> Path:
+    """Name a folder for all runs of a command, below the folder of the runs."""
+    name = re.sub(r"[^\w.=-]+", "_", "-".join(parts))
+    name = name.encode(errors="replace")[:LONGEST_NAME].decode(errors="ignore")
+    return expanded(config.output_dir) / name
+
+
+def describe_overrides(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides in one order, without those that change no result."""
+    return sorted(o for o in overrides if not WITHOUT_RESULT.match(o))
+
+
+def report_folder(folder: Path, jobs: Sequence[Job]) -> Path:
+    """Return the folder, or one with a digest in its name if it holds a report of other runs.
+
+    A report is replaced by one of the same runs, or of the same runs and more.
+    """
+    runs = sorted({"/".join(job.run.directory.parts[-2:]) for job in jobs})
+    if not _holds_only(folder, runs):
+        digest = hashlib.sha256("\n".join(runs).encode()).hexdigest()[:8]
+        folder = folder.with_name(f"{folder.name}-{digest}")
+    files.write_json(folder / REPORTED, {"runs": runs})
+    return folder
+
+
+def _holds_only(folder: Path, runs: Sequence[str]) -> bool:
+    if not (folder / REPORTED).exists():
+        return not (folder / "summary.json").exists()
+    try:
+        before = files.read_json(folder / REPORTED).get("runs")
+    except UserError:  # damaged
+        return False
+    return isinstance(before, list) and set(map(str, before)) <= set(runs)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line; without a configuration, take the quickstart's."""
     parser = make_parser(__doc__, [""], default_config=str(QUICKSTART))
     parser.add_argument(
-        "--time-budget", type=_seconds, metavar="SECONDS", help="stop cleanly after so long"
+        "--time-budget", type=_seconds, metavar="SECONDS", help="stop cleanly after this time"
     )
-    parser.add_argument("--gpus", type=_gpus, metavar="0,1,...", help="where --jobs compute")
+    parser.add_argument("--gpus", type=_gpus, metavar="0,1,...", help="GPUs for --jobs")
     spread = parser.add_mutually_exclusive_group()
-    spread.add_argument("--jobs", type=_count, metavar="N", help="so many runs side by side")
+    spread.add_argument("--jobs", type=_count, metavar="N", help="number of runs in parallel")
     spread.add_argument("--slurm", action="store_true", help="each run as a job of the cluster")
-    spread.add_argument("--collect", action="store_true", help="only gather what is done")
+    spread.add_argument(
+        "--collect", action="store_true", help="only print and plot finished results"
+    )
     spread.add_argument("--only", type=Path, metavar="RUN", help="only the run of this directory")
     given = parser.parse_intermixed_args(arguments)
     if "=" in given.config and not Path(given.config).exists():  # the first override came first
         given.config, given.overrides = str(QUICKSTART), [given.config, *given.overrides]
     if Path(given.config).is_dir():
-        raise UserError(f"{given.config}: is a folder; reproduce.py takes a configuration's file")
+        raise UserError(f"{given.config}: is a folder; reproduce.py takes a configuration file")
     if given.device:
         given.overrides = [*given.overrides, f"device={given.device}"]
     return given

@@ -1,4 +1,4 @@
-"""The main job: every script in order, each piece of work once, and going on after a stop."""
+"""reproduce.py: every script in order, each piece of work once, and resuming after a stop."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def test_everything_in_order_and_then_nothing(tiny_file, tmp_path, capsys):
     figures = {path.name for path in (plain.parent / "figures").glob("*.png")}
     assert {"gradient_norms.png", "rewinding.png", "retraining.png", "neurons.png"} <= figures
 
-    report = tmp_path / "runs" / "report-tiny" / "report.html"
+    (report,) = tmp_path.glob("runs/report-tiny-*/report.html")
     assert lines[-1] == f"report: {report}"
     assert lines[-2] == f"summary: {report.with_name('summary.json')}"
     summary = json.loads(report.with_name("summary.json").read_text())
@@ -114,15 +114,17 @@ def test_dropout_alone_is_what_its_script_does(tiny_file):
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_out_of_time_stops_cleanly_and_the_same_command_goes_on(tiny_file, capsys):
+def test_out_of_time_stops_cleanly_and_the_same_command_resumes(tiny_file, capsys):
     overrides = [*SMALL[1:], "train.epochs=5", "experiments=[rewinding]"]
     arguments = [str(tiny_file), *overrides]
     rounds = 0
     while True:
-        assert reproduce.main([*arguments, "--time-budget", "0"]) == 0
+        status = reproduce.main([*arguments, "--time-budget", "0"])
         lines = capsys.readouterr().out.splitlines()
         if not lines[-1].startswith("out of time: "):
+            assert status == 0
             break
+        assert status == 75
         rounds += 1
         assert rounds < 30
     assert rounds >= 5, "a budget of nothing must stop at every safe point"
@@ -143,6 +145,39 @@ def test_a_run_that_fails_does_not_stop_the_others(tiny_file, capsys):
     printed = capsys.readouterr()
     assert "the loss became" in printed.err
     assert printed.out.count("gradient accounting: ") == 1
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_report_is_never_replaced_by_one_of_other_runs(tiny_file, tmp_path, capsys):
+    def report(*overrides: str) -> Path:
+        asked = [str(tiny_file), "train.epochs=1", "experiments=[]", *overrides]
+        assert reproduce.main(asked) == 0
+        return Path(capsys.readouterr().out.splitlines()[-1].removeprefix("report: "))
+
+    plain, louder = report(), report("data.noise_rate=0.3")
+    assert plain.parent != louder.parent
+    assert "data.noise_rate=0.3" in louder.parent.name
+    assert "data.noise_rate=0.3" in louder.read_text()
+    assert "data.noise_rate=0.3" not in plain.read_text()
+    assert report("device=cpu") == plain
+
+    before = plain.read_bytes()
+    tiny_file.write_text(tiny_file.read_text().replace("noise_rate: 0.2", "noise_rate: 0.4"))
+    edited = report()
+    assert edited.parent.name.startswith(f"{plain.parent.name}-")
+    assert plain.read_bytes() == before
+    assert report() == edited
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_report_of_the_same_runs_and_more_replaces_the_former(tiny_file, capsys):
+    content = tiny_file.read_text()
+    places = []
+    for seeds in ("[0]", "[0, 1]"):
+        tiny_file.write_text(content + f"seed: {seeds}\n")
+        assert reproduce.main([str(tiny_file), "train.epochs=1", "experiments=[]"]) == 0
+        places.append(capsys.readouterr().out.splitlines()[-1])
+    assert places[0] == places[1]
 
 
 def test_the_first_argument_may_be_an_override(capsys):
@@ -167,6 +202,6 @@ def test_signals_end_a_real_process_with_one_line(tiny_file, number, status):
     os.kill(process.pid, number)
     _, error = process.communicate(timeout=60)
     assert process.returncode == status
-    assert error.splitlines()[-1].endswith("the same command goes on where this one was")
+    assert error.splitlines()[-1] == "Interrupted. Rerun the same command to resume."
     assert "Traceback" not in error
     assert not list(tiny_file.parent.rglob("*.tmp"))

@@ -1,1 +1,1 @@
-"""Commands: the command line, runs one by one, side by side or on Slurm, estimates, progress."""
+"""Commands: the command line; runs in turn, in parallel or on Slurm; estimates; progress."""

@@ -26,17 +26,18 @@ from engine.runs.stopping import Terminated, ending_on_signals
 from engine.training.devices import describe_computing
 
 TRAINING_SECTIONS = ("data", "train")
+UNFINISHED = 75  # exit status: nothing failed, and a rerun resumes (EX_TEMPFAIL)
 
 
 class Parser(argparse.ArgumentParser):
-    """One that complains in one line."""
+    """Parser that reports a mistake in one line."""
 
     def error(self, message: str) -> None:
         raise UserError(f"command line: {message}; see --help")
 
 
 class _HelpOfAllKeys(argparse.Action):
-    """Print the help with every key of a configuration, and exit."""
+    """Print the help with every key of a configuration, then exit."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
         super().__init__(option_strings, dest, nargs=0, help=help)
@@ -48,7 +49,7 @@ class _HelpOfAllKeys(argparse.Action):
 
 
 def describe_sections(sections: Sequence[str]) -> str:
-    """Return a line for each key of some sections of a configuration, and the other sections."""
+    """Describe each key of the given sections in one line, and name the other sections."""
     lines, others = [], {}
     for key, default, allowed, meaning in describe_keys():
         section = key.partition(".")[0] if "." in key else ""
@@ -64,9 +65,9 @@ def describe_sections(sections: Sequence[str]) -> str:
 def make_parser(
     description: str, sections: Sequence[str] = (), default_config: str | None = None
 ) -> argparse.ArgumentParser:
-    """Return the arguments that all scripts share; its help describes the keys of some sections.
+    """Make the parser of all scripts; its help describes the keys of the given sections.
 
-    Without a default, the configuration must be named.
+    Without a default, the configuration is a required argument.
     """
     parser = Parser(
         description=description,
@@ -80,16 +81,20 @@ def make_parser(
     parser.add_argument(
         "overrides", nargs="*", metavar="key.path=value", help="overrides; values are YAML"
     )
-    parser.add_argument("--dry-run", action="store_true", help="only print what would be done")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only print what would be done, its time and its disk",
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"))
     if default_config is None:
         parser.add_argument(
             "--trust", action="store_true", help="run the code of the network in a run's directory"
         )
     parser.add_argument(
-        "--wait", action="store_true", help="wait for runs that another process works on"
+        "--wait", action="store_true", help="wait for runs that another process has locked"
     )
-    parser.add_argument("--help-all", action=_HelpOfAllKeys, help="describe every key, and exit")
+    parser.add_argument("--help-all", action=_HelpOfAllKeys, help="describe every key, then exit")
     parser.add_argument(
         "--strict",
         action="store_true",
@@ -104,9 +109,9 @@ def find_runs(
     training: Callable[[Config], Config] = without_dropout,
     trust: bool = False,
 ) -> list[Run]:
-    """The runs that a command is about: those of a configuration's sweep, or the one given.
+    """Return the runs of a configuration's sweep, or the run in a directory.
 
-    `training` says which training a script makes of a configuration: by default, the plain one.
+    `training` maps a configuration to the training that a script reads; by default, the plain one.
     The code of a network that a run's directory holds runs only with `trust`.
     """
     if Path(config).is_dir():
@@ -120,7 +125,7 @@ def run_script(
 ) -> int:
     """Measure every run of the command line, print a line for each, and return the exit status.
 
-    Every line ends with the run's directory, or with the folder of the runs that it concludes.
+    Each line ends with the run's directory, or with the folder of the runs that it summarizes.
     """
     with reporting_ends() as ending, ending_on_signals():
         sections = [experiment.key] if experiment.key in SECTIONS else TRAINING_SECTIONS
@@ -154,7 +159,7 @@ def announce(runs: Sequence[Run]) -> None:
 
 
 class Ending:
-    """How a command ended: its exit status."""
+    """Exit status of a command."""
 
     status = 0
 
@@ -178,7 +183,7 @@ class Ending:
 
 @contextmanager
 def reporting_ends() -> Iterator[Ending]:
-    """Whatever ends a command early becomes one line on stderr and an exit status."""
+    """Turn whatever ends a command early into one line on stderr and an exit status."""
     ending = Ending()
     _open_standard_streams()
     for stream in (sys.stdout, sys.stderr):
@@ -197,11 +202,11 @@ def reporting_ends() -> Iterator[Ending]:
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         reason = f"{place}{error.strerror or error}"
-        print(f"{printable(reason)}; the same command goes on once this is mended", file=sys.stderr)
+        print(f"{printable(reason)}; fix this, then rerun to resume", file=sys.stderr)
         ending.status = 1
     except (KeyboardInterrupt, Terminated) as error:
         ending.status = getattr(error, "status", 130)
-        print("\nended by a signal; the same command goes on where this one was", file=sys.stderr)
+        print("\nInterrupted. Rerun the same command to resume.", file=sys.stderr)
 
 
 def _open_standard_streams() -> None:

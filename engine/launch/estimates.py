@@ -1,8 +1,8 @@
-"""How long a job will take and how much disk: guesses, good enough to plan with.
+"""Estimate how long a job takes, well enough to plan with.
 
-Work is counted in passes: one image through the network once, forward; backward counts as two more.
-The seconds of a pass come from finished runs of the same shape on the same device, else from two
-seconds of training on random images. No data are read or downloaded.
+The unit of work is a pass: one image forward through the network; a backward pass counts as two.
+The seconds per pass come from finished runs of the same shape on the same device, otherwise from
+two seconds of training on random images. No data are read or downloaded.
 """
 
 import heapq
@@ -35,7 +35,7 @@ CALIBRATION = 2.0  # seconds
 
 
 def training_passes(run: Run) -> float:
-    """The epochs that are left: forward, backward once or (accounting) twice, and evaluation."""
+    """Count the passes of the remaining epochs: forward, one or two backward, and evaluation."""
     train, test = count_examples(run.config)
     done = 0 if run.finished else max(run.resumable_epochs(), default=0)
     step = 5 if run.config.train.account_gradients else 3
@@ -43,11 +43,12 @@ def training_passes(run: Run) -> float:
 
 
 def count_groups(config: Config) -> int:
+    """Return the number of layers of the configured network."""
     return len(layer_groups(outline_model(config)))
 
 
 def count_examples(config: Config) -> tuple[int, int]:
-    """Training and test examples, the latter about: what is not at hand cannot be counted."""
+    """Return the numbers of training and of test examples; the latter is approximate."""
     train = outline(config.data.name, config.data.path).train_count
     return config.data.train_size or train, config.data.test_size or train // 5
 
@@ -57,7 +58,7 @@ def count_examples(config: Config) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Shape:
-    """What decides the time of a pass, on a device."""
+    """Settings that decide the time of a pass on a device."""
 
     data: tuple[str, str | None]
     model: ModelConfig
@@ -74,7 +75,7 @@ class Shape:
 
 
 class Speeds:
-    """Seconds of a pass, with so many threads of a CPU; found out once for every shape."""
+    """Seconds per pass with a given number of CPU threads; cached per shape."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
@@ -105,15 +106,17 @@ class Speeds:
             return statistics.median(past)
         found = calibrate(config, device)
         if device.type == "cuda":
-            torch.cuda.empty_cache()  # others are to compute there
+            torch.cuda.empty_cache()  # leave the memory to the runs
         return found
 
 
 def past_runs(output_dir: Path, device: str) -> dict[Shape, list[float]]:
-    """What finished trainings took on this device, in seconds of a pass."""
+    """Return the seconds per pass of the finished trainings on this device, by shape."""
     found: dict[Shape, list[float]] = {}
     for path in sorted(output_dir.glob("*/*/provenance.json")):
-        with suppress(UserError, DataError):  # a damaged run is for others to complain about
+        with suppress(
+            UserError, DataError
+        ):  # a damaged run is reported by the command that reads it
             run, source = Run.at(path.parent), files.read_json(path)
             if run.finished and source.get("device") == device:
                 seconds = source["seconds"] / training_passes(run)
@@ -123,7 +126,7 @@ def past_runs(output_dir: Path, device: str) -> dict[Shape, list[float]]:
 
 @contextmanager
 def cpu_threads(count: int) -> Iterator[None]:
-    """What runs inside computes with so many threads."""
+    """Compute with `count` CPU threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -133,13 +136,13 @@ def cpu_threads(count: int) -> Iterator[None]:
 
 
 def calibrate(config: Config, device: torch.device) -> float:
-    """Seconds of a pass, from training on a batch of random images again and again.
+    """Measure the seconds per pass by training repeatedly on a batch of random images.
 
-    A GPU gets several in a row: what begins and ends an epoch takes as long as a step there.
+    A GPU gets several batches in a row: starting and ending an epoch takes as long as a step there.
     """
     batches = 20 if device.type == "cuda" else 1
     split = random_images(config, batches * config.train.batch_size).to(device)
-    # Steps so small that they lead nowhere.
+    # A learning rate so small that the weights do not change.
     config = replace(config, train=replace(config.train, peak_lr=1e-12))
     model = make_model(config, split).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=config.train.momentum)
@@ -163,28 +166,28 @@ def calibrate(config: Config, device: torch.device) -> float:
         while sum(times) < CALIBRATION:
             times.append(step(size))
     seconds = statistics.median(times)
-    if least < size < whole:  # what a step takes for its weights, more images do not take again
+    if least < size < whole:  # the cost per step of the weights does not grow with the batch
         seconds += (whole - size) * max(0.0, seconds - smallest) / (size - least)
         size = whole
     return seconds / (3 * size)
 
 
 def random_images(config: Config, size: int) -> Split:
-    """As many images of the data set's shape, none of them memorized, and no others to test on."""
+    """Make `size` random images of the data set's shape, none memorized, without test images."""
     known = outline(config.data.name, config.data.path)
     random = torch.Generator().manual_seed(derive_seed("calibration"))
     images = torch.randint(256, (size, *known.shape), dtype=torch.uint8, generator=random)
     label, index = torch.arange(size) % known.classes, torch.arange(size)
     names = tuple(map(str, range(known.classes)))
-    nobody = torch.zeros(size, dtype=torch.bool)
-    return Split(images, label, label, nobody, index, None, images[:0], label[:0], names)
+    memorized = torch.zeros(size, dtype=torch.bool)
+    return Split(images, label, label, memorized, index, None, images[:0], label[:0], names)
 
 
-# ---------------------------------------------------------------- for people
+# ---------------------------------------------------------------- text
 
 
 def makespan(seconds: Sequence[float], slots: int) -> float:
-    """When the last piece of work is done, if every slot takes the next one as soon as it can."""
+    """Return the total seconds when each free slot takes the next piece of work."""
     ends = [0.0] * slots
     for piece in seconds:
         heapq.heapreplace(ends, ends[0] + piece)
@@ -192,6 +195,7 @@ def makespan(seconds: Sequence[float], slots: int) -> float:
 
 
 def duration(seconds: float) -> str:
+    """Format seconds with a unit that fits."""
     if math.isnan(seconds):
         return "an unknown time"
     for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):

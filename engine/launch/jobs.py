@@ -1,4 +1,4 @@
-"""What a sweep consists of: scripts' work on runs."""
+"""Jobs of a sweep: one script's work on one run each."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,18 +24,18 @@ class Job:
     def done(self) -> bool:
         try:
             return self.experiment.is_done(self.run)
-        except UserError:  # a damaged file; whoever needs it says which
+        except UserError:  # a damaged file; the job that reads it reports it
             return False
 
     def do(self) -> str:
-        """Whatever is not done yet; the results in one line that ends with the run's directory."""
+        """Do the work that is not done yet; return a line that ends with the run's directory."""
         if not self.experiment.trains and not self.run.finished:
-            raise RunFailed(f"no {self.name}, as the training did not come to its end")
+            raise RunFailed(f"{self.name} skipped: the training did not finish")
         return f"{self.name}: {self.experiment.main(self.run)}  {self.run.directory}"
 
 
 def by_run(jobs: Sequence[Job]) -> dict[Path, list[Job]]:
-    """The jobs of each run's directory, all in their order."""
+    """Group the jobs by their run's directory, in order."""
     shares: dict[Path, list[Job]] = {}
     for job in jobs:
         shares.setdefault(job.run.directory, []).append(job)

@@ -1,7 +1,7 @@
-"""The jobs of a sweep: one after another, side by side, or shared with other machines.
+"""Do the jobs of a sweep: in turn, in parallel, or shared with other machines.
 
-What is handed out is a run with all of its jobs in order. Whoever works on a run claims it, so that
-the same command, started anywhere on a common file system, goes on with what nobody works on.
+The unit of distribution is a run with all of its jobs in order. A process locks the run that it
+works on, so the same command can run on several machines with a common file system.
 """
 
 import math
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from engine.errors import RunFailed
-from engine.launch.cli import Ending
+from engine.launch.cli import UNFINISHED, Ending
 from engine.launch.estimates import Speeds, duration, makespan
 from engine.launch.jobs import Job, are_done, by_run
 from engine.launch.processes import Slot, side_by_side, why
@@ -24,33 +24,35 @@ from engine.runs.stopping import OutOfTime, time_left
 
 
 class LeftToOthers(Exception):
-    """All is done, but for runs that other processes work on."""
+    """Only runs that other processes have locked remain."""
 
 
-# ---------------------------------------------------------------- one after another
+# ---------------------------------------------------------------- in turn
 
 
 def one_after_another(jobs: Sequence[Job], ending: Ending, wait: bool = False) -> Iterator[Job]:
-    """Do every job, a line of results each, under one line of progress; yield what is done.
+    """Do every job under one progress line, print its result, and yield it.
 
-    A run that is held by another process comes again at the end, and is then waited for or left.
+    A run that another process has locked is retried at the end, then waited for or skipped.
     """
     with Progress(jobs) as bar:
         waiting = list(by_run(jobs).items())
         for last in (False, True):
             held = []
             for directory, share in waiting:
-                if are_done(share):  # looking at it must not keep others from looking
+                if are_done(share):  # reading a finished run needs no lock
                     yield from _do(share, bar, ending)
                     continue
-                with ending.one_of_several(directory):  # a claim can also be lost
+                with ending.one_of_several(directory):  # a lock can also be lost
                     try:
                         with lock(directory, wait=wait and last):
                             yield from _do(share, bar, ending)
                     except Held as error:
                         held.append((directory, share))
                         if last:
-                            bar.write(f"{directory}: left to {error.by}", file=sys.stderr)
+                            bar.write(
+                                f"{directory}: skipped, locked by {error.by}", file=sys.stderr
+                            )
             waiting = held
     if waiting:
         raise LeftToOthers
@@ -62,10 +64,10 @@ def _do(share: Sequence[Job], bar: Progress, ending: Ending) -> Iterator[Job]:
         with ending.one_of_several(job.run.directory):
             bar.write(job.do(), file=sys.stdout)
             yield job
-        bar.passed(job)
+        bar.mark_done(job)
 
 
-# ---------------------------------------------------------------- side by side
+# ---------------------------------------------------------------- in parallel
 
 
 def at_once(
@@ -74,15 +76,15 @@ def at_once(
     command: Callable[[Path], Sequence[str]],
     ending: Ending,
 ) -> Iterator[Job]:
-    """Do each run's jobs by the command for it, as many runs at a time as there are slots.
+    """Run the command for each run, as many at a time as there are slots.
 
-    Yields what is done, with its line of results. What failed is reported at the end.
+    Prints the results of each finished job and yields it; reports failed runs at the end.
     """
     shares, failures = by_run(jobs), []
     left = set(shares)
     with Progress(jobs) as bar:
         for directory, status in _processes(shares, slots, command, bar):
-            if status:
+            if status not in (0, UNFINISHED):
                 failures.append(why(directory, status))
             elif not are_done(shares[directory]):
                 continue
@@ -105,16 +107,16 @@ def _processes(
     command: Callable[[Path], Sequence[str]],
     bar: Progress,
 ) -> Iterator[tuple[Path, int]]:
-    """Each run's directory as soon as its process has ended, with that one's exit status.
+    """Yield each run's directory as soon as its process has ended, with the exit status.
 
-    A run that is done needs no process.
+    A finished run needs no process.
     """
     to_do = [directory for directory, share in shares.items() if not are_done(share)]
 
     def watch(running: Sequence[Path]) -> None:
         names = Counter()
         for share in (shares[directory] for directory in running):
-            bar.passed(*(job for job in share if job.done))
+            bar.mark_done(*(job for job in share if job.done))
             names.update([job.name for job in share if not job.done][:1])
         bar.show(", ".join(f"{count} x {name}" for name, count in names.items()))
 
@@ -123,16 +125,16 @@ def _processes(
             yield directory, 0
     commands = {directory: command(directory) for directory in to_do}
     for directory, status in side_by_side(commands, slots, watch, put_off=holder_of):
-        bar.passed(*shares[directory])
+        bar.mark_done(*shares[directory])
         yield directory, status
     watch(())
 
 
-# ---------------------------------------------------------------- only looking
+# ---------------------------------------------------------------- without work
 
 
 def collect(jobs: Sequence[Job], ending: Ending) -> Iterator[Job]:
-    """What is done, with its line of results; what is not is named, and nothing is begun."""
+    """Print and yield every finished job, and name the unfinished ones; start nothing."""
     for job in jobs:
         with ending.one_of_several(job.run.directory):
             if not job.done:
@@ -142,7 +144,7 @@ def collect(jobs: Sequence[Job], ending: Ending) -> Iterator[Job]:
 
 
 def foresee(jobs: Sequence[Job], slots: Sequence[Slot]) -> Iterator[str]:
-    """What every job would do, its time and its disk; the total, one by one and side by side."""
+    """Describe every job, its time and its disk; then the total, in turn and in parallel."""
     alone = Speeds(torch.get_num_threads())
     shared = alone if slots[0].threads == alone.threads else Speeds(slots[0].threads)
     seconds, in_slots, disk, count = 0.0, [], 0.0, 0
@@ -159,9 +161,9 @@ def foresee(jobs: Sequence[Job], slots: Sequence[Slot]) -> Iterator[str]:
             yield f"{line}  {job.run.directory}"
     total = f"total: {count} of {len(jobs)} jobs to do"
     if count:
-        total += f", about {duration(seconds)} one after another"
+        total += f", about {duration(seconds)} in turn"
     if count and len(slots) > 1:
-        # Processes on one GPU are not counted on to be faster together.
+        # Assume that sharing a GPU makes processes no faster.
         lanes = len({slot.gpu for slot in slots}) if slots[0].gpu else len(slots)
-        total += f", {duration(makespan(in_slots, lanes))} with {len(slots)} runs at once"
+        total += f", {duration(makespan(in_slots, lanes))} with {len(slots)} runs in parallel"
     yield f"{total}, {files.megabytes(disk)}"

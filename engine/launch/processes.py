@@ -1,4 +1,4 @@
-"""Commands side by side: each a process of its own, on a GPU or on its share of a CPU."""
+"""Run commands in parallel: each in its own process, on a GPU or on a share of the CPU."""
 
 import os
 import signal
@@ -16,19 +16,19 @@ from engine.errors import UserError
 from engine.runs.stopping import time_left
 from engine.training.devices import SHARED_BY
 
-POLL = 0.1  # seconds between two looks at the processes
-WATCH = 2.0  # seconds between two looks at what they have done
+POLL = 0.1  # seconds between checks of the processes
+WATCH = 2.0  # seconds between checks of their finished jobs
 PARENT = "REPRODUCE_PARENT"  # environment variable: the process that starts and ends others
-PATIENCE = 60.0  # seconds for a process to end itself before it is killed
+PATIENCE = 60.0  # seconds between SIGTERM and SIGKILL
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one process at a time computes, with how many threads, and beside how many others."""
+    """Place for one process at a time: a GPU or the CPU, and a number of threads."""
 
     gpu: str | None
     threads: int
-    sharing: int = 1  # processes that have the device's memory in common, this one included
+    sharing: int = 1  # processes that share the device's memory, including this one
 
     @property
     def environment(self) -> dict[str, str]:
@@ -37,9 +37,9 @@ class Slot:
 
 
 def make_slots(jobs: int | None, gpus: Sequence[str] | None) -> list[Slot]:
-    """So many slots (else one for each GPU), over the GPUs (else over all of them) in turn.
+    """Make `jobs` slots (default: one per GPU) over `gpus` (default: all) in turn.
 
-    A CPU's threads are shared out, unless OMP_NUM_THREADS says how many a process has.
+    Without a GPU the slots divide the CPU's threads, unless OMP_NUM_THREADS is set.
     """
     present = _visible_gpus()
     chosen = present if gpus is None else [_named(gpu, present) for gpu in gpus]
@@ -64,14 +64,14 @@ def _named(gpu: str, present: Sequence[str]) -> str:
 
 
 def _visible_gpus() -> list[str]:
-    """The GPUs as CUDA_VISIBLE_DEVICES names them; what it hides from us is not ours to give."""
+    """Return the visible GPUs under the names that CUDA_VISIBLE_DEVICES uses."""
     count = torch.cuda.device_count()
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return named.split(",")[:count] if named else [str(number) for number in range(count)]
 
 
 def log_path(directory: Path) -> Path:
-    """Where the command for a run's directory writes what it has to say: beside that."""
+    """Return the log of the command for a run: a file beside its directory."""
     return directory.with_name(f"{directory.name}.log")
 
 
@@ -81,10 +81,11 @@ def side_by_side(
     watch: Callable[[Sequence[Path]], object] = lambda running: None,
     put_off: Callable[[Path], object] = lambda directory: False,
 ) -> Iterator[tuple[Path, int]]:
-    """Run each directory's command, one at a time in a slot; yield it with its exit status.
+    """Run each directory's command, one at a time per slot; yield it with its exit status.
 
-    What is to be put off comes once more at the end. `watch` is told now and then what is running.
-    When the time budget is spent, no more are started. However this ends, no process stays behind.
+    A directory for which `put_off` is true is retried at the end. `watch` is called periodically
+    with the running directories. No command starts after the time budget is spent, and every
+    process is ended on exit.
     """
     waiting, free = deque((directory, True) for directory in commands), deque(slots)
     running: dict[Path, tuple[subprocess.Popen, Slot]] = {}
@@ -112,7 +113,7 @@ def side_by_side(
 
 
 def start(command: Sequence[str], directory: Path, slot: Slot) -> subprocess.Popen:
-    """In a session of its own: Ctrl-C in the terminal is for us, who then end it."""
+    """Start a command in its own session, so that Ctrl-C reaches this process only."""
     budget = [] if time_left() == float("inf") else ["--time-budget", f"{time_left():.3f}"]
     path = log_path(directory)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +125,7 @@ def start(command: Sequence[str], directory: Path, slot: Slot) -> subprocess.Pop
             stderr=log,
             env=os.environ
             | slot.environment
-            | {"TQDM_MININTERVAL": "30", PARENT: str(os.getpid())},  # it is no terminal
+            | {"TQDM_MININTERVAL": "30", PARENT: str(os.getpid())},  # a log, not a terminal
             start_new_session=True,
         )
 
@@ -143,7 +144,7 @@ def end_with_parent() -> None:
 
 
 def end(processes: Sequence[subprocess.Popen]) -> None:
-    """Ask all to end, and kill who does not listen."""
+    """Terminate all processes, and kill those that do not end in time."""
     for process in processes:
         process.terminate()
     deadline = time.monotonic() + PATIENCE
@@ -159,10 +160,10 @@ def end(processes: Sequence[subprocess.Popen]) -> None:
 
 
 def why(directory: Path, status: int) -> str:
-    """Why a run failed, in one line that ends with its log."""
+    """Say why a run failed, in one line that ends with its log."""
     log = log_path(directory)
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    lines = [line.strip() for line in lines if line.strip()] or ["it said nothing"]
+    lines = [line.strip() for line in lines if line.strip()] or ["no output"]
     said = next((line for line in reversed(lines) if line.startswith(f"{directory}: ")), lines[-1])
     how = signal.Signals(-status).name if status < 0 else f"status {status}"
-    return f"{directory}: failed ({how}): {said.removeprefix(f'{directory}: ')}; its log: {log}"
+    return f"{directory}: failed ({how}): {said.removeprefix(f'{directory}: ')}; log: {log}"

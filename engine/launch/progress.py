@@ -1,6 +1,7 @@
-"""The one line that shows how far all jobs are."""
+"""Progress line over all jobs: the current work, finished jobs, elapsed and remaining time."""
 
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from typing import TextIO
@@ -10,50 +11,93 @@ from tqdm import tqdm
 
 from engine.launch.estimates import Speeds, duration
 from engine.launch.jobs import Job
+from engine.progress import LINE_INTERVAL
+
+TICK = 1.0  # seconds between updates in a terminal
 
 
 class Progress:
-    """One line for all jobs: what is going on, how many are done, how long the rest will take."""
+    """Progress of all jobs on stderr: one moving line in a terminal, else a line now and then."""
 
     def __init__(self, jobs: Sequence[Job]) -> None:
+        self.moving = sys.stderr.isatty()
         self.bar = tqdm(
             total=len(jobs),
+            disable=not self.moving,
             dynamic_ncols=True,
-            bar_format="{desc} |{bar}| {n_fmt} of {total_fmt} jobs done, {elapsed} passed{postfix}",
+            bar_format="{desc} [{n_fmt}/{total_fmt} jobs] {elapsed} elapsed{postfix}",
         )
         self.work = {job: job.experiment.passes(job.run) for job in jobs}
         self.open = [job for job in jobs if not job.done]
         self.to_do = self._open_work()
         self.began = time.monotonic()
-        self.speeds = Speeds(torch.get_num_threads())  # finds out once what a pass takes
+        self.written = -LINE_INTERVAL  # when the last plain line was
+        self.now = ""
+        self.remaining, self.estimated = 0.0, self.began
+        self.speeds = Speeds(torch.get_num_threads())
+        self.ended = threading.Event()
+        self.clock = threading.Thread(target=self._tick, daemon=True)
 
     def __enter__(self) -> "Progress":
+        if self.moving:
+            self.clock.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        if self.moving:
+            self.clock.join()
+            self._update()
         self.bar.close()
 
     def write(self, line: str, file: TextIO) -> None:
-        self.bar.write(line, file=file)
+        tqdm.write(line, file=file)
 
-    def passed(self, *jobs: Job) -> None:
-        """These need no more time, whatever came of them."""
+    def mark_done(self, *jobs: Job) -> None:
+        """Count these jobs as done, whether they succeeded or failed."""
         self.open = [job for job in self.open if job not in jobs]
+
+    def show(self, now: str) -> None:
+        """Name the current work and estimate the remaining time."""
+        self.now, self.estimated = now, time.monotonic()
+        self.remaining = self._open_work() * self._seconds_per_pass()
+        if self.moving:
+            self._update()
+        elif now and self.estimated - self.written >= LINE_INTERVAL:
+            print(self.line(), file=sys.stderr, flush=True)
+            self.written = self.estimated
+
+    def line(self) -> str:
+        """Return the whole line, such as 'layer rewinding [1/5 jobs] 00:12 elapsed'."""
+        elapsed = tqdm.format_interval(self.estimated - self.began)
+        counts = f"[{len(self.work) - len(self.open)}/{len(self.work)} jobs]"
+        rest = self._rest()
+        return f"{self.now or 'all'} {counts} {elapsed} elapsed{', ' if rest else ''}{rest}"
+
+    def _tick(self) -> None:
+        while not self.ended.wait(TICK):
+            self._update()
+
+    def _update(self) -> None:
+        self.bar.n = len(self.work) - len(self.open)
+        self.bar.set_description_str(self.now or "all", refresh=False)
+        self.bar.set_postfix_str(self._rest(), refresh=True)
+
+    def _rest(self) -> str:
+        """Return the remaining time, less what has passed since it was estimated."""
+        if not self.remaining:
+            return ""
+        since = time.monotonic() - self.estimated if self.moving else 0.0
+        return f"~{duration(self.remaining - since)} remaining"
 
     def _open_work(self) -> float:
         return sum(self.work[job] for job in self.open)
 
-    def show(self, now: str) -> None:
-        self.bar.n = len(self.work) - len(self.open)
-        self.bar.set_description_str(f"all, now {now}" if now else "all", refresh=False)
-        left = self._open_work() * self._seconds_of_a_pass()
-        self.bar.set_postfix_str(f"about {duration(left)} left" if left else "", refresh=True)
-
-    def _seconds_of_a_pass(self) -> float:
-        """From what was done since the beginning; before that a guess, for a person who waits."""
+    def _seconds_per_pass(self) -> float:
+        """Average over the work done since the start; before that, in a terminal, an estimate."""
         done = self.to_do - self._open_work()
         if done > 0:
             return (time.monotonic() - self.began) / done
-        if self.open and sys.stderr.isatty():
+        if self.open and self.moving:
             return self.speeds.of(self.open[0].run.config)
         return 0.0

@@ -1,4 +1,4 @@
-"""The runs of a sweep as a Slurm job array, through submitit; a last job collects the results."""
+"""Submit the runs of a sweep as a Slurm job array, and a last job that collects the results."""
 
 import io
 import os
@@ -20,16 +20,16 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Work:
-    """A command as a job. Submitit calls it, and puts it into the queue again when it has to stop.
+    """Command as a job. Submitit calls it, and requeues it before its time is up.
 
-    What the command has done lies on disk, and the same command goes on from there.
+    The command keeps its state on disk and resumes from there.
     """
 
     command: tuple[str, ...]
 
     def __call__(self) -> None:
-        # The cluster's warning goes to every process of a job, and is submitit's to answer: it puts
-        # the job into the queue and leaves. The command is then ended with a signal that it knows.
+        # Slurm warns every process of a job, and submitit answers by requeuing the job. The
+        # command must ignore this warning; it is then ended with SIGTERM, which it handles.
         with subprocess.Popen(self.command, preexec_fn=_ignore_warning) as process:
             try:
                 status = process.wait()
@@ -60,27 +60,27 @@ def _submitit() -> ModuleType:
 def submit(
     commands: Sequence[Sequence[str]], folder: Path, settings: SlurmConfig, cluster: str = "slurm"
 ) -> list:
-    """An array with a job for each command; submitit's handles of them, and its files in `folder`.
+    """Submit an array with a job per command; return submitit's handles. Logs go to `folder`.
 
-    `cluster` 'local' starts them all on this machine.
+    `cluster` 'local' starts all commands on this machine.
     """
     executor = _make_executor(folder, settings, cluster, settings.gpus)
-    with _complaints_of_slurm():
+    with _refusals_of_slurm():
         return executor.submit_array([Work(tuple(command)) for command in commands])
 
 
 def submit_after(jobs: Sequence, command: Sequence[str], folder: Path, settings: SlurmConfig):
-    """A job without a GPU that begins when all others have ended, whatever came of them."""
+    """Submit a job without a GPU that starts after all others have ended, failed or not."""
     executor = _make_executor(folder, settings, "slurm", gpus=0)
     array = jobs[0].job_id.partition("_")[0]
     executor.update_parameters(slurm_dependency=f"afterany:{array}")
-    with _complaints_of_slurm():
+    with _refusals_of_slurm():
         return executor.submit(Work(tuple(command)))
 
 
 @contextmanager
-def _complaints_of_slurm() -> Iterator[None]:
-    """What it does not accept, such as a partition that it does not have, is the user's to mend."""
+def _refusals_of_slurm() -> Iterator[None]:
+    """Report what Slurm refuses, such as an unknown partition, as the user's mistake."""
     try:
         with redirect_stderr(io.StringIO()):
             yield
@@ -97,12 +97,14 @@ def _make_executor(folder: Path, settings: SlurmConfig, cluster: str, gpus: int)
             folder, cluster=cluster, **{f"{cluster}_max_num_timeout": settings.restarts}
         )
     except RuntimeError:
-        raise UserError("command line: --slurm: there is no Slurm here (no srun)") from None
+        raise UserError(
+            "command line: --slurm: srun not found; run this on a machine with Slurm"
+        ) from None
     path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
     setup = {
-        "PYTHONPATH": shlex.quote(path),  # for Python to find the class above
+        "PYTHONPATH": shlex.quote(path),  # so that Python finds the class Work
         "OMP_NUM_THREADS": f"${{OMP_NUM_THREADS:-{settings.cpus}}}",
-        "TQDM_MININTERVAL": "30",  # a log is no terminal
+        "TQDM_MININTERVAL": "30",  # a log, not a terminal
     }
     executor.update_parameters(
         name=re.sub(r"[^A-Za-z0-9._-]", "_", folder.name),
@@ -113,9 +115,9 @@ def _make_executor(folder: Path, settings: SlurmConfig, cluster: str, gpus: int)
         slurm_partition=settings.partition,
         slurm_account=settings.account,
         slurm_array_parallelism=settings.parallel,
-        # Since Slurm 22.05, srun takes no notice of what its job asked for.
+        # Since Slurm 22.05, srun does not inherit the job's number of cores.
         slurm_srun_args=[f"--cpus-per-task={settings.cpus}"],
-        slurm_additional_parameters={"requeue": True},  # some clusters do so only when asked
+        slurm_additional_parameters={"requeue": True},  # off by default on some clusters
         slurm_setup=[f"export {name}={value}" for name, value in setup.items()],
     )
     return executor

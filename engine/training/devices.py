@@ -37,11 +37,8 @@ def require_precision(config: Config, device: torch.device) -> None:
 
 def describe_computing(configs: Sequence[Config]) -> str:
     """Return device and precision of all runs in one line, and a warning of an unused GPU."""
-    asked = {config.device for config in configs}
-    missing = "cuda" in asked and not torch.cuda.is_available()
-    devices = {device_type(name) for name in asked if not (missing and name == "cuda")}
+    devices = {device_type(config.device) for config in configs}
     names = [f"{name}, {describe_device(torch.device(name))}" for name in sorted(devices)]
-    names += ["cuda, not available here"] * missing
     trained = sorted({resolved(config).precision for config in configs})
     measured = {
         measuring_precision(config, torch.device(device_type(config.device))) for config in configs

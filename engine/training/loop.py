@@ -7,7 +7,6 @@ thread writes copies while the next epoch trains.
 """
 
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from tqdm import tqdm
 from data import Batch, Split, batch_rows, file_digest
 from engine.config.schema import Config, TrainConfig
 from engine.errors import RunFailed
+from engine.progress import progress_bar
 from engine.runs import files, provenance
 from engine.runs.identity import deciding_settings
 from engine.runs.run import Run, images_digest
@@ -175,13 +175,11 @@ def _train_epochs(
 
 
 def _progress(run: Run, done: int, steps: int) -> tqdm:
-    return tqdm(
-        desc=f"{run.directory.parent.name[:40]}/{run.directory.name}",
-        total=run.config.train.epochs * steps,
+    return progress_bar(
+        f"{run.directory.parent.name[:40]}/{run.directory.name}",
+        run.config.train.epochs * steps,
+        "step",
         initial=done,
-        unit="step",
-        leave=None,
-        mininterval=0.5 if sys.stderr.isatty() else 30,
     )
 
 

@@ -19,7 +19,7 @@ from engine.runs.run import Run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 OVERRIDES = ("model.width=0.1", "train.epochs=4")
-MENDED = "; the same command goes on once this is mended"
+MENDED = "; fix this, then rerun to resume"
 
 
 @pytest.fixture

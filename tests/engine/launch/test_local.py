@@ -43,7 +43,7 @@ def test_side_by_side_is_as_one_after_another_and_a_failure_stops_nobody(tiny_fi
     assert printed.out.replace("/runs/", "/serial/") == of_serial.out
     (failure,) = [line for line in printed.err.splitlines() if "failed" in line]
     assert failure.startswith(f"{runs[0]}: failed (status 1): the loss became ")
-    assert failure.endswith(f"; its log: {runs[0]}.log")
+    assert failure.endswith(f"; log: {runs[0]}.log")
     assert "the loss became" in Path(f"{runs[0]}.log").read_text()
     assert [path.name for path in tiny_file.parent.rglob(CLAIM)] == []
 
@@ -58,14 +58,14 @@ def test_a_run_that_is_held_is_left_and_whoever_ends_last_concludes(tiny_file, c
     first, second = directories(*arguments)
     for more in ([], ["--jobs", "1"]):
         with lock(first):
-            assert reproduce.main([*arguments, *more]) == 0
+            assert reproduce.main([*arguments, *more]) == 75
         printed = capsys.readouterr()
         assert printed.out.count("gradient accounting: ") == 1
-        assert printed.out.splitlines()[-1].startswith("other processes work on what is left")
+        assert printed.out.splitlines()[-1].startswith("other processes work on the remaining runs")
         assert (second / "history.csv").exists()
         assert not (first / "history.csv").exists()
         assert not list(tiny_file.parent.glob("runs/report*"))
-    assert f"left to process {os.getpid()} on " in Path(f"{first}.log").read_text()
+    assert f"skipped, locked by process {os.getpid()} on " in Path(f"{first}.log").read_text()
     assert reproduce.main(arguments) == 0
     assert capsys.readouterr().out.count("gradient accounting: ") == 2
     assert list(tiny_file.parent.glob("runs/report*/report.html"))
@@ -80,7 +80,7 @@ def test_only_the_second_look_waits(tiny_file, monkeypatch):
 
     monkeypatch.setattr(local, "lock", held)
     arguments = [str(tiny_file), *TRAINING_ONLY, "seed=[0,1]"]
-    assert reproduce.main([*arguments, "--wait"]) == 0
+    assert reproduce.main([*arguments, "--wait"]) == 75
     assert looks == [("seed0", False), ("seed1", False), ("seed0", True), ("seed1", True)]
 
 
@@ -96,7 +96,7 @@ def test_the_same_command_started_often_shares_the_runs(tiny_file):
     said = [process.communicate(timeout=280) for process in started]
     assert [process.returncode for process in started] == [0] * 5
     for seed in range(8):
-        trained = [f"/seed{seed}:   0%" in errors for _, errors in said]
+        trained = [f"/seed{seed}: 0%" in errors for _, errors in said]
         assert trained.count(True) == 1, "each run is trained by one process"
     assert max(out.count("layer rewinding: ") for out, _ in said) == 8
     whole = [*overrides, f"output_dir={tiny_file.parent / 'whole'}"]
@@ -119,12 +119,10 @@ def test_a_signal_ends_all_processes(tiny_file):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert (
-        errors.splitlines()[-1] == "ended by a signal; the same command goes on where this one was"
-    )
+    assert errors.splitlines()[-1] == "Interrupted. Rerun the same command to resume."
     assert "Traceback" not in errors
     for run in runs:
-        assert "the same command goes on" in Path(f"{run}.log").read_text()
+        assert "Rerun the same command to resume." in Path(f"{run}.log").read_text()
         assert not (run / CLAIM).exists()
 
 
@@ -151,8 +149,8 @@ def test_only_one_run_and_what_is_there_is_collected(tiny_file, capsys):
 
 def test_the_time_budget_is_for_all(tiny_file, capsys):
     arguments = [str(tiny_file), *TRAINING_ONLY, "seed=[0,1]", "--jobs", "2"]
-    assert reproduce.main([*arguments, "--time-budget", "0"]) == 0
-    assert capsys.readouterr().out.startswith("out of time: 2 of 2 jobs left")
+    assert reproduce.main([*arguments, "--time-budget", "0"]) == 75
+    assert capsys.readouterr().out.startswith("out of time: 2 of 2 jobs remain")
     assert not (tiny_file.parent / "runs").exists()
 
 
@@ -167,10 +165,10 @@ def test_a_dry_run_adds_up(tiny_file, capsys, monkeypatch):
     assert all(", about 15 s  " in line for line in lines)
     # Three runs of two jobs on two slots: two rounds of 2 x 30 s.
     assert total.startswith(
-        "total: 6 of 6 jobs to do, about 1.5 min one after another, 2.0 min with 2 runs at once, "
+        "total: 6 of 6 jobs to do, about 1.5 min in turn, 2.0 min with 2 runs in parallel, "
     )
     assert reproduce.main([*arguments, "--dry-run", "--slurm", "slurm.parallel=9"]) == 0
-    assert "with 3 runs at once" in capsys.readouterr().out
+    assert "with 3 runs in parallel" in capsys.readouterr().out
     assert not (tiny_file.parent / "runs").exists()
 
 
@@ -198,7 +196,7 @@ def test_a_dry_run_says_what_is_done(tiny_file, capsys):
         (["--only", "elsewhere"], "--only: elsewhere is not a run of this configuration"),
         (["--jobs", "2", "data.name=npz", "data.path=no.npz"], "no.npz: cannot be read"),
         (["slurm.time=0"], "slurm.time: 0 is not allowed: a whole number, 1 or more"),
-        (["--slurm"], "--slurm: there is no Slurm here (no srun)"),
+        (["--slurm"], "--slurm: srun not found; run this on a machine with Slurm"),
     ],
 )
 def test_mistakes_are_one_line_before_anything_begins(

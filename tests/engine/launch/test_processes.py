@@ -86,10 +86,8 @@ def test_each_has_its_slots_environment_its_log_and_its_status(tmp_path):
     assert list(ended.values()) == [3, -signal.SIGKILL]
     first, second = work
     assert log_path(first).read_text() == "2 6\noops\n"
-    assert why(first, 3) == f"{first}: failed (status 3): oops; its log: {first}.log"
-    assert why(second, -9) == (
-        f"{second}: failed (SIGKILL): it said nothing; its log: {second}.log"
-    )
+    assert why(first, 3) == f"{first}: failed (status 3): oops; log: {first}.log"
+    assert why(second, -9) == (f"{second}: failed (SIGKILL): no output; log: {second}.log")
 
 
 def test_what_is_put_off_comes_once_more_at_the_end(tmp_path):

@@ -79,7 +79,7 @@ def test_a_job_that_was_pre_empted_goes_on(sweep, tmp_path, monkeypatch):
     log = job.paths.stdout.read_text()
     assert "Calling checkpoint method" in log
     assert log.count("Starting with") == 2
-    assert "ended by a signal" in job.paths.stderr.read_text()
+    assert "Interrupted." in job.paths.stderr.read_text()
     found = results(tmp_path / "runs")
     assert found == {name: content for name, content in serial.items() if "seed0" in name}
 
