@@ -30,7 +30,7 @@ from engine.config.load import load_configs
 from engine.config.schema import OF_THE_PAPER, Config
 from engine.errors import UserError
 from engine.launch import slurm
-from engine.launch.cli import UNFINISHED, Ending, make_parser, reporting_ends
+from engine.launch.cli import UNFINISHED, Ending, make_parser, reporting_ends, require_output
 from engine.launch.experiments import load_experiments
 from engine.launch.jobs import Job, are_done, by_run
 from engine.launch.local import LeftToOthers, at_once, collect, foresee, one_after_another
@@ -160,6 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given = parse(arguments)
         configs = load_configs(given.config, given.overrides)
         jobs = make_jobs(configs)
+        require_output(configs[0])
         if given.only:
             jobs = only(jobs, given.only)
         if given.dry_run:

@@ -25,6 +25,7 @@ from engine.runs import files, provenance
 from engine.runs.identity import deciding_settings
 from engine.runs.run import Run
 from engine.runs.stopping import finishing_steps, safe_point
+from engine.runs.tables import LAYERS
 from engine.training import resume
 from engine.training.background import BackgroundWriter
 from engine.training.build import load_split
@@ -39,6 +40,7 @@ from engine.training.devices import (
 from engine.training.record import Accountant, PlainBackward, Record
 from engine.training.resume import Cut
 from models.dropout import examples, tied_layers
+from models.layer_groups import StagedModel, layer_groups
 
 STEPS_UNSEEN = 50  # on a GPU, where looking at a loss means waiting for it
 
@@ -153,6 +155,18 @@ def make_optimizer(parameters: Iterable[nn.Parameter], train: TrainConfig) -> to
     )
 
 
+def layer_rows(model: StagedModel) -> list[dict[str, object]]:
+    """Return number, name and parameters of each layer, for readers of the tables."""
+    return [
+        {
+            "layer": group.index,
+            "name": group.name,
+            "parameters": sum(p.numel() for p in group.parameters(model).values()),
+        }
+        for group in layer_groups(model)
+    ]
+
+
 def train_run(
     run: Run,
     split: Split,
@@ -165,6 +179,7 @@ def train_run(
     train = config.train
     optimizer = make_optimizer(model.parameters(), train)
     run.write_settings(split)
+    LAYERS.write(run.directory, layer_rows(model))
     source = provenance.describe(device) | {
         "identity": run.identity,
         "settings": deciding_settings(config),
