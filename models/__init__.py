@@ -17,7 +17,7 @@ MODELS: dict[str, type[StagedModel]] = {
 
 
 def model_options(name: str) -> set[str]:
-    """What can be chosen about a model: its arguments, less those that the images decide."""
+    """Return the options of a model: its arguments without those that the images decide."""
     if name not in MODELS:
         raise ValueError(f"model {name!r} is not known; there are {', '.join(MODELS)}")
     return set(signature(MODELS[name]).parameters) - {"channels", "classes", "image_size"}

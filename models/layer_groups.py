@@ -26,7 +26,7 @@ class LayerGroup:
     forward: Callable[[State], State]  # bound to the model that the group was made from
 
     def owns(self, name: str) -> bool:
-        """Whether the parameter or buffer of this name (a state_dict key) belongs to the group."""
+        """Return True if the parameter or buffer of this name (a state_dict key) is the group's."""
         return any(name == prefix or name.startswith(prefix + ".") for prefix in self.prefixes)
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
