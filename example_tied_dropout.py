@@ -1,22 +1,22 @@
-"""Example-tied dropout (Section 6.2): memorization on a leash.
+"""Example-tied dropout (Section 6.2): confine memorization to chosen neurons, then drop them.
 
 Claims: (i) when every example has a few neurons of its own beside those that all examples share,
-what is memorized goes there: dropping them takes mislabeled examples from near 100% to a few
-percent, at little cost to the others (Table 1; over p_gen and p_mem, Table 2); (ii) equally sparse
-networks without that tie fit the wrong labels (Table 3); (iii) the clean examples that are lost on
-dropping are atypical ones (Figure 7).
+memorization is confined to them: dropping them lowers the noisy accuracy from near 100% to a few
+percent, at little cost to clean accuracy (Table 1; over p_gen and p_mem, Table 2); (ii) equally
+sparse networks without such ties fit the wrong labels (Table 3); (iii) the clean examples that are
+forgotten on dropping are atypical (Figure 7).
 
     python example_tied_dropout.py configs/paper/table_2.yaml
 
 Trains a run with the configured dropout for every combination of the sweep, and measures it before
-and after dropping. Beyond the paper: what rescaling and new batch-norm statistics change after
-dropping, and what becomes of everybody when the neurons of a few chosen examples are dropped. All
-that is cheap beside the training.
+and after dropping. Beyond the paper: the effect of rescaling and of new batch-norm statistics after
+dropping, and of dropping only the neurons of a few chosen examples. These measurements are cheap
+compared with training.
 """
 
 import copy
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import product
 
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from data import Split, batch_rows, expanded, normalize
 from data.random_streams import random_stream
 from engine.config.schema import Config
+from engine.errors import UserError
 from engine.launch.cli import run_script
 from engine.launch.estimates import count_examples, training_passes
 from engine.runs.experiment import Experiment
@@ -78,9 +79,9 @@ BOOTSTRAP_DRAWS = 2000
 
 @contextmanager
 def recalibrated(model: nn.Module, images: Tensor, batch_size: int = 500) -> Iterator[None]:
-    """Batch norms with the statistics of these images (uint8), as the model now is.
+    """Recompute batch-norm statistics on these images (uint8) in the model's current state.
 
-    No label is used. Afterwards, every batch norm is as it was.
+    No label is used. Restores every batch norm on exit.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [(copy.deepcopy(norm.state_dict()), norm.momentum) for norm in norms]
@@ -101,7 +102,7 @@ def recalibrated(model: nn.Module, images: Tensor, batch_size: int = 500) -> Ite
 
 @contextmanager
 def dropped(model: nn.Module, split: Split, rescale: str, batchnorm: str) -> Iterator[None]:
-    """The model without its memorization neurons; one that has none stays what it is."""
+    """Drop the memorization neurons of the model, if it has any."""
     with ExitStack() as stack:
         if tied_layers(model):
             stack.enter_context(dropout_mode(model, "drop", rescale=rescale == "paper"))
@@ -111,16 +112,17 @@ def dropped(model: nn.Module, split: Split, rescale: str, batchnorm: str) -> Ite
 
 
 def accuracies(split: Split, train: Outcome, test: Outcome) -> dict[str, float]:
+    """Return the clean, the noisy and the test accuracy."""
     found = mean_by_subset(train.correct, split.memorized, "acc")
     found["acc_test"] = test.correct.double().mean().item()
     return {name: found[name] for name in ACCURACIES}
 
 
-# ---------------------------------------------------------------- who is forgotten
+# ---------------------------------------------------------------- forgotten examples
 
 
 def forgotten_rows(split: Split, before: Outcome, after: Outcome) -> Tensor:
-    """The clean examples that are right before dropping and wrong after, most wrong first."""
+    """Return the clean examples that dropping makes wrong, highest loss first."""
     lost = (~split.memorized & before.correct & ~after.correct).nonzero().flatten()
     return lost[after.loss[lost].argsort(descending=True, stable=True)]
 
@@ -128,6 +130,7 @@ def forgotten_rows(split: Split, before: Outcome, after: Outcome) -> Tensor:
 def table_of_forgotten(
     split: Split, before: Outcome, after: Outcome, scores: Tensor | None
 ) -> list[dict[str, object]]:
+    """Make the table of forgotten examples; typicality is nan where unknown."""
     rows = forgotten_rows(split, before, after)
     if scores is None:
         scores = torch.full_like(split.label, float("nan"), dtype=torch.float64)
@@ -139,9 +142,9 @@ def table_of_forgotten(
 
 
 def compute_typicality(forgotten: np.ndarray, kept: np.ndarray) -> dict[str, float]:
-    """How much less typical the forgotten are: difference of the means, with a 95% interval.
+    """Compare the typicality of forgotten and kept examples: difference of means, 95% interval.
 
-    A percentile bootstrap, each side drawn anew from itself; negative is what the paper says.
+    A percentile bootstrap that resamples both sides; the paper implies a negative difference.
     """
     random = random_stream("typicality bootstrap")
 
@@ -164,7 +167,7 @@ def compute_typicality(forgotten: np.ndarray, kept: np.ndarray) -> dict[str, flo
 def table_of_typicality(
     split: Split, before: Outcome, after: Outcome, scores: Tensor | None
 ) -> list[dict[str, float]]:
-    """One row, or none where there is nobody to compare or no score."""
+    """Return one row, or none without scores or without examples on either side."""
     right = ~split.memorized & before.correct
     lost, kept = right & ~after.correct, right & after.correct
     if scores is None or not lost.any() or not kept.any():
@@ -176,14 +179,14 @@ def table_of_typicality(
 
 
 def choose_learned(split: Split, before: Outcome, size: int, draw: int) -> Tensor:
-    """Rows of `size` noisy examples that the model has learned; fewer if there are not so many."""
+    """Choose `size` noisy examples that the model has learned, or all if there are fewer."""
     learned = (split.memorized & before.correct).nonzero().flatten()
     order = random_stream("examples to forget", size, draw).permutation(len(learned))
     return learned[torch.from_numpy(order[:size]).to(learned.device)]
 
 
 def compute_unlearning(model: nn.Module, split: Split, rows: Tensor) -> dict[str, float]:
-    """Accuracies without the neurons tied to these examples: theirs, the others', and on test."""
+    """Measure accuracies without the neurons tied to these examples."""
     with forget(model, split.index[rows]):
         train, test = evaluate_split(model, split)
         off = torch.cat([layer.forgotten for layer in tied_layers(model)])
@@ -203,7 +206,7 @@ def compute_unlearning(model: nn.Module, split: Split, rows: Tensor) -> dict[str
 
 
 def measurements(run: Run) -> list[Measurement]:
-    """Return the tables of a run; all but the first need neurons that are tied to examples."""
+    """Return the tables of a run; all but the first need example-tied neurons."""
     dropout = run.config.dropout
     measured = measuring_settings(run.config)
     state = {"rescale": dropout.rescale, "batchnorm": dropout.batchnorm} | measured
@@ -229,7 +232,7 @@ def scores_given(config: Config) -> dict[str, str]:
 
 
 def table_1(config: Config, before: dict, after: dict) -> list[dict[str, object]]:
-    """A row for each state; what a kind of dropout does not have is nan."""
+    """Make a row for each state; settings that the kind of dropout lacks are nan."""
     dropout = config.dropout
     settings = {
         "dropout": dropout.kind,
@@ -240,7 +243,7 @@ def table_1(config: Config, before: dict, after: dict) -> list[dict[str, object]
 
 
 def ablation(model: nn.Module, split: Split) -> Iterator[dict[str, object]]:
-    """After dropping, with each way of rescaling and each of batch norm."""
+    """Measure the dropped model with each kind of rescaling and of batch-norm statistics."""
     for rescale, batchnorm in product(("none", "paper"), ("running", "recalibrated")):
         with dropped(model, split, rescale, batchnorm):
             found = accuracies(split, *evaluate_split(model, split))
@@ -250,7 +253,7 @@ def ablation(model: nn.Module, split: Split) -> Iterator[dict[str, object]]:
 def unlearning(
     table: Measurement, config: Config, model: nn.Module, split: Split, before: Outcome
 ) -> Iterator[dict[str, object]]:
-    """For each size and draw, what is left; nothing where no noisy example was learned."""
+    """Measure each size and draw; skip sizes for which too few noisy examples were learned."""
     for size, draw in product(config.dropout.forget, range(config.dropout.forget_draws)):
         rows = choose_learned(split, before, size, draw)
         if len(rows) < size:
@@ -263,7 +266,7 @@ def unlearning(
 
 
 def measure_tables(run: Run, device: torch.device) -> None:
-    """Measure the tables of a finished run that are not there yet, the cheapest first."""
+    """Measure the missing tables of a finished run, the cheapest first."""
     config = run.config
     split = load_split(config).to(device)
     model, before = load_evaluated_model(run, split, device)
@@ -293,13 +296,15 @@ def measure_tables(run: Run, device: torch.device) -> None:
 
 
 def train(run: Run, device: torch.device) -> None:
+    """Train a run that is not one of gradient_accounting.py."""
     if run.config.train.account_gradients:
-        run.require_finished()  # it is one of gradient_accounting.py
+        run.require_finished()  # only gradient_accounting.py trains these
     split = load_split(run.config).to(device)
     train_run(run, split, make_model(run.config, split).to(device), device)
 
 
 def dropout_title(config: Config) -> str:
+    """Return the title of a run with its kind of dropout."""
     dropout = config.dropout
     shares = {
         "example_tied": f" {dropout.p_gen:g} {dropout.p_mem:g}",
@@ -309,7 +314,7 @@ def dropout_title(config: Config) -> str:
 
 
 def measure(run: Run) -> None:
-    """Train and measure one run, whatever of it is not there yet."""
+    """Train one run unless that is done, and measure its missing tables."""
     device = resolve_device(run.config)
     if not run.finished:
         train(run, device)
@@ -330,7 +335,7 @@ def summarize(run: Run) -> str:
 
 
 def estimate_passes(run: Run) -> float:
-    """The training that remains, and the evaluations of each table."""
+    """Count the remaining training and the evaluations of each table."""
     settings, sizes = run.config.dropout, count_examples(run.config)
     evaluations = 2
     if settings.kind == "example_tied":
@@ -338,11 +343,20 @@ def estimate_passes(run: Run) -> float:
     return (0 if run.finished else training_passes(run)) + evaluations * sum(sizes)
 
 
+def require_dropout(runs: Sequence[Run]) -> None:
+    """Refuse runs without any dropout; a sweep may compare with `none`."""
+    if all(run.config.dropout.kind == "none" and not run.finished for run in runs):
+        raise UserError(
+            "dropout.kind: none leaves nothing to drop; add dropout.kind=example_tied, standard or "
+            "sparse"
+        )
+
+
 EXPERIMENT = Experiment(
     key="dropout",
     command="python example_tied_dropout.py",
     section="6.2",
-    question=("Can memorization be steered into neurons chosen beforehand, and dropped with them?"),
+    question=("Can memorization be confined to chosen neurons, and removed with them?"),
     tables=(DROPOUT, FORGOTTEN, TYPICALITY, ABLATION, UNLEARNING),
     figures=("plotting.dropout",),
     measure=measure,
@@ -355,4 +369,4 @@ EXPERIMENT = Experiment(
 )
 
 if __name__ == "__main__":
-    sys.exit(run_script(EXPERIMENT, __doc__))
+    sys.exit(run_script(EXPERIMENT, __doc__, check=require_dropout))

@@ -1,8 +1,8 @@
-"""Gradient accounting (Section 4): who moves the weights, clean or mislabeled examples?
+"""Gradient accounting (Section 4): how much do clean and noisy examples move each layer?
 
-Claims: (i) in every layer, the 10% mislabeled examples contribute as much gradient norm as all
-clean ones together (Figures 1, 10-14); (ii) the two gradients point in opposite directions, with
-cosines below -0.75 while the mislabeled examples are learned (Figure 2).
+Claims: (i) in every layer, the 10% noisy examples contribute as much gradient norm as all clean
+examples together (Figures 1, 10-14); (ii) the two gradients point in opposite directions, with
+cosines below -0.75 while the noisy examples are learned (Figure 2).
 
     python gradient_accounting.py configs/paper/figures_1_2_10.yaml
 
@@ -38,10 +38,10 @@ ACCOUNTS = ResultTable(
 
 
 def compute_row(clean: Sequence[Tensor], noisy: Sequence[Tensor]) -> dict[str, float]:
-    """Norms and cosine of one group's two accumulated gradients, over all its parameters.
+    """Compute the norms and the cosine of one layer's two accumulated gradients.
 
     Norms are divided by the square root of the number of parameters. The total is the norm of the
-    sum of the two, so that total^2 = clean^2 + noisy^2 + 2 * cosine * clean * noisy.
+    sum of both gradients, so that total^2 = clean^2 + noisy^2 + 2 * cosine * clean * noisy.
     """
 
     def inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
@@ -61,7 +61,7 @@ def compute_row(clean: Sequence[Tensor], noisy: Sequence[Tensor]) -> dict[str, f
 
 
 class GradientAccountant:
-    """Sums up the clean and the noisy examples' gradients over an epoch's steps, on the device.
+    """Sum the clean and the noisy examples' gradients over an epoch's steps, on the device.
 
     At every step the gradient of (1/B) * sum over the clean (noisy) examples of the batch of the
     loss; the two add up to the gradient that the optimizer follows, so that no third backward pass
@@ -94,11 +94,11 @@ class GradientAccountant:
 
     @property
     def sums(self) -> list[Tensor]:
-        """This epoch's gradients so far."""
+        """Return the sums of this epoch so far, clean then noisy."""
         return [*self.clean, *self.noisy]
 
     def epoch_rows(self, epoch: int) -> list[dict[str, float]]:
-        """A row for each layer group; the sums begin anew."""
+        """Return a row for each layer, and reset the sums."""
         rows = []
         for group, positions in enumerate(self.groups):
             clean, noisy = ([sums[i] for i in positions] for sums in (self.clean, self.noisy))
@@ -111,7 +111,7 @@ class GradientAccountant:
 
 
 def train(run: Run) -> None:
-    """Train and account one run, or restore what a finished run lacks."""
+    """Train and account one run, or restore the missing results of a finished run."""
     accounting = GradientAccountant if run.config.train.account_gradients else PlainBackward
     if run.finished:
         restore_results(run, accounting)

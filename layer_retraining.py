@@ -1,14 +1,14 @@
-"""Layer retraining (Section 5.2): is a layer needed to memorize, or do the others know enough?
+"""Layer retraining (Section 5.2): is a layer needed for memorization, or is it redundant?
 
-Claim: put one layer back to its initialization, freeze all others, and train it on clean examples
-only: mislabeled examples, which it never sees, become correct too, at least at some epoch (Figures
-4, 18, 19). The implication runs one way only: a high peak shows that the layer was redundant for
-memorization, a low one shows nothing. So both the peak and the end are reported.
+Claim: reset one layer to its initialization, freeze all others, and train it on clean examples
+only: noisy examples, which it never sees, become correct too, at least at some epoch (Figures 4,
+18, 19). A high peak shows that the layer is redundant for memorization; a low peak shows nothing.
+Both the peak and the end are reported.
 
     python layer_retraining.py configs/paper/figure_4.yaml
 
-Reads finished runs and writes layer_retraining.csv into each. Cost: for each group, 20 epochs, each
-of them the whole network forward, and backward from its end to the group.
+Reads finished runs and writes layer_retraining.csv into each. Cost per layer: 20 epochs, forward
+through the whole network and backward from its end to the layer.
 """
 
 import copy
@@ -46,10 +46,10 @@ RETRAINING = ResultTable(
 def reset_group(
     final: StagedModel, initial: Mapping[str, Tensor], group: LayerGroup
 ) -> StagedModel:
-    """A copy of the final model with one group as it was initialized and everything else frozen.
+    """Copy the final model with one group at its initialization and all else frozen.
 
-    Batch norms' running statistics are no parameters: the group's begin anew, and all of them move
-    while training.
+    Running statistics of batch norms are not frozen: the group's are reset, and all of them are
+    updated while training.
     """
     model = copy.deepcopy(final)
     state = model.state_dict()
@@ -61,7 +61,7 @@ def reset_group(
 
 
 def retraining_config(config: Config, group: int) -> Config:
-    """The run's own training, with the schedule of retraining and batches of its own."""
+    """Return the run's configuration with the schedule and the batch order of retraining."""
     schedule = {
         "schedule": "triangle",
         "epochs": config.retraining.epochs,
@@ -82,10 +82,9 @@ def compute_retraining(
     config: Config,
     after_step: Callable[[], object] = lambda: None,
 ) -> Iterator[dict[str, float]]:
-    """Train the group on clean examples; accuracies on all examples at epoch 0 and after each.
+    """Train the group on clean examples; yield the accuracies at epoch 0 and after each epoch.
 
-    Every parameter outside of the group must be frozen. Nothing below the group requires a
-    gradient, so that autograd ends there.
+    All parameters outside the group must be frozen; autograd then stops at the group.
     """
     clean, train = split.subset(~split.memorized), config.train
     optimizer = make_optimizer(group.parameters(model).values(), train)
@@ -110,7 +109,7 @@ def make_measurement(run: Run) -> Measurement:
 
 
 def measure(run: Run) -> None:
-    """Retrain each group; a group is a part."""
+    """Retrain each group; each group is a part that can be resumed."""
     config, measurement = run.config, make_measurement(run)
     device = resolve_device(config)
     split = load_split(config).to(device)
@@ -118,7 +117,7 @@ def measure(run: Run) -> None:
     if (clean := int((~split.memorized).sum())) < 2:
         raise RunFailed(f"{clean} clean examples; retraining needs 2 or more")
     initial = run.read_checkpoint(0)
-    load_weights(copy.deepcopy(final), initial, run.checkpoint_path(0))  # of the same model?
+    load_weights(copy.deepcopy(final), initial, run.checkpoint_path(0))  # checks the shapes
 
     groups = layer_groups(final)
     steps = config.retraining.epochs * len(batch_rows(clean, config.train.batch_size))
@@ -146,16 +145,16 @@ def measure(run: Run) -> None:
 
 
 def summarize(run: Run) -> str:
-    """The highest and the last noisy accuracy of every group."""
+    """Return the highest and the last noisy accuracy of every layer."""
     noisy: dict[int, list[float]] = {}
     for row in RETRAINING.read(run.directory):
         noisy.setdefault(int(row["group"]), []).append(row["acc_noisy"])
     groups = ", ".join(f"{max(a[1:]):.0%} > {a[-1]:.0%}" for a in noisy.values())
-    return f"{title(run.config)}: noisy accuracy of each group retrained, peak > end: {groups}"
+    return f"{title(run.config)}: noisy accuracy with each layer retrained, peak > end: {groups}"
 
 
 def estimate_passes(run: Run) -> float:
-    """Forward, backward through half of the network on average, and evaluation."""
+    """Count forward, backward through half of the network on average, and evaluation."""
     train, _ = count_examples(run.config)
     return count_groups(run.config) * run.config.retraining.epochs * train * 3
 
@@ -165,7 +164,7 @@ EXPERIMENT = Experiment(
     command="python layer_retraining.py",
     section="5.2, B.2",
     question=(
-        "One layer is reset and trained on clean examples only, all others frozen: do the "
+        "When one layer is reset and trained on clean examples only, all others frozen, do the "
         "memorized examples become correct again?"
     ),
     tables=(RETRAINING,),

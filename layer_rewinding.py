@@ -1,15 +1,16 @@
 """Layer rewinding (Section 5.1): which layers does a trained network need from late in training?
 
-Claims: taking the last layers back to an epoch at which hardly any mislabeled example was learned
-leaves those examples correct, so they are not memorized there; the critical layers lie elsewhere,
-differ between networks and data sets, and are critical for clean examples too (Figures 3, 15-17).
+Claims: after rewinding the last layers to an epoch at which hardly any noisy example was learned,
+the noisy examples remain correct, so they are not memorized there; the critical layers lie
+elsewhere, differ between networks and data sets, and are critical for clean examples too (Figures
+3, 15-17).
 
     python layer_rewinding.py configs/paper/figure_3.yaml
 
-Reads the checkpoints of finished runs and writes layer_rewinding.csv into each: accuracies of the
-final network with one group's weights from an earlier epoch, on the training set. Only the group
-and the layers above it are computed again, so that G groups and T epochs cost about G * T / 2
-evaluations of the training set; in memory are the weights of all T epochs, and one batch.
+Reads the checkpoints of finished runs and writes layer_rewinding.csv into each: accuracies on the
+training set of the final network with one layer's weights from an earlier epoch. Only this layer
+and those above it are recomputed, so G layers and T epochs cost about G * T / 2 evaluations of the
+training set. Memory holds the weights of all T epochs and one batch.
 """
 
 import copy
@@ -49,13 +50,13 @@ Counts = dict[int, list[list[int]]]  # epoch -> group -> correct examples, clean
 def load_earlier_groups(
     run: Run, final: StagedModel, epochs: Iterable[int], batchnorm: str
 ) -> dict[int, list[LayerGroup]]:
-    """The layer groups of the model as it was after each of these epochs, in the final one's mode.
+    """Load the layer groups of the model after each of these epochs, in the final model's mode.
 
-    Only parameters are of that epoch, unless `batchnorm` is 'checkpoint': then the batch norms'
-    running statistics are too.
+    Running statistics of batch norms are those of the final model, unless `batchnorm` is
+    'checkpoint'.
     """
     earlier = {}
-    # Dropout's masks are no weights: all copies share the final model's layers.
+    # Dropout masks are not weights: all copies share the final model's layers.
     shared = {id(layer): layer for layer in tied_layers(final)}
     for epoch in epochs:
         model = copy.deepcopy(final, dict(shared))
@@ -71,9 +72,9 @@ def load_earlier_groups(
 def compute_predictions(
     final: Sequence[LayerGroup], earlier: Mapping[int, Sequence[LayerGroup]], images: Tensor
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """Predictions [b] of the final model, and [groups, b] with each group from each epoch.
+    """Return the predictions [b] of the final model, and [groups, b] with each group rewound.
 
-    What lies below a group is the final model's and is computed once for all of its epochs.
+    The activations below a group are computed once for all epochs.
     """
     state = normalize(images)
     predicted = {epoch: [] for epoch in earlier}
@@ -94,9 +95,9 @@ def compute_counts(
     label: Tensor,
     memorized: Tensor,
 ) -> Counts:
-    """How many of a batch's clean and noisy examples each rewound model gets right.
+    """Count the batch's clean and noisy examples that each rewound model classifies correctly.
 
-    Taken back to the last epoch, a group is what it is: that is the final model's own prediction.
+    Rewinding to the last epoch changes nothing, so it takes the final model's own predictions.
     """
     own, predicted = compute_predictions(final, earlier, images)
     predicted[last_epoch] = own.expand(len(final), -1)
@@ -108,7 +109,7 @@ def compute_counts(
 def make_rows(
     parts: Sequence[Counts], epochs: Sequence[int], memorized: Tensor
 ) -> list[dict[str, float]]:
-    """The table: every group at every epoch; nan for an empty subset."""
+    """Make the table: every group at every epoch; nan for an empty subset."""
     noisy = int(memorized.sum())
     sizes = torch.tensor([len(memorized) - noisy, noisy], dtype=torch.float64)
     correct = {epoch: torch.tensor([part[epoch] for part in parts]).sum(0) for epoch in epochs}
@@ -126,7 +127,7 @@ def make_rows(
 
 
 def epochs_read(config: Config) -> list[int]:
-    """The epochs that layers are taken back to; reproduce.py asks whether they will be kept."""
+    """List the epochs that layers are rewound to."""
     return listed_epochs(config.rewinding.epochs, config.train.epochs)
 
 
@@ -136,7 +137,7 @@ def make_measurement(run: Run) -> Measurement:
 
 
 def measure(run: Run) -> None:
-    """One pass over the training set. Each batch is a part, and epochs can be added to it later."""
+    """Measure in one pass over the training set. A batch is a part; later epochs can be added."""
     config, last = run.config, run.config.train.epochs
     measurement = make_measurement(run)
     device = resolve_device(config)
@@ -166,25 +167,25 @@ def part_key(rows: slice) -> str:
 
 
 def summarize(run: Run) -> str:
-    """Noisy accuracy with each group back at the first epoch, and the last group's best witness.
+    """Return the noisy accuracy with each layer rewound to the first epoch.
 
-    That is the latest epoch whose own noisy accuracy was below 20%.
+    Also with the last layer at the latest epoch whose own noisy accuracy was below 20%.
     """
     rows = REWINDING.read(run.directory)
     noisy = {(int(row["group"]), int(row["epoch"])): row["acc_noisy"] for row in rows}
     first, top = min(epoch for _, epoch in noisy), max(group for group, _ in noisy)
     groups = " ".join(f"{noisy[group, first]:.0%}" for group in range(top + 1))
-    line = f"{title(run.config)}: noisy accuracy with one group back at epoch {first}: {groups}"
+    line = f"{title(run.config)}: noisy accuracy with one layer at epoch {first}: {groups}"
     history = HISTORY.read(run.directory)
     low = [row for row in history if (top, row["epoch"]) in noisy and row["acc_noisy"] < 0.2]
     if low:
         epoch, then = int(low[-1]["epoch"]), low[-1]["acc_noisy"]
-        line += f"; the last group back at epoch {epoch} (then {then:.1%}): {noisy[top, epoch]:.1%}"
+        line += f"; last layer at epoch {epoch} (whole network {then:.1%}): {noisy[top, epoch]:.1%}"
     return line
 
 
 def estimate_passes(run: Run) -> float:
-    """From the rewound layer to the end, half of the network on average; the last epoch is free."""
+    """Count half of the network per rewound layer and epoch; the last epoch costs nothing."""
     train, _ = count_examples(run.config)
     return train * (1 + count_groups(run.config) * (len(epochs_read(run.config)) - 1) / 2)
 
@@ -193,7 +194,7 @@ EXPERIMENT = Experiment(
     key="rewinding",
     command="python layer_rewinding.py",
     section="5.1, B.1",
-    question=("What is lost when one layer of the trained network goes back to an earlier epoch?"),
+    question=("Which accuracy is lost when one layer is rewound to an earlier epoch?"),
     tables=(REWINDING,),
     figures=("plotting.layers",),
     measure=measure,

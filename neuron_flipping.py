@@ -1,16 +1,16 @@
-"""Neuron flipping (Section 6.1): how many neurons hold an example, and who is mislabeled?
+"""Neuron flipping (Section 6.1): how many neurons must be removed to flip an example?
 
-Claims: (i) a memorized example flips after far fewer neurons are removed than a clean one, 5.1
+Claims: (i) a memorized example flips after removing far fewer neurons than a clean example, 5.1
 against 15.7 on average (Figure 5a); (ii) their removal costs the rest of the training set less
-(Figure 5b); (iii) the neurons lie in the same layers for both (Figure 5c); (iv) their number tells
-mislabeled examples from clean ones with an AUC of 0.89.
+accuracy (Figure 5b); (iii) the neurons lie in the same layers for both (Figure 5c); (iv) their
+number separates noisy from clean examples with an AUC of 0.89.
 
     python neuron_flipping.py configs/paper/figure_5.yaml
 
-Reads finished runs. For `flipping.examples` memorized and as many clean ones it closes the gate
-with the highest first-order gain in loss(x_i) - mean loss(reference batch), again and again, until
-the prediction flips. Writes neuron_flipping.csv and mislabel_detection.csv into every run, and the
-averages over runs that differ in their seed alone into the folder above them.
+Reads finished runs. For `flipping.examples` memorized and as many clean examples it repeatedly
+closes the gate with the highest first-order gain in loss(x_i) - mean loss(reference batch), until
+the prediction flips. Writes neuron_flipping.csv and mislabel_detection.csv into every run, and
+averages over runs that differ only in their seed into the folder above them.
 """
 
 import sys
@@ -69,9 +69,9 @@ NEURONS = 5  # assumed for an example before it is searched, in estimates
 
 
 def choose_searched(split: Split, correct: Tensor, count: int) -> list[int]:
-    """Rows of `count` memorized and of as many clean examples that are predicted as trained.
+    """Choose `count` memorized and `count` clean examples that are predicted as trained.
 
-    They come in an order that no seed changes, so that runs of several seeds search the same ones.
+    The order does not depend on the seed, so that runs of several seeds search the same examples.
     """
     rows = []
     for memorized in (1, 0):
@@ -82,9 +82,9 @@ def choose_searched(split: Split, correct: Tensor, count: int) -> list[int]:
 
 
 def noisy_copies(image: Tensor, example: int, seed: int, copies: int, ratio: float) -> Tensor:
-    """[copies, ...]: an image under Gaussian noise of `ratio` times its own L2 norm.
+    """Return copies [copies, ...] of an image with Gaussian noise of `ratio` times its L2 norm.
 
-    (seed, example) decides the noise, whether the example is searched or serves as a reference.
+    The noise depends on (seed, example) only.
     """
     noise = random_stream("flipping noise", seed, example).standard_normal(
         (copies, *image.shape), dtype=np.float32
@@ -95,7 +95,7 @@ def noisy_copies(image: Tensor, example: int, seed: int, copies: int, ratio: flo
 
 
 def draw_rows(purpose: str, seed: int, n: int, size: int | None) -> Tensor:
-    """Rows drawn without replacement, ascending; all where as many are asked for, or no number."""
+    """Draw `size` rows without replacement, in ascending order; None draws all rows."""
     order = random_stream(purpose, seed).permutation(n)
     return torch.from_numpy(order[:size]).sort().values
 
@@ -106,7 +106,7 @@ def draw_rows(purpose: str, seed: int, n: int, size: int | None) -> Tensor:
 def compute_flipping(
     run: Run, split: Split, model: StagedModel, rows: Sequence[int]
 ) -> Iterator[dict[str, object]]:
-    """A row of results for each example, as soon as it is done; the model is in eval mode."""
+    """Yield a row of results for each example; the model must be in eval mode."""
     settings, seed, device = run.config.flipping, run.config.seed, split.label.device
 
     def copies_of(row: int, copies: int) -> Tensor:
@@ -167,13 +167,14 @@ def compute_flipping(
 
 
 def search_measurement(run: Run) -> Measurement:
+    """Declare the table of searched examples; a search can be extended by more examples."""
     settings = asdict(run.config.flipping) | measuring_settings(run.config)
     del settings["second_split"]
     return Measurement(run, FLIPPING, settings, {"examples": settings.pop("examples")})
 
 
 def search_run(run: Run, split: Split, device: torch.device) -> None:
-    """Search every chosen example that was not searched before, and write the table."""
+    """Search the chosen examples that were not searched yet, and write the table."""
     measurement = search_measurement(run)
     model, outcome = load_evaluated_model(run, split, device)
     model.eval().requires_grad_(False)
@@ -199,11 +200,12 @@ def search_run(run: Run, split: Split, device: torch.device) -> None:
 
 
 def read_results(run: Run) -> dict[int, dict]:
+    """Return the rows of a run's search by example."""
     return {int(row["example"]): row for row in FLIPPING.read(run.directory)}
 
 
 def training_scores(run: Run) -> dict[str, np.ndarray]:
-    """What a training says about each of its examples; memorized ones have high scores."""
+    """Return scores of each training example, recorded in training; high means memorized."""
     record = files.read_arrays(run.examples_path, "correct", "loss")
     scores = {
         "learning time": first_epoch_for_good(record["correct"]).astype(float),
@@ -215,7 +217,7 @@ def training_scores(run: Run) -> dict[str, np.ndarray]:
 
 
 def compute_means(runs: Sequence[Run]) -> list[dict[str, object]]:
-    """Each example's results averaged over the runs, of the examples that every run searched."""
+    """Average the results over the runs, for the examples that every run searched."""
     found = [read_results(run) for run in runs]
     rows = []
     for example in sorted(set.intersection(*map(set, found))):
@@ -231,10 +233,10 @@ def compute_means(runs: Sequence[Run]) -> list[dict[str, object]]:
 
 
 def detect(runs: Sequence[Run]) -> list[dict[str, object]]:
-    """How well each score, averaged over the runs, tells memorized from clean examples.
+    """Measure how well each score, averaged over the runs, separates memorized from clean examples.
 
-    On the examples that were searched, for the number of neurons and all others to compare with;
-    and on the whole training set.
+    On the searched examples, for comparison with the number of neurons, and on the whole training
+    set.
     """
     split = files.read_arrays(runs[0].split_path, "index", "memorized")
     each = [training_scores(run) for run in runs]
@@ -251,7 +253,7 @@ def detect(runs: Sequence[Run]) -> list[dict[str, object]]:
 
 
 def describe(means: Sequence[dict], areas: Sequence[dict]) -> str:
-    """The headline numbers in one line."""
+    """Return the headline numbers in one line."""
     parts = []
     for name, memorized in (("memorized", 1), ("clean", 0)):
         rows = [row for row in means if row["memorized"] == memorized]
@@ -266,7 +268,7 @@ def describe(means: Sequence[dict], areas: Sequence[dict]) -> str:
         parts.append(
             f"{name}: {neurons:.2f} neurons ({len(rows)} examples"
             + (f", {never:.1%} never flipped" if never else "")
-            + (f", {at_once} misclassified under noise already" if at_once else "")
+            + (f", {at_once} misclassified under noise alone" if at_once else "")
             + f"), remaining {before:.2%} -> {after:.2%}"
         )
     parts += [
@@ -285,7 +287,7 @@ def detection_measurement(run: Run) -> Measurement:
 
 
 def measure(run: Run) -> None:
-    """Search the chosen examples, and compare their numbers with other scores."""
+    """Search the chosen examples, and compare the numbers of neurons with other scores."""
     device = resolve_device(run.config)
     split = load_split(run.config).to(device)
     if not search_measurement(run).finished:
@@ -300,7 +302,7 @@ def summarize(run: Run) -> str:
 
 
 def conclude(runs: Sequence[Run]) -> Iterator[tuple[str, Path]]:
-    """Averages over the runs that differ in their seed alone, into the folder above them."""
+    """Write averages over runs that differ only in their seed into the folder above them."""
     for folder in dict.fromkeys(run.directory.parent for run in runs):
         together = [run for run in runs if run.directory.parent == folder]
         if len(together) < 2:
@@ -320,12 +322,12 @@ def measurements(run: Run) -> list[Measurement]:
 
 
 def estimate_passes(run: Run) -> float:
-    """For each neuron the example and the references, then all others, in half of the network."""
+    """Count, per neuron, the example and the references; then all others; half a network each."""
     settings, (train, _) = run.config.flipping, count_examples(run.config)
     references = settings.reference_batch * (settings.reference_copies or settings.noise_copies)
     search = NEURONS * 3 * (settings.noise_copies + references / settings.refresh_reference)
     passes = min(2 * settings.examples, train) * (search + (settings.remaining or train)) / 2
-    halves = 8 * train * run.config.train.epochs  # trained on in turn, both ways round
+    halves = 8 * train * run.config.train.epochs  # trained on in turn, in both orders
     return passes + halves * settings.second_split
 
 

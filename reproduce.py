@@ -32,7 +32,14 @@ from engine.config.load import load_configs
 from engine.config.schema import OF_THE_PAPER, Config
 from engine.errors import UserError
 from engine.launch import slurm
-from engine.launch.cli import UNFINISHED, Ending, announce, make_parser, reporting_ends
+from engine.launch.cli import (
+    UNFINISHED,
+    Ending,
+    announce,
+    make_parser,
+    reporting_ends,
+    require_output,
+)
 from engine.launch.experiments import load_experiments
 from engine.launch.jobs import Job, are_done, by_run
 from engine.launch.local import LeftToOthers, at_once, collect, foresee, one_after_another
@@ -173,6 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given = parse(arguments)
         configs = load_configs(given.config, given.overrides)
         jobs = make_jobs(configs)
+        require_output(configs[0])
         if given.only:
             end_with_parent()
             jobs = only(jobs, given.only)

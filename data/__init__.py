@@ -1,12 +1,12 @@
-"""From a name to batches.
+"""Data sets, labels and batches.
 
     load_dataset        name -> Dataset: all images and true labels, in the published order
     load_c_scores       how typical each example is
-    load_human_labels   what people called it
-    make_split          Dataset -> Split: the chosen images, their labels, and who is memorized
+    load_human_labels   labels given by people
+    make_split          Dataset -> Split: the chosen images, their labels, the memorized set
     batches             Split -> Batch: normalized images with label, memorized and index
 
-Nothing here knows of models or of training, and no draw touches a global random generator.
+Independent of models and of training; no draw uses a global random generator.
 """
 
 from data.batches import Batch, augment, batch_rows, batches, epoch_order, normalize

@@ -1,7 +1,7 @@
-"""Batches: an index into tensors that already lie on the device, normalized on the fly.
+"""Batches: rows of tensors that are already on the device, normalized on the fly.
 
-There is no data loader, and nothing here handles one image at a time. Every random draw is made
-on the CPU, so that the same seed gives the same batches on every device.
+There is no data loader. All random draws are made on the CPU, so that the same seed gives the same
+batches on every device.
 """
 
 from collections.abc import Iterator
@@ -17,6 +17,8 @@ CROP_MARGIN = 4  # pixels
 
 @dataclass(frozen=True)
 class Batch:
+    """Examples of one step."""
+
     image: torch.Tensor  # float32 [b, channels, height, width] in [-1, 1]
     label: torch.Tensor
     memorized: torch.Tensor
@@ -24,15 +26,15 @@ class Batch:
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
-    """uint8 to float32 in [-1, 1], the same bits on every device.
+    """Convert uint8 to float32 in [-1, 1], to the same bits on every device.
 
-    A GPU multiplies by the reciprocal of a number, which rounds otherwise; a tensor it divides by.
+    The divisor is a tensor: a GPU would multiply by the reciprocal of a Python number.
     """
     return images.to(torch.float32) / torch.full((), 127.5, device=images.device) - 1
 
 
 def batch_rows(n: int, batch_size: int) -> list[tuple[int, int]]:
-    """Bounds (start, stop) of the batches that cover n examples.
+    """Return the bounds (start, stop) of the batches that cover n examples.
 
     A last batch of a single example joins the one before it: batch norm cannot train on one value
     per channel.
@@ -44,7 +46,7 @@ def batch_rows(n: int, batch_size: int) -> list[tuple[int, int]]:
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> torch.Tensor:
-    """The order in which an epoch visits the rows, int64 on the CPU; (seed, epoch) decides it."""
+    """Return the order of the rows in an epoch, int64 on the CPU, decided by (seed, epoch)."""
     return torch.from_numpy(random_stream("batch order", seed, epoch).permutation(n))
 
 
@@ -55,7 +57,7 @@ def batches(
     augment_generator: torch.Generator | None = None,
     first: int = 0,
 ) -> Iterator[Batch]:
-    """The split in batches, in the given order or from first to last, from batch `first` on.
+    """Yield the split in batches, in the given order (default: ascending), from batch `first`.
 
     With a generator (on the CPU), images are augmented.
     """
@@ -78,8 +80,7 @@ def batches(
 def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Shift each image by up to 4 pixels, reflecting at its borders, and mirror about half of them.
 
-    This is the usual random crop and horizontal flip as one gather: each output pixel looks up
-    where it comes from.
+    This is the usual random crop and horizontal flip as one gather over all pixels.
     """
     n, channels, height, width = images.shape
     device = images.device
@@ -96,6 +97,6 @@ def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def _reflect(position: torch.Tensor, size: int) -> torch.Tensor:
-    """Positions outside of 0..size-1, mirrored at the first and the last pixel."""
+    """Mirror positions outside of 0..size-1 at the first and the last pixel."""
     last = size - 1
     return (last - (last - position.abs()).abs()).clamp(0, last)

@@ -62,9 +62,9 @@ PUBLISHED = {
 def load_c_scores(
     dataset: Dataset, *, root: str | Path, path: str | Path | None = None
 ) -> torch.Tensor:
-    """One score for each training example, float64 [n], in the data set's order.
+    """Load a score for each training example, float64 [n], in the data set's order.
 
-    Without a path: what the data set itself knows, or the published file ROOT/c_scores/FILE, which
+    Without a path: the data set's own scores, or the published file ROOT/c_scores/FILE, which
     is downloaded if it is not there. With a path: an .npz of labels and scores in the data set's
     order, or the published .npy of MNIST.
     """
@@ -86,29 +86,28 @@ def load_c_scores(
 
 
 def c_scores_published(name: str) -> bool:
-    """Whether a data set's scores are files of their own, to be downloaded."""
+    """Return True if a data set's scores are published as a file to download."""
     return name in PUBLISHED
 
 
 def c_scores_at_hand(name: str, root: str | Path) -> bool:
-    """Whether the published scores of a data set lie below `root` already."""
+    """Return True if the published scores of a data set are below `root`."""
     if not c_scores_published(name):
         return False
     return (expanded(root) / "c_scores" / PUBLISHED[name].file).is_file()
 
 
 def tfds_order(n: int) -> np.ndarray:
-    """Where the TensorFlow Datasets release put things: its entry p is official example order[p].
+    """Return the order of the TensorFlow Datasets release: entry p is official example order[p].
 
-    It shuffled the training set by sorting the hashes of its keys, which needs no TensorFlow to
-    repeat.
+    It sorted the training set by hashes of its keys, which can be repeated without TensorFlow.
     """
     keys = [hashlib.md5(f"train{i}".encode(), usedforsecurity=False).digest() for i in range(n)]
     return np.array(sorted(range(n), key=keys.__getitem__), dtype=np.int64)
 
 
 def _find_published(name: str, folder: Path) -> Path:
-    """The published file of a data set below `folder`, downloaded if need be, and verified."""
+    """Return the published file below `folder`, downloaded if missing, and verified."""
     if name not in PUBLISHED:
         hint = "a c_score array in the file, or " if name == "npz" else ""
         raise DataError(
@@ -124,7 +123,7 @@ def _find_published(name: str, folder: Path) -> Path:
 
 
 def _download(source: _Published, path: Path) -> None:
-    """Fetch the file; it appears under its name only when it is whole and verified."""
+    """Download the file; it gets its name only when complete and verified."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +142,7 @@ def _download(source: _Published, path: Path) -> None:
 
 
 def _read_npz(path: Path, label: np.ndarray) -> np.ndarray:
-    """Scores in the order of the data set, which the labels beside them prove."""
+    """Read scores in the data set's order, verified by the labels in the file."""
     try:
         with np.load(path, allow_pickle=False) as file:
             labels, scores = file["labels"], file["scores"]
@@ -164,9 +163,9 @@ def _read_npz(path: Path, label: np.ndarray) -> np.ndarray:
 
 
 def _read_npy(path: Path) -> np.ndarray:
-    """MNIST's published scores, brought into the official order.
+    """Read MNIST's published scores in the official order.
 
-    An .npy holds no labels that could prove its order, so that no other file is accepted.
+    An .npy holds no labels to verify its order, so no other file is accepted.
     """
     PUBLISHED["mnist"].check(path)
     in_tfds_order = np.load(path, allow_pickle=False)

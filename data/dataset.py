@@ -1,4 +1,4 @@
-"""What every loader returns, and how every loader complains."""
+"""Data sets as loaders return them, and the error that loaders raise."""
 
 import hashlib
 import os
@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-# What reading a damaged .npz or .npy can raise.
+# Errors of reading a damaged .npz or .npy.
 UNREADABLE = (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 class DataError(ValueError):
-    """The user's mistake or a missing file, said in one line."""
+    """Mistake of the user, or a missing file; its message is one line."""
 
     def __init__(self, message: str):
         super().__init__(" ".join(line.strip() for line in message.splitlines()))
@@ -23,7 +23,7 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Dataset:
-    """A whole data set as it was published: in its original order, with its true labels."""
+    """Whole data set as published: in its original order, with its true labels."""
 
     name: str  # mnist, cifar10, svhn, glyphs or npz
     images: torch.Tensor  # uint8 [n, channels, height, width]
@@ -31,8 +31,8 @@ class Dataset:
     test_images: torch.Tensor
     test_label: torch.Tensor
     class_names: tuple[str, ...]
-    typicality: torch.Tensor | None = None  # float64 [n] in [0, 1], where the data set knows it
-    noisy_label: torch.Tensor | None = None  # int64 [n], what annotators said (npz only)
+    typicality: torch.Tensor | None = None  # float64 [n] in [0, 1], where known
+    noisy_label: torch.Tensor | None = None  # int64 [n], labels of annotators (npz only)
 
 
 def expanded(path: str | Path) -> Path:
@@ -44,7 +44,7 @@ def expanded(path: str | Path) -> Path:
 
 
 def file_digest(path: str | Path) -> str:
-    """SHA-256 of a file's bytes in hexadecimal, read a megabyte at a time."""
+    """Return the SHA-256 of a file in hexadecimal."""
     digest = hashlib.sha256()
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a named pipe may never return
@@ -58,6 +58,6 @@ def file_digest(path: str | Path) -> str:
 
 
 def reason(error: Exception) -> str:
-    """The last line of a library's message (the cause, where one was chained), or its type."""
+    """Return the last line of a library's message (the cause, where chained), or its type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

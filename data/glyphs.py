@@ -3,9 +3,9 @@
 The paper is about data with a long tail: many examples that look alike, and a few that a model can
 only memorize. Glyphs have that structure by construction. Most are small variations of their
 class. About one in eight is drawn in a rare style (turned, slanted, inverted, very thin or thick,
-broken) or is ambiguous: its strokes lie between those of its own class and of another one. How far
-the generating parameters are from the class's own is its typicality, 1 for a perfect specimen; it
-plays the part that the C-score plays for photographs.
+broken) or is ambiguous: its strokes lie between those of its own class and of another class.
+Typicality falls with the distance of the generating parameters from the class's own, 1 for a
+perfect specimen; it takes the role of the C-score.
 
 Every shape is a set of twelve straight segments, so that an image is a distance field (distance to
 the nearest segment, thresholded at half the stroke width) and shapes can be mixed segment by
@@ -41,7 +41,7 @@ RENDERED_AT_ONCE = 256  # images whose distances still fit into a CPU's cache
 
 @dataclass(frozen=True)
 class _Parameters:
-    """What decides each glyph, one array entry for each (lengths are in half image widths)."""
+    """Parameters of glyphs, one array entry per glyph (lengths are in half image widths)."""
 
     label: np.ndarray
     other: np.ndarray  # the class that it is mixed with
@@ -59,7 +59,7 @@ class _Parameters:
 
 
 def make_glyphs(n: int, purpose: str = "train") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Images uint8 [n, 1, 20, 20], labels int64 [n] and typicality float64 [n].
+    """Make images uint8 [n, 1, 20, 20], labels int64 [n] and typicality float64 [n].
 
     Each purpose has its own endless stream of glyphs, and n only says where to stop: glyph i is
     the same whatever n is. Every ten successive glyphs show each class once.
@@ -76,7 +76,7 @@ def make_glyphs(n: int, purpose: str = "train") -> tuple[torch.Tensor, torch.Ten
 
 
 def _draw_parameters(n: int, purpose: str) -> _Parameters:
-    """Draw every parameter row by row, so that the first rows do not depend on their number."""
+    """Draw the parameters row by row, so that the first rows do not depend on n."""
     tens = -(-n // len(GLYPH_NAMES))
     label = random_stream(f"glyph labels, {purpose}").random((tens, len(GLYPH_NAMES)))
     label = label.argsort(1).reshape(-1)[:n]
@@ -112,7 +112,7 @@ def _draw_parameters(n: int, purpose: str) -> _Parameters:
 
 
 def _typicality(p: _Parameters) -> np.ndarray:
-    """1 / (1 + strangeness): squared distances from the usual, each in the unit that halves it."""
+    """Return 1 / (1 + strangeness): squared distances, each in the unit that halves typicality."""
     period = 2 * np.pi / np.array(SYMMETRY)[p.label]
     angle = (p.angle + period / 2) % period - period / 2  # a square turned by 90 degrees is itself
     strangeness = (
@@ -129,7 +129,7 @@ def _typicality(p: _Parameters) -> np.ndarray:
 
 
 def _render(p: _Parameters) -> np.ndarray:
-    """Brightness in [0, 1] of every pixel, [n, SIZE, SIZE]."""
+    """Render the brightness in [0, 1] of every pixel, [n, SIZE, SIZE]."""
     shapes = _shapes()
     mix = p.mix[:, None, None, None]
     segments = (1 - mix) * shapes[p.label] + mix * shapes[p.other]
@@ -160,7 +160,7 @@ def _place(segments: np.ndarray, p: _Parameters) -> np.ndarray:
 
 
 def _distance(segments: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """Distance of every pixel's centre to the nearest kept segment, float32 [n, SIZE * SIZE]."""
+    """Return each pixel centre's distance to the nearest kept segment, [n, SIZE * SIZE]."""
     centre = (np.arange(SIZE, dtype=np.float32) + 0.5) * (2 / SIZE) - 1
     y, x = (axis.reshape(1, -1) for axis in np.meshgrid(centre, centre, indexing="ij"))
     nearest = np.full((len(segments), SIZE * SIZE), np.inf, np.float32)
@@ -177,7 +177,7 @@ def _distance(segments: np.ndarray, kept: np.ndarray) -> np.ndarray:
 
 
 def _shapes() -> np.ndarray:
-    """The ten classes' strokes, [10, SEGMENTS, 2 ends, (x, y)], y pointing down, within 0.7."""
+    """Return the ten classes' strokes [10, SEGMENTS, 2 ends, (x, y)], y down, within 0.7."""
     unwind = np.linspace(0, 1, SEGMENTS + 1)
     turn = 2 * np.pi * unwind
     radius = 0.08 + 0.62 * unwind
@@ -202,7 +202,7 @@ def _shapes() -> np.ndarray:
 
 
 def _segments(strokes: list) -> np.ndarray:
-    """Polylines to SEGMENTS segments [SEGMENTS, 2, 2], by cutting every edge into equal parts."""
+    """Cut every edge into equal parts: polylines to segments [SEGMENTS, 2, 2]."""
     edges = np.concatenate([np.stack([s[:-1], s[1:]], 1) for s in map(np.asarray, strokes)])
     parts = SEGMENTS // len(edges)
     cuts = np.linspace(0, 1, parts + 1)[:, None]

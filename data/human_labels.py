@@ -1,4 +1,4 @@
-"""CIFAR-10N (Wei et al., 2022): the labels that people really gave, as natural label noise."""
+"""CIFAR-10N (Wei et al., 2022): labels given by people, as natural label noise."""
 
 import warnings
 from pathlib import Path
@@ -20,10 +20,10 @@ def load_human_labels(
     path: str | Path | None = None,
     column: str = "aggre_label",
 ) -> torch.Tensor:
-    """The labels of one column, int64 [n], from `path` or ROOT/CIFAR-10_human.pt.
+    """Load the labels of one column, int64 [n], from `path` or ROOT/CIFAR-10_human.pt.
 
-    The file must belong to the data set: its clean labels are the data set's own. Without a path,
-    an npz that carries noisy_label gives those, and has no columns to choose from.
+    The file's clean labels must be the data set's own. Without a path, the noisy_label of an npz is
+    used, which has no columns.
     """
     if path is None and dataset.noisy_label is not None:
         if column != COLUMNS[0]:
@@ -50,10 +50,10 @@ def load_human_labels(
 
 
 def _read_columns(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """The named arrays of a pickled dictionary, without running anything that the pickle names.
+    """Read arrays of a pickled dictionary without running code from the pickle.
 
-    A pickle can call any function. Torch's restricted reader refuses all but the few that it
-    knows, and these, which rebuild an array of 64-bit integers.
+    Torch's restricted reader refuses all functions but its own few and these, which rebuild an
+    array of 64-bit integers.
     """
     reconstruct = np.empty(0).__reduce__()[0]  # it has moved between versions of NumPy
     allowed = [

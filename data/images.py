@@ -1,6 +1,6 @@
-"""Load a data set by name: MNIST, CIFAR-10 and SVHN through torchvision, glyphs, or one's own npz.
+"""Load a data set by name: MNIST, CIFAR-10 and SVHN through torchvision, glyphs, or your own npz.
 
-Images stay uint8, a quarter of the memory of floats; batches normalize them on the fly.
+Images stay uint8, a quarter of the memory of floats; batches normalize them.
 """
 
 import contextlib
@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torchvision import datasets as published
 
 from data.dataset import DataError, Dataset, expanded, file_digest, reason
 from data.glyphs import GLYPH_NAMES, make_glyphs
@@ -37,7 +36,7 @@ DATASETS = ("mnist", "cifar10", "svhn", "glyphs", "npz")
 DIGITS = tuple("0123456789")
 GLYPHS_BY_DEFAULT = 4000, 1000  # for training and for testing
 GLYPHS_AT_MOST = 1_000_000
-NETWORK_TIMEOUT = 30  # seconds; without one, a silent network holds the program for ever
+NETWORK_TIMEOUT = 30  # seconds before an unresponsive network is given up
 
 
 def load_dataset(
@@ -48,10 +47,10 @@ def load_dataset(
     train_size: int | None = None,
     test_size: int | None = None,
 ) -> Dataset:
-    """The data set called `name`, whole.
+    """Load the whole data set called `name`.
 
-    `root` is where the published files lie or are downloaded to; `path` is the file of an npz. The
-    sizes say how many glyphs are made; of a finite data set, `make_split` takes the subset.
+    `root` is the folder of the published files, also for downloads; `path` is the file of an npz.
+    The sizes are the numbers of glyphs to make; for other data sets, `make_split` takes a subset.
     """
     if name == "glyphs":
         return _load_glyphs(train_size, test_size)
@@ -68,7 +67,7 @@ def load_dataset(
 
 @dataclass(frozen=True)
 class Outline:
-    """What can be said of a data set before it is there: for estimates."""
+    """Sizes of a data set that are known before it is downloaded: for estimates."""
 
     shape: tuple[int, int, int]  # of an image: channels, height, width
     classes: int
@@ -76,12 +75,12 @@ class Outline:
 
 
 def at_hand(name: str, root: str | Path = "datasets") -> bool:
-    """Whether the data set called `name` needs no download."""
+    """Return True if the data set called `name` needs no download."""
     return name not in PUBLISHED or not PUBLISHED[name].missing(expanded(root))
 
 
 def outline(name: str, path: str | Path | None = None) -> Outline:
-    """The measures of the data set called `name`; nothing is downloaded, only an npz is read."""
+    """Return the sizes of the data set called `name` without a download; an npz is read."""
     if name == "glyphs":
         return Outline((1, GLYPH_SIZE, GLYPH_SIZE), len(GLYPH_NAMES), GLYPHS_BY_DEFAULT[0])
     if name in PUBLISHED:
@@ -120,7 +119,7 @@ def _load_glyphs(train_size: int | None, test_size: int | None) -> Dataset:
 
 @dataclass(frozen=True)
 class _Published:
-    """A data set that torchvision knows: the files that it consists of, and how to read a half."""
+    """Data set that torchvision reads: its files and sizes."""
 
     folder: str  # below the root
     files: tuple[str, ...]
@@ -173,9 +172,9 @@ PUBLISHED = {
 
 
 def _load_published(name: str, root: Path) -> Dataset:
-    """Read the files below root, after downloading them if some are missing.
+    """Read the files below root, after downloading missing ones.
 
-    Files that are there are never replaced: what is damaged is reported.
+    Existing files are never replaced; a damaged file is reported.
     """
     source = PUBLISHED[name]
     where = root / source.folder
@@ -203,7 +202,9 @@ def _load_published(name: str, root: Path) -> Dataset:
 def _read_half(
     name: str, root: Path, train: bool, download: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Training or test images uint8 NCHW and labels int64, through torchvision."""
+    """Read training or test images uint8 NCHW and labels int64, through torchvision."""
+    from torchvision import datasets as published  # takes more than a second to import
+
     if name == "mnist":
         half = published.MNIST(root, train=train, download=download)
         images, label = half.data[:, None], half.targets
@@ -222,10 +223,7 @@ def _read_half(
 
 @contextlib.contextmanager
 def _considerate_network() -> Iterator[None]:
-    """Give up on a silent network, and keep torchvision's remarks off stdout.
-
-    Its progress bar, on stderr, appears only when a download really runs.
-    """
+    """Set a timeout for downloads, and keep torchvision's messages off stdout."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(NETWORK_TIMEOUT)
     try:

@@ -1,4 +1,4 @@
-"""Label noise: the examples that a model can only memorize, known because we made them."""
+"""Random label noise: wrong labels that a model can only memorize."""
 
 import torch
 
@@ -9,7 +9,7 @@ from data.random_streams import random_stream
 def add_label_noise(
     label: torch.Tensor, rate: float, classes: int, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Labels with noise, and who got a wrong one (bool).
+    """Return labels with noise, and the examples with a wrong label (bool).
 
     Exactly round(rate * n) examples (halves go to the even number, as Python rounds), chosen
     without replacement, each get a class drawn uniformly from the wrong ones. With the same seed,

@@ -1,4 +1,4 @@
-"""Anyone's own images, as one .npz file: checked at the door, with one line for each mistake.
+"""Your own images as one .npz file, checked on loading, with one line for each mistake.
 
 x_train, x_test   uint8 [n, height, width] or [n, height, width, channels]; 1 or 3 channels
 y_train, y_test   integers [n], classes 0..K-1, each of which occurs in training
@@ -88,7 +88,7 @@ def _require_room(path: Path) -> None:
 
 
 def _check_names(path: Path, names: list[str]) -> None:
-    """Every required array is there, and none of the others looks like a misspelled one."""
+    """Check that every required array is there and no other name is a misspelling of one."""
     known = REQUIRED + OPTIONAL
     absent = [name for name in known if name not in names]
     unknown = [name for name in names if name not in known]

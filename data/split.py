@@ -1,4 +1,4 @@
-"""The training problem: which images, with which labels, and who is memorized."""
+"""The training problem: images, their labels, and the memorized set."""
 
 from dataclasses import dataclass, fields, replace
 
@@ -15,8 +15,8 @@ KINDS = ("noise", "atypical", "human")
 class Split:
     """Training and test examples as tensors on one device; rows keep the data set's order.
 
-    `memorized` marks who can only be learned by heart: the noisy or, for atypical splits, the
-    atypical examples. `index` is each row's place in the whole data set.
+    `memorized` marks the memorized set: the noisy or, for atypical splits, the atypical examples.
+    `index` is each row's place in the whole data set.
     """
 
     images: torch.Tensor  # uint8 [n, channels, height, width]
@@ -39,11 +39,11 @@ class Split:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Channels, height, width."""
+        """Return channels, height, width."""
         return tuple(self.images.shape[1:])
 
     def subset(self, chosen: torch.Tensor) -> "Split":
-        """Some of the training examples (bool [n], or rows), and every test example."""
+        """Return some training examples (bool [n], or rows) with every test example."""
         per_example = ("images", "label", "true_label", "memorized", "index", "typicality")
         columns = {name: getattr(self, name) for name in per_example}
         return replace(self, **{k: v if v is None else v[chosen] for k, v in columns.items()})
@@ -73,10 +73,10 @@ def make_split(
     """Choose the examples, give them their labels, and mark the memorized ones.
 
     kind 'noise': of the chosen examples, exactly round(noise_rate * n) get a random wrong label.
-    'atypical': true labels; memorized is whose C-score is below the threshold.
-    'human': the labels of `human_label`; memorized is where they are wrong.
+    'atypical': true labels; memorized are the examples with a C-score below the threshold.
+    'human': the labels of `human_label`; memorized are the examples with a wrong label.
     `c_scores` and `human_label` cover the whole data set. With `keep_memorized` a subset keeps
-    every memorized example, and only the others are drawn.
+    every memorized example, and draws among the others only.
     """
     scores = dataset.typicality if c_scores is None else c_scores
     if scores is not None:
@@ -91,16 +91,21 @@ def make_split(
         classes = len(dataset.class_names)
         label, memorized = add_label_noise(label, noise_rate, classes, noise_seed)
     return Split(
-        images=dataset.images[index],
+        images=_rows(dataset.images, index),
         label=label,
         true_label=dataset.label[index],
         memorized=memorized,
         index=index,
         typicality=None if scores is None else scores[index],
-        test_images=dataset.test_images[test_index],
+        test_images=_rows(dataset.test_images, test_index),
         test_label=dataset.test_label[test_index],
         class_names=dataset.class_names,
     )
+
+
+def _rows(images: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Take rows, ascending and each once; all of them without a copy."""
+    return images if len(index) == len(images) else images[index]
 
 
 def _label_everything(
@@ -110,7 +115,7 @@ def _label_everything(
     threshold: float,
     human_label: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Label and memorized of the whole data set, before a subset is taken and noise is added."""
+    """Return label and memorized of the whole data set, before subset and noise."""
     if kind == "noise":
         return dataset.label, torch.zeros(len(dataset.label), dtype=torch.bool)
     if kind == "atypical":
@@ -132,10 +137,10 @@ def _check_length(what: str, values: torch.Tensor, dataset: Dataset) -> None:
 
 
 def _choose(key: str, size: int | None, n: int, kept: torch.Tensor | None = None) -> torch.Tensor:
-    """Which `size` of n examples, ascending; the `kept` ones are among them.
+    """Choose `size` of n examples, ascending, including all `kept` ones.
 
-    The others are the first of one fixed permutation, so that no seed of a run changes the subset
-    and a smaller subset is contained in a larger one.
+    The others are the first of one fixed permutation, so that the subset does not depend on a
+    run's seed, and a smaller subset is contained in a larger one.
     """
     if size is None:
         return torch.arange(n)

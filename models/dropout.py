@@ -3,35 +3,37 @@
 This file needs nothing but torch: take it into your own code.
 
 `ExampleTiedDropout` keeps the first channels always on; they learn what all examples share. Every
-other channel is on for an example with probability p_mem, always the same ones: there the network
-can write down what it cannot learn, and afterwards they are dropped.
+other channel is on for an example with a fixed probability p_mem, decided once per example: these
+channels memorize, and are dropped after training.
 
 >>> model = torch.nn.Sequential(torch.nn.Linear(3, 10), ExampleTiedDropout(10, n_examples=500))
 >>> images, index = torch.randn(2, 3), torch.tensor([7, 499])
->>> with examples(model, index):         # each under its own mask: train like this
+>>> with examples(model, index):         # training: each example under its own mask
 ...     hidden = model(images)
->>> with dropout_mode(model, "drop"):    # without what was memorized: test like this
+>>> with dropout_mode(model, "drop"):    # testing: without memorization channels
 ...     hidden = model(images)
 >>> hidden[:, 4:].count_nonzero().item()
 0
 
-In a forward of your own you can also call the layer with the indices: `self.dropout(x, index)`.
+Your own forward can also call the layer with the indices: `self.dropout(x, index)`. Indices are a
+tensor, a NumPy array or a list of whole numbers.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
 
 MODES = ("memorize", "drop", "expected")
+Indices = Tensor | Sequence[int]  # or a NumPy array
 
 
 def _scrambled(x: Tensor) -> Tensor:
-    """A bijection of the numbers below 2^32 that looks random: T. Mueller's integer hash.
+    """Map the numbers below 2^32 one to one and seemingly at random: T. Mueller's integer hash.
 
-    No product leaves int64, so that every device and version of torch gives the same numbers.
+    No product overflows int64, so every device and version of torch gives the same numbers.
     """
     for _ in range(2):
         x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
@@ -39,7 +41,7 @@ def _scrambled(x: Tensor) -> Tensor:
 
 
 def _keys(count: int, *names: int) -> Tensor:
-    """One 32-bit number for each of 0 ... count - 1, decided by the names and by nothing else."""
+    """Return a 32-bit number for each of 0 ... count - 1, decided by the names alone."""
     key = torch.zeros((), dtype=torch.int64)
     for name in names:
         key = _scrambled(_scrambled(key) ^ (name & 0xFFFFFFFF))
@@ -47,16 +49,16 @@ def _keys(count: int, *names: int) -> Tensor:
 
 
 def tied_masks(n_examples: int, channels: int, p: float, seed: int, layer: int = 0) -> Tensor:
-    """bool [n_examples, channels]: True with probability p, fixed by (seed, layer, example)."""
+    """Return bool [n_examples, channels]: True with probability p, by (seed, layer, example)."""
     example, channel = _keys(n_examples, seed, layer, 0), _keys(channels, seed, layer, 1)
     masks = torch.empty(n_examples, channels, dtype=torch.bool)
-    for rows in torch.arange(n_examples).split(8192):  # eight bytes a number: not all at once
+    for rows in torch.arange(n_examples).split(8192):  # eight bytes per number: in parts
         masks[rows] = _scrambled(example[rows, None] ^ channel) < round(p * 2**32)
     return masks
 
 
 def kept_channels(p: float, channels: int) -> int:
-    """floor(p * channels), where 0.29 * 100 is 29 in spite of binary fractions."""
+    """Return floor(p * channels), with 0.29 * 100 = 29 in spite of binary fractions."""
     if not 0 < p <= 1:
         raise ValueError(f"the share of channels must be above 0, at most 1, not {p}")
     kept = math.floor(p * channels + 1e-9)
@@ -66,9 +68,9 @@ def kept_channels(p: float, channels: int) -> int:
 
 
 class DropoutLayer(nn.Module):
-    """What the three kinds share: `dim` says where channels are (1 for images, -1 for tokens).
+    """Base of the three kinds; `dim` is the dimension of channels (1 for images, -1 for tokens).
 
-    None has weights, and their masks are no part of a state_dict: they can be made again.
+    They have no weights, and a state_dict does not contain their masks, which are recomputed.
     """
 
     def __init__(self, dim: int = 1):
@@ -76,23 +78,24 @@ class DropoutLayer(nn.Module):
         self.dim = dim
 
     def gated(self, activations: Tensor, gate: Tensor) -> Tensor:
-        """The activations times a gate [1 or n, channels]."""
+        """Multiply the activations by a gate [1 or n, channels]."""
         shape = [1] * activations.ndim
         shape[0], shape[self.dim] = gate.shape
         return activations * gate.to(activations.dtype).view(shape)
 
     def hook(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+        """Apply the layer as a forward hook of another module."""
         return self(output)
 
 
 class ExampleTiedDropout(DropoutLayer):
-    """The first floor(p_gen * channels) channels for all, the others for some examples each.
+    """Keep the first floor(p_gen * channels) channels for all examples, each other for some.
 
-    Masks take one byte for every example and memorization channel, in buffers of which no average
-    can be taken (torch's AveragedModel: use_buffers=False). Indices are below `n_examples`; `layer`
-    keeps the masks of a model's layers apart. Modes, which `dropout_mode` sets:
+    Masks take one byte per example and memorization channel, in buffers that cannot be averaged
+    (torch's AveragedModel: use_buffers=False). Indices are below `n_examples`; `layer` gives each
+    layer of a model its own masks. Modes, which `dropout_mode` sets:
 
-    memorize  each example has its own mask; unseen ones, in eval mode without index, 'expected'
+    memorize  each example has its own mask; in eval mode without index, like 'expected'
     drop      memorization channels are zero
     expected  memorization channels are multiplied by p_mem, the share of examples that use them
     """
@@ -115,13 +118,14 @@ class ExampleTiedDropout(DropoutLayer):
         masks = tied_masks(n_examples, channels - self.generalization, p_mem, seed, layer)
         self.register_buffer("masks", masks, persistent=False)
         self.mode, self.rescale = "memorize", False
-        self.index: Tensor | None = None  # of the examples in the next forward pass
-        self.forgotten: Tensor | None = None  # bool [memorization channels], off for everybody
+        self.index: Tensor | None = None  # indices of the examples in the next forward pass
+        self.forgotten: Tensor | None = None  # bool [memorization channels], off for all examples
 
-    def forward(self, activations: Tensor, index: Tensor | None = None) -> Tensor:
+    def forward(self, activations: Tensor, index: Indices | None = None) -> Tensor:
         if self.masks.shape[1] == 0:
             return activations
         index = self.index if index is None else index
+        index = None if index is None else torch.as_tensor(index)
         if index is not None and self.mode == "memorize":
             _require_one_each(index, len(activations))
         memorization = self._memorization_gate(index)
@@ -133,9 +137,9 @@ class ExampleTiedDropout(DropoutLayer):
         return self.gated(activations, torch.cat([generalization, memorization], dim=1))
 
     def _memorization_gate(self, index: Tensor | None) -> Tensor:
-        """[1 or n, memorization channels]"""
+        """Return the gate [1 or n, memorization channels]."""
         if self.mode == "memorize" and index is not None:
-            # Unlike masks[index], this takes no negative index for one from the end.
+            # Unlike masks[index], this refuses negative indices.
             return self.masks.index_select(0, index.to(self.masks.device))
         if self.mode == "memorize" and self.training:
             raise ValueError("example-tied dropout needs the indices of the examples it trains on")
@@ -144,7 +148,7 @@ class ExampleTiedDropout(DropoutLayer):
 
 
 def _require_one_each(index: Tensor, count: int) -> None:
-    """Raise unless these are whole numbers, one for each example."""
+    """Raise ValueError unless there is one whole number for each example."""
     if index.shape != (count,) or index.dtype not in (torch.int64, torch.int32):
         raise ValueError(
             f"{count} examples need {count} indices, int64 [{count}]; "
@@ -153,7 +157,7 @@ def _require_one_each(index: Tensor, count: int) -> None:
 
 
 class StandardDropout(DropoutLayer):
-    """Every single activation is on with probability p, drawn anew at every training step."""
+    """Keep each activation with probability p, drawn at every training step."""
 
     def __init__(self, p: float):
         super().__init__()
@@ -166,7 +170,7 @@ class StandardDropout(DropoutLayer):
 
 
 class SparseDropout(DropoutLayer):
-    """floor(p * channels) channels, chosen once at random, exist; the others never do."""
+    """Keep floor(p * channels) channels, chosen once at random; the others are always zero."""
 
     def __init__(self, channels: int, p: float, seed: int = 0, layer: int = 0, dim: int = 1):
         super().__init__(dim)
@@ -183,22 +187,23 @@ class SparseDropout(DropoutLayer):
 
 
 class _Inserted(nn.ModuleList):
-    """Holds the layers that hooks call; where a Sequential calls it, nothing happens."""
+    """Container of the layers that hooks call; an identity where a Sequential calls it."""
 
     def forward(self, activations: Tensor) -> Tensor:
         return activations
 
 
 def tied_layers(model: nn.Module) -> list[ExampleTiedDropout]:
+    """Return the model's example-tied dropout layers."""
     return [module for module in model.modules() if isinstance(module, ExampleTiedDropout)]
 
 
 def insert_dropout(model: nn.Module, layers: Mapping[str, DropoutLayer]) -> None:
-    """Put a layer behind each named module; no weight of the model is renamed.
+    """Insert a layer behind each named module, without renaming any weight.
 
     The layers become the model's module `inserted_dropout`, the last one of a Sequential.
     """
-    modules = [model.get_submodule(name) for name in layers]  # all of them, before anything changes
+    modules = [model.get_submodule(name) for name in layers]  # find all before changing any
     for name, layer in layers.items():
         if not isinstance(layer, DropoutLayer):
             raise TypeError(f"{name}: {type(layer).__name__} is none of this file's layers")
@@ -211,7 +216,7 @@ def insert_dropout(model: nn.Module, layers: Mapping[str, DropoutLayer]) -> None
 
 @contextmanager
 def _changed(layers: list[ExampleTiedDropout], **values: object) -> Iterator[None]:
-    """Attributes of layers that are put back afterwards, each layer's own."""
+    """Set attributes of the layers, and restore each layer's own values on exit."""
     before = [{name: getattr(layer, name) for name in values} for layer in layers]
     try:
         for layer in layers:
@@ -222,17 +227,18 @@ def _changed(layers: list[ExampleTiedDropout], **values: object) -> Iterator[Non
             vars(layer).update(old)
 
 
-def examples(model: nn.Module, index: Tensor | None) -> AbstractContextManager[None]:
-    """Which examples go through the model inside; None: ones that have no mask of their own."""
+def examples(model: nn.Module, index: Indices | None) -> AbstractContextManager[None]:
+    """Set the indices of the examples that go through the model; None: examples without masks."""
     return _changed(tied_layers(model), index=index)
 
 
 def dropout_mode(
     model: nn.Module, mode: str, rescale: bool = False
 ) -> AbstractContextManager[None]:
-    """All example-tied layers in a mode: memorize, drop or expected.
+    """Set all example-tied layers to a mode: memorize, drop or expected.
 
-    With `rescale`, 'drop' multiplies what is left by (p_gen + p_mem) / p_gen.
+    With `rescale`, 'drop' multiplies the remaining channels by (p_gen + p_mem) / p_gen. Train and
+    eval mode stay as they are.
     """
     if mode not in MODES:
         raise ValueError(f"mode {mode!r} is not known; there are {', '.join(MODES)}")
@@ -240,8 +246,8 @@ def dropout_mode(
 
 
 @contextmanager
-def forget(model: nn.Module, index: Tensor) -> Iterator[None]:
-    """Drop, for everybody, the memorization channels that are tied to any of these examples."""
+def forget(model: nn.Module, index: Indices | int) -> Iterator[None]:
+    """Drop the memorization channels that are tied to any of these examples, for all examples."""
     layers = tied_layers(model)
     with _changed(layers, forgotten=None):
         for layer in layers:

@@ -1,16 +1,20 @@
 """ResNet-50 as in torchvision, for any number of channels and classes; six layer groups."""
 
 from torch import Tensor, nn
-from torchvision.models.resnet import Bottleneck, ResNet
 
 from models.layer_groups import Stage, StagedModel
 
 
-class ResNet50(StagedModel, ResNet):
+class ResNet50(StagedModel):
     """torchvision's ResNet-50, untrained, with its parameter names; its forward runs the stages."""
 
     def __init__(self, channels: int = 3, classes: int = 10):
-        super().__init__(Bottleneck, [3, 4, 6, 3], num_classes=classes)
+        from torchvision.models.resnet import Bottleneck, ResNet  # takes more than a second
+
+        super().__init__()
+        network = ResNet(Bottleneck, [3, 4, 6, 3], num_classes=classes)
+        for name, module in network.named_children():
+            self.add_module(name, module)
         if channels != 3:
             self.conv1 = nn.Conv2d(channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
             nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")

@@ -393,3 +393,10 @@ def test_baselines_have_no_neurons_to_drop(run_of):
     assert np.isnan(before["p_mem"])
     names = {path.name for path in run.directory.glob("*.csv")}
     assert names == {"history.csv", "example_tied_dropout.csv"}
+
+
+def test_a_configuration_without_dropout_is_refused_unless_it_is_compared_with(tiny):
+    none = [Run.of(tiny())]
+    with pytest.raises(UserError, match=r"dropout\.kind: none leaves nothing to drop"):
+        example_tied_dropout.require_dropout(none)
+    example_tied_dropout.require_dropout([*none, Run.of(tiny("dropout.kind=sparse"))])

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 import gradient_accounting
 from data import Batch
 from engine.runs.run import Run
+from engine.runs.tables import LAYERS
+from engine.training.build import load_split, make_model
 from gradient_accounting import ACCOUNTS, GradientAccountant, compute_row
 from models import build_model
 from models.layer_groups import layer_groups
@@ -185,3 +187,13 @@ def test_without_noise_there_is_nothing_to_account_for_the_noisy(tiny):
         assert row["norm_noisy"] == 0
         assert row["norm_total"] == row["norm_clean"]
         assert math.isnan(row["cosine"])
+
+
+def test_a_run_names_its_layers(tiny):
+    run = Run.of(tiny("train.epochs=1"))
+    gradient_accounting.EXPERIMENT.main(run)
+    rows = LAYERS.read(run.directory)
+    model = make_model(run.config, load_split(run.config))
+    assert [row["layer"] for row in rows] == list(range(9))
+    assert [row["name"] for row in rows] == [name for name, *_ in model.stages()]
+    assert sum(row["parameters"] for row in rows) == sum(p.numel() for p in model.parameters())

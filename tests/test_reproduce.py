@@ -24,7 +24,8 @@ SMALL = [
     "model.width=0.1", "dropout.forget_draws=1", "dropout.forget=[1]",
 ]  # fmt: skip
 TABLES = {
-    "gradient_accounting.csv", "history.csv", "layer_rewinding.csv", "layer_retraining.csv",
+    "gradient_accounting.csv", "history.csv", "layers.csv", "layer_rewinding.csv",
+    "layer_retraining.csv",
     "neuron_flipping.csv", "mislabel_detection.csv",
 }  # fmt: skip
 

@@ -22,6 +22,11 @@ from engine.errors import UserError
 
 COMMAND_LINE = "command line"
 MOST_RUNS = 10_000
+USUAL_NAMES = {  # of other programs
+    "data.noise": "data.noise_rate",
+    "train.lr": "train.peak_lr",
+    "train.learning_rate": "train.peak_lr",
+}
 
 
 # ---------------------------------------------------------------- keys
@@ -187,7 +192,7 @@ def _walk(source: str, tree: Mapping, prefix: str = "") -> Iterator[tuple[str, o
 def _spelling(key: str, prefix: str = "") -> str:
     """Suggest the closest known key: by its whole path, else by its last part in any section."""
     known = [*SCHEMA, *SECTIONS, "extends", "sweep"]
-    hint = nearest(key, known)
+    hint = f"; did you mean {USUAL_NAMES[key]}?" if key in USUAL_NAMES else nearest(key, known)
     if not hint:
         last = key.rpartition(".")[2]
         close = nearest(last, [k.rpartition(".")[2] for k in known])
@@ -249,6 +254,8 @@ def _checked(source: str, key: str, value: object) -> object:
         trained = section == key or section in TRAINED  # a measurement has one value at a time
         if isinstance(value, list) and key != "seed" and trained and not hint:
             hint = f"; to try several, write sweep: {{{key}: [...]}}"
+        if key == "seed" and isinstance(value, str) and re.fullmatch(r"\d+(,\d+)+", value):
+            hint = f"; for several seeds, write seed='[{value}]'"
         message = f"{source}: {key}: {_shown(value)} is not allowed: {kind.allowed}{hint}"
         raise UserError(message) from None
 

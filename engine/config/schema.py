@@ -373,5 +373,6 @@ def impossible(config: Config) -> tuple[str, str] | None:
             takers = ", ".join(name for name in known if key in model_options(name))
             return f"model.{key}", (
                 f"{getattr(model, key)!r} is not allowed: only {takers} takes it, not {model.name}"
+                "; remove it"
             )
     return None

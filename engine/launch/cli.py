@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import DataError
+from data import DataError, expanded
 from engine.config.load import SECTIONS, describe_keys, load_configs
 from engine.config.schema import Config
 from engine.errors import RunFailed, UserError
@@ -120,12 +120,29 @@ def find_runs(
     return each_once(Run.of(training(found)) for found in load_configs(config, overrides))
 
 
+def require_output(config: Config) -> None:
+    """Refuse an output folder that is not there and cannot be made."""
+    folder = expanded(config.output_dir).absolute()
+    above = next(path for path in (folder, *folder.parents) if path.exists())
+    if not above.is_dir():
+        reason = f"{above} is a file"
+    elif above != folder and not os.access(above, os.W_OK):
+        reason = f"no permission to write in {above}"
+    else:
+        return
+    raise UserError(f"output_dir: {config.output_dir} cannot be made: {reason}; choose another")
+
+
 def run_script(
-    experiment: Experiment, description: str, arguments: Sequence[str] | None = None
+    experiment: Experiment,
+    description: str,
+    arguments: Sequence[str] | None = None,
+    check: Callable[[Sequence[Run]], None] = lambda runs: None,
 ) -> int:
     """Measure every run of the command line, print a line for each, and return the exit status.
 
     Each line ends with the run's directory, or with the folder of the runs that it summarizes.
+    `check` may refuse the runs before any work.
     """
     with reporting_ends() as ending, ending_on_signals():
         sections = [experiment.key] if experiment.key in SECTIONS else TRAINING_SECTIONS
@@ -135,6 +152,9 @@ def run_script(
         runs = find_runs(
             given.config, [*given.overrides, *device], experiment.training, given.trust
         )
+        check(runs)
+        if not Path(given.config).is_dir():
+            require_output(runs[0].config)
         announce(runs)
         for run in runs:
             with ending.one_of_several(run.directory):

@@ -26,6 +26,7 @@ class ResultTable:
         files.write_csv(self.path(folder), self.columns, rows)
 
 
+LAYERS = ResultTable("layers.csv", ("layer", "name", "parameters"), text=("name",))
 HISTORY = ResultTable(
     "history.csv",
     (

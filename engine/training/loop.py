@@ -26,6 +26,7 @@ from engine.runs import files, provenance
 from engine.runs.identity import deciding_settings
 from engine.runs.run import Run, images_digest
 from engine.runs.stopping import finishing_steps, safe_point
+from engine.runs.tables import LAYERS
 from engine.training import resume
 from engine.training.background import BackgroundWriter
 from engine.training.build import load_split
@@ -34,6 +35,7 @@ from engine.training.devices import compute_precision, require_precision, tuned_
 from engine.training.epoch import Diverged, Position, diverged, learning_rate, walk_epoch
 from engine.training.record import Accountant, PlainBackward, Record, plain_backward
 from models.dropout import examples, tied_layers
+from models.layer_groups import StagedModel, layer_groups
 
 
 def train_epoch(
@@ -92,6 +94,18 @@ def make_optimizer(parameters: Iterable[nn.Parameter], train: TrainConfig) -> to
     )
 
 
+def layer_rows(model: StagedModel) -> list[dict[str, object]]:
+    """Return number, name and parameters of each layer, for readers of the tables."""
+    return [
+        {
+            "layer": group.index,
+            "name": group.name,
+            "parameters": sum(p.numel() for p in group.parameters(model).values()),
+        }
+        for group in layer_groups(model)
+    ]
+
+
 def train_run(
     run: Run,
     split: Split,
@@ -102,6 +116,7 @@ def train_run(
     """Train a run to its end, from scratch or from where it was interrupted."""
     require_precision(run.config, device)
     run.write_settings(split)
+    LAYERS.write(run.directory, layer_rows(model))
     record = Record()
     if _train_epochs(run, split, model, device, record, accounting(model)):
         _finish(run, record, accounting)

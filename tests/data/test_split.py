@@ -127,3 +127,13 @@ def test_some_of_the_training_examples(tiny_dataset):
     assert torch.equal(clean.label, clean.true_label)
     assert len(clean.typicality) == 45
     assert torch.equal(clean.test_images, split.test_images)
+
+
+def test_a_split_of_all_images_copies_none(tiny_dataset):
+    split = make_split(tiny_dataset)
+    assert split.images.data_ptr() == tiny_dataset.images.data_ptr()
+    assert split.test_images.data_ptr() == tiny_dataset.test_images.data_ptr()
+    n = len(tiny_dataset.label)
+    part = make_split(tiny_dataset, train_size=n - 1)
+    assert part.images.data_ptr() != tiny_dataset.images.data_ptr()
+    assert torch.equal(part.images, tiny_dataset.images[part.index])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -416,3 +417,28 @@ def test_the_file_works_alone(tmp_path):
     command = [sys.executable, "-W", "error", "-m", "doctest", "dropout.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("make", [list, np.array])
+def test_indices_may_be_a_list_or_an_array(make):
+    layer, x = ExampleTiedDropout(10, n_examples=20), torch.randn(3, 10)
+    index = torch.tensor([3, 0, 19])
+    expected, given = layer(x, index), make(index.tolist())
+    assert torch.equal(layer(x, given), expected)
+    with examples(layer, given):
+        assert torch.equal(layer(x), expected)
+    with forget(layer, index):
+        forgotten = layer.forgotten
+    with forget(layer, given):
+        assert torch.equal(layer.forgotten, forgotten)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_mode_leaves_train_and_eval_as_they_are(training):
+    model = torch.nn.Sequential(torch.nn.Dropout(), ExampleTiedDropout(10, n_examples=20))
+    model.train(training)
+    with dropout_mode(model, "drop"):
+        assert all(module.training == training for module in model.modules())
+        model[0].train(not training)
+    assert model[0].training != training, "what the caller sets inside stays"
+    assert model[1].training == training

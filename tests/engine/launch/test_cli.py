@@ -179,3 +179,27 @@ def test_a_second_process_waits_if_asked_to(tiny_file, tmp_path):
     assert [process.returncode for process in processes] == [0, 0]
     assert len(lines) == 1
     assert lines.pop().endswith("/seed0\n")
+
+
+def test_an_output_folder_that_cannot_be_made_is_one_line(tiny_file, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    arguments = [str(tiny_file), f"output_dir={tmp_path / 'file' / 'runs'}"]
+    assert run_script(gradient_accounting.EXPERIMENT, "", arguments) == 2
+    expected = f"output_dir: {tmp_path}/file/runs cannot be made: {tmp_path}/file is a file"
+    assert capsys.readouterr().err == f"{expected}; choose another\n"
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("data.noise=0.1", "; did you mean data.noise_rate?"),
+        ("train.lr=0.1", "; did you mean train.peak_lr?"),
+        ("seed=0,1,2", "; for several seeds, write seed='[0,1,2]'"),
+        ("model.name=vit_small", "only resnet9 takes it, not vit_small; remove it"),
+    ],
+)
+def test_usual_mistakes_have_a_hint(tiny_file, capsys, override, hint):
+    assert run_script(gradient_accounting.EXPERIMENT, "", [str(tiny_file), override]) == 2
+    said = capsys.readouterr().err
+    assert said.endswith(f"{hint}\n")
+    assert said.count("\n") == 1
