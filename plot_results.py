@@ -35,7 +35,7 @@ from models import network_file
 from plotting.families import Family, find_families
 from plotting.figure_kind import FigureKind
 from plotting.figures import draw_all, figure_kinds
-from plotting.report.findings import find, table_claims
+from plotting.report.findings import Finding, find, table_claims
 from plotting.report.html import write_report
 from plotting.report.summary import keep_results, write_summary
 from plotting.report.tables import TABLES, Table
@@ -71,6 +71,12 @@ def name_lost_networks(families: Sequence[Family]) -> Iterator[str]:
             )
 
 
+def describe_not_applicable(findings: Sequence[Finding]) -> str:
+    """Return how many claims do not apply to these runs, with the first reason; or ''."""
+    reasons = [finding.reason for finding in findings if finding.reason]
+    return f" ({len(reasons)} claims not applicable; first: {reasons[0]})" if reasons else ""
+
+
 def present(
     families: Sequence[Family],
     folder: Path,
@@ -90,7 +96,7 @@ def present(
         yield f"table: {write_table(table, folder)}"
     if gather:
         yield f"tables of all runs: {keep_results(families, folder)}"
-    yield f"summary: {write_summary(families, findings, folder)}"
+    yield f"summary: {write_summary(families, findings, folder)}{describe_not_applicable(findings)}"
     yield f"report: {write_report(title, families, findings, drawings, tables, folder)}"
 
 

@@ -11,6 +11,7 @@ from engine.config.schema import Config
 from engine.stats import rank_correlation
 from plotting.families import Family, families_over, refusing_malformed, setting_of
 from plotting.report.claims import CLAIMS, Claim
+from plotting.report.preconditions import explain_not_applicable
 from plotting.report.tables import PAPER_TABLE_1, Table, spread
 
 
@@ -22,6 +23,7 @@ class Finding:
     about: str
     families: tuple[Family, ...]
     values: tuple[float, ...]  # one a seed; none where it was not measured
+    reason: str = ""  # why the claim does not apply to these runs, where it does not
 
     @property
     def n(self) -> int:
@@ -37,6 +39,8 @@ class Finding:
         """By the seeds, each on its own."""
         if not self.values:
             return "not measured"
+        if self.reason:
+            return "not applicable"
         agreeing = sum(map(self.claim.rule.holds, self.values))
         if 0 < agreeing < len(self.values):
             return f"{agreeing} of {len(self.values)} seeds agree"
@@ -59,7 +63,8 @@ def _judge(claim: Claim, family: Family) -> Finding:
     values = claim.measure(measured) if measured else ()
     finite = tuple(float(value) for value in values if np.isfinite(value))
     about = (measured or family).title
-    return Finding(_of_data_set(claim, family.config), about, (family,), finite)
+    reason = explain_not_applicable(claim.name, measured) if finite else ""
+    return Finding(_of_data_set(claim, family.config), about, (family,), finite, reason)
 
 
 def _trends(claim: Claim, families: Sequence[Family]) -> Iterator[Finding]:
@@ -76,7 +81,9 @@ def _trends(claim: Claim, families: Sequence[Family]) -> Iterator[Finding]:
         trends = [rank_correlation(settings, own) for own in of_seed if np.isfinite(own).all()]
         values = tuple(trend for trend in trends if np.isfinite(trend))
         about = f"{claim.over} from {settings[0]:g} to {settings[-1]:g}"
-        yield Finding(claim, about, tuple(group), values)
+        lacking = (explain_not_applicable(claim.name, family) for family in group)
+        reason = next(filter(None, lacking), "") if values else ""
+        yield Finding(claim, about, tuple(group), values, reason)
 
 
 def _of_data_set(claim: Claim, config: Config) -> Claim:

@@ -53,7 +53,7 @@ td small { color: var(--soft); display: block; }
 .agrees { color: var(--good); } .agrees::before { content: "\\2713\\00a0"; }
 .differs { color: var(--bad); } .differs::before { content: "\\2260\\00a0"; }
 .mixed { color: var(--bad); } .mixed::before { content: "~\\00a0"; }
-.none { color: var(--soft); font-weight: 400; }
+.none, .inapplicable { color: var(--soft); font-weight: 400; }
 figure { margin: 1.5rem 0; break-inside: avoid; }
 figure img { max-width: 100%; height: auto; display: block; border: 1px solid var(--line); }
 figcaption { font-size: .875rem; color: var(--soft); margin-top: .4rem; }
@@ -144,7 +144,9 @@ def _table(header: Sequence[str], rows: Iterable[str], kind: str = "") -> str:
 
 
 def _manner(finding: Finding) -> str:
-    """The verdict as one of four: agrees, differs, mixed, none."""
+    """Return the kind of verdict: agrees, differs, mixed, inapplicable or none."""
+    if finding.values and finding.reason:
+        return "inapplicable"
     if finding.verdict in ("agrees", "differs"):
         return finding.verdict
     return "mixed" if finding.values else "none"
@@ -154,7 +156,13 @@ def _header(
     title: str, families: Sequence[Family], findings: Sequence[Finding], chapters: Sequence[str]
 ) -> str:
     counts = Counter(map(_manner, findings))
-    said = sum(counts.values()) - counts["none"]
+    said = sum(counts[manner] for manner in ("agrees", "differs", "mixed"))
+    several = any(finding.n > 1 for finding in findings)
+    seeds = (
+        f"and {counts['mixed']} depend on the seed"
+        if several
+        else "each from a single seed (n = 1), so that dependence on the seed is unknown"
+    )
     links = "".join(f'<a href="#{key}">{load_experiments()[key].title}</a>' for key in chapters)
     runs = sum(len(family.runs) for family in families)
     return (
@@ -162,8 +170,8 @@ def _header(
         f'<p class="lead">{runs} training{"s" if runs > 1 else ""}, compared with <i>Can Neural '
         f"Network Memorization Be Localized?</i> (Maini et al., ICML 2023). Of {said} "
         f"statements that were measured {counts['agrees']} agree with the paper, "
-        f"{counts['differs']} differ, and {counts['mixed']} depend on the seed; "
-        f"{counts['none']} were not measured.</p>"
+        f"{counts['differs']} differ, {seeds}; {counts['inapplicable']} do not apply to these "
+        f"runs, {counts['none']} were not measured.</p>"
         f'<nav>{links}<a href="#tables">Tables</a><a href="#runs">What was run</a>'
         f'<a href="#deviations">Deviations</a></nav></header>'
     )
@@ -176,11 +184,22 @@ def _overview(findings: Sequence[Finding], chapters: Sequence[str]) -> str:
         counts = Counter(_manner(f) for f in findings if _chapter_of(f) == name)
         cells = "".join(
             f'<td class="number">{counts[manner] or "-"}</td>'
-            for manner in ("agrees", "differs", "mixed", "none")
+            for manner in ("agrees", "differs", "mixed", "inapplicable", "none")
         )
         rows.append(f'<tr><td><a href="#{name}">{words}</a></td>{cells}</tr>')
-    header = ("experiment", "agrees", "differs", "depends on the seed", "not measured")
+    header = (
+        "experiment",
+        "agrees",
+        "differs",
+        "depends on the seed",
+        "not applicable",
+        "not measured",
+    )
     return "<h2>In short</h2>" + _table(header, rows)
+
+
+def _reason(finding: Finding) -> str:
+    return f"; not applicable: {escape(finding.reason)}" if finding.reason else ""
 
 
 def _claims(findings: Sequence[Finding]) -> str:
@@ -189,7 +208,7 @@ def _claims(findings: Sequence[Finding]) -> str:
         claim = finding.claim
         cells = (
             f"<td>{escape(claim.text)}<small>Section {escape(claim.where)}; agrees if "
-            f"{escape(claim.rule.words)}; {escape(finding.about)}</small></td>"
+            f"{escape(claim.rule.words)}; {escape(finding.about)}{_reason(finding)}</small></td>"
             f'<td data-name="paper">{escape(claim.paper)}</td>'
             f'<td data-name="ours" class="number">{escape(finding.ours)}</td>'
             f'<td data-name="n" class="number">{finding.n or "-"}</td>'

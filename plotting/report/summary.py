@@ -37,6 +37,7 @@ def summarize(families: Sequence[Family], findings: Sequence[Finding]) -> dict[s
 
 def _entry(finding: Finding) -> dict[str, object]:
     values = finding.values
+    reason = {"reason": finding.reason} if finding.reason else {}
     return {
         "claim": finding.claim.name,
         "about": finding.about,
@@ -46,7 +47,7 @@ def _entry(finding: Finding) -> dict[str, object]:
         "n": finding.n,
         "agrees_if": finding.claim.rule.words,
         "verdict": finding.verdict,
-    }
+    } | reason
 
 
 @refusing_malformed

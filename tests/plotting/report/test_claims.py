@@ -22,6 +22,7 @@ HISTORY = (
 )  # fmt: skip
 ACCOUNTS = ("epoch", "group", "norm_clean", "norm_noisy", "norm_total", "cosine", "parameters")
 EPOCHS, LAYERS = 6, 4
+SEARCHED_EXAMPLES = 40
 MOST = 20  # neurons that a search was allowed, unlike the default
 
 
@@ -69,7 +70,7 @@ def planted(tiny, seed: int, *overrides: str) -> Run:
                 "acc_remaining_after": random.uniform(), "neurons_ids": "x",
                 "groups": " ".join(map(str, random.integers(0, LAYERS, n))),
             }
-            for i in range(12)
+            for i in range(SEARCHED_EXAMPLES)
         ],
     )  # fmt: skip
     files.write_json(run.directory / "neuron_flipping.json", {"settings": {"max_neurons": MOST}})
@@ -202,12 +203,34 @@ def test_verdicts_go_by_each_seed(family):
     for finding in findings.values():
         agreeing = [finding.claim.rule.holds(value) for value in finding.values]
         expected = (
-            "not measured" if not agreeing else "agrees" if all(agreeing)
+            "not measured" if not agreeing else "not applicable" if finding.reason
+            else "agrees" if all(agreeing)
             else "differs" if not any(agreeing) else f"{sum(agreeing)} of 2 seeds agree"
         )  # fmt: skip
         assert finding.verdict == expected
     assert len({finding.verdict for finding in findings.values()}) >= 3
     assert findings["flipping.auc_neurons"].verdict == "not measured"
+
+
+def test_a_network_that_memorized_nothing_agrees_with_no_claim_about_memorized_examples(family):
+    for run in family.runs:
+        rows = [
+            dict.fromkeys(HISTORY, 0.5) | {"epoch": t, "acc_noisy": 0.17} for t in range(EPOCHS + 1)
+        ]
+        files.write_csv(run.history_path, HISTORY, rows)
+    findings = find([family])
+    assert {f.verdict for f in findings} == {"not applicable", "not measured"}
+    reasons = {f.reason for f in findings if f.values}
+    assert reasons == {"seed 1: 17% of the memorized set is fitted, less than 80%"}
+
+
+def test_few_searched_examples_give_no_verdict(family):
+    few = FLIPPING.read(family.runs[0].directory)
+    FLIPPING.write(family.runs[1].directory, few[: 2 * 19])
+    verdicts = {f.claim.name: f for f in find([family]) if f.values}
+    assert verdicts["flipping.neurons_noisy"].verdict == "not applicable"
+    assert "seed 2: 19 searched" in verdicts["flipping.neurons_noisy"].reason
+    assert not verdicts["rewinding.not_last"].reason
 
 
 def test_the_table_of_claims_says_what_each_was_measured_on(family):
@@ -244,7 +267,7 @@ def test_a_trend_is_over_runs_that_differ_in_nothing_else(tiny_file):
         for run, accuracy in zip(runs, noisy):
             row = {"dropout": "example_tied", "p_gen": p_gen, "p_mem": p_mem, "state": "after"}
             row |= {"acc_clean": p_gen, "acc_noisy": accuracy, "acc_test": 0.5}
-            rows = [row, row | {"state": "before"}]
+            rows = [row, row | {"state": "before", "acc_noisy": 0.9}]
             DROPOUT.write(run.directory, rows)
         return Family(runs[0].directory.parent, runs)
 
