@@ -58,7 +58,7 @@ def sweep(tmp_path_factory) -> tuple[Path, dict]:
     path.write_text(TINY + "seed: [0, 1, 2, 3]\n")
     assert reproduce.main([str(path), *SMALL, f"output_dir={folder}/serial"]) == 0
     serial = results(folder / "serial")
-    assert len(serial) == 4 * 4  # three tables, and the weights
+    assert len(serial) == 4 * 5  # four tables, and the weights
     return path, serial
 
 

@@ -126,7 +126,7 @@ def test_an_epoch_is_written_as_it_was_when_it_ended(tiny, tmp_path, monkeypatch
     monkeypatch.setattr(resume, "save_epoch", save_late)
     gradient_accounting.EXPERIMENT.main(late)
     assert rows == [1, 2, 3, 4]
-    assert len(tables_and_weights(late)) == 7
+    assert len(tables_and_weights(late)) == 8
     assert tables_and_weights(late) == tables_and_weights(whole)
 
 
