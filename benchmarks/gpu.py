@@ -34,9 +34,9 @@ from engine.flipping.cached_passes import Correctness, ReferenceGradient
 from engine.flipping.fold import folded
 from engine.flipping.gates import Gates
 from engine.launch.estimates import random_images
+from engine.machine import default_precision
 from engine.runs import files, provenance
 from engine.runs.identity import resolved, without_dropout
-from engine.runs.machine import default_precision
 from engine.training.build import make_model
 from engine.training.compiling import compiled
 from engine.training.devices import compute_precision, free_memory, tuned_convolutions

@@ -20,13 +20,13 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from beyond.halves import Counts, draw_half
 from data import Split
 from engine.config.schema import Config
 from engine.launch.cli import run_script
 from engine.launch.estimates import count_examples
+from engine.progress import progress_bar
 from engine.runs import files
 from engine.runs.experiment import Experiment
 from engine.runs.identity import title
@@ -72,13 +72,8 @@ def train_missing(run: Run, measurement: Measurement, split: Split) -> list[int]
     config, left = run.config, []
     keys = [key_of(number) for number in range(measurement.settings["trainings"])]
     to_do = [number for number, key in enumerate(keys) if measurement.part(key) is None]
-    bar = tqdm(
-        desc=f"{title(config)}: counterfactual",
-        total=len(keys),
-        initial=len(keys) - len(to_do),
-        unit="training",
-        mininterval=0.5 if sys.stderr.isatty() else 30,
-    )
+    about, done = f"{title(config)}: counterfactual", len(keys) - len(to_do)
+    bar = progress_bar(about, len(keys), "training", initial=done)
     with bar, compute_precision(config.precision, split.label.device):
         for number in to_do:
             try:

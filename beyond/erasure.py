@@ -26,7 +26,6 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from beyond.agreement import closed_gate, compute_deletion, order_units
 from beyond.localizers import Examples, UnitGates, score_flipping
@@ -36,6 +35,7 @@ from engine.config.schema import Config
 from engine.errors import RunFailed
 from engine.launch.cli import run_script
 from engine.launch.estimates import count_examples
+from engine.progress import with_progress
 from engine.runs.experiment import Experiment
 from engine.runs.identity import title, without_accounting
 from engine.runs.measurement import Measurement
@@ -347,7 +347,8 @@ def measure(run: Run) -> None:
     rows = []
     with compute_precision(run.config.precision, device):
         task = make_task(run, split, device)
-        for name in tqdm(methods_of(run), f"{title(run.config)}: erasure", None, unit="method"):
+        methods, about = methods_of(run), f"{title(run.config)}: erasure"
+        for name in with_progress(methods, about, len(methods), "method"):
             if (row := measurement.part(name)) is None:
                 row = compute_erasure(task, name)
                 measurement.save(name, row)

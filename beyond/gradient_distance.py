@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 
 from data import Split, normalize
 from data.random_streams import random_stream
@@ -30,6 +29,7 @@ from engine.config.schema import Config
 from engine.errors import UserError
 from engine.launch.cli import run_script
 from engine.launch.estimates import count_examples
+from engine.progress import with_progress
 from engine.runs.experiment import Experiment
 from engine.runs.identity import title
 from engine.runs.measurement import Measurement
@@ -135,7 +135,8 @@ def compute_epoch(model: nn.Module, split: Split, rows: Tensor, about: str) -> d
         "distance_true": compute_distances(features, split.true_label, split),
     }
     norms = []
-    for part in tqdm(rows.split(chunk_size(model)), about, None, unit="chunk"):
+    parts = rows.split(chunk_size(model))
+    for part in with_progress(parts, about, len(parts), "chunk"):
         batch = (values[part] for values in (split.images, split.label, split.index))
         norms.append(compute_gradient_norms(model, *batch))
     columns = {name: values[rows] for name, values in found.items()}

@@ -23,7 +23,6 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from beyond.agreement import (
     CLOSED,
@@ -45,6 +44,7 @@ from data.random_streams import random_stream
 from engine.errors import RunFailed, UserError
 from engine.launch.cli import run_script
 from engine.launch.estimates import count_examples
+from engine.progress import with_progress
 from engine.runs.experiment import Experiment
 from engine.runs.identity import title, without_accounting
 from engine.runs.measurement import Measurement
@@ -164,7 +164,7 @@ def truth_rows(bench: Bench, table: Measurement, seed: int) -> Iterator[dict[str
     layer_of, sites = bench.gates.layer_of_units(), bench.gates.sites
     layers = {site.name: layer_of == number for number, site in enumerate(sites)}
     pairs = [(name, subset) for name in LOCALIZERS for subset in SUBSETS]
-    for name, subset in tqdm(pairs, "localizers", None, unit="localizer"):
+    for name, subset in with_progress(pairs, "localizers", len(pairs), "localizer"):
         for truth in TRUTH_KINDS[:2] if name == "flipping" else TRUTH_KINDS:
             batch = bench.batch(subset, truth)
             drawn = "own" if truth == "permuted" else truth

@@ -6,6 +6,7 @@ experiment can compute the activations in front of a group once and go on from t
 weights (`run_stages`), and never repeats what lies below the group that it changes.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -36,19 +37,20 @@ class LayerGroup:
         return {name: p for name, p in model.named_parameters() if self.owns(name)}
 
 
-class StagedModel(nn.Module):
+class StagedModel(nn.Module, ABC):
     """A model that is defined by its stages: forward runs them, so the two cannot drift apart."""
 
     min_image_size: ClassVar[int] = 1
     channel_dim: ClassVar[int] = 1  # of the activations at the dropout sites
     wiring: Wiring | None = None  # as observed; None: modules are declared in forward order
 
+    @abstractmethod
     def stages(self) -> list[Stage]:
-        raise NotImplementedError
+        """Return the stages in forward order; their parameters partition the model's."""
 
     def dropout_sites(self, kind: str = "blocks") -> dict[str, int]:
-        """The modules behind which dropout is inserted, and the channels that leave them."""
-        raise NotImplementedError
+        """Map the modules behind which dropout is inserted to the channels that leave them."""
+        return {}
 
     def forward(self, images: Tensor) -> Tensor:
         state = images

@@ -20,7 +20,7 @@ from engine.config.schema import (
     TrainConfig,
 )
 from engine.errors import UserError
-from engine.runs.machine import can_compile, default_precision, device_type
+from engine.machine import can_compile, default_precision, device_type
 from models import MODELS, model_options, network_file
 from models.any_network import NetworkError, require_file
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from engine.errors import RunFailed
-from engine.runs.machine import describe_gpu
+from engine.machine import describe_gpu
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # What decides a training, beside its configuration and its data.

@@ -131,12 +131,9 @@ def _dropout_places(
 ) -> dict[str, Output]:
     """Return the modules behind which dropout stands, and what leaves them."""
     if isinstance(sites, str):
-        try:
-            own = model.dropout_sites(sites)
-        except NotImplementedError:
-            raise ValueError(
-                "sites: the network names none; list modules, as in [conv1, conv2]"
-            ) from None
+        own = model.dropout_sites(sites)
+        if not own:
+            raise ValueError("sites: the network names none; list modules, as in [conv1, conv2]")
         if model.wiring is None:
             return {site: Output(channels, model.channel_dim) for site, channels in own.items()}
         sites = tuple(own)

@@ -10,8 +10,8 @@ import torch
 from data.random_streams import random_stream
 from engine.config.schema import Config
 from engine.errors import UserError
+from engine.machine import default_precision, device_type, gpu_problem
 from engine.runs.identity import measuring_precision, resolved
-from engine.runs.machine import default_precision, device_type, gpu_problem
 from engine.runs.provenance import describe_device
 
 SHARED_BY = "MEMORY_SHARED_BY"  # environment variable: how many processes compute on this device

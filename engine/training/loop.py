@@ -21,7 +21,7 @@ from tqdm import tqdm
 from data import Batch, Split, batch_rows, file_digest
 from engine.config.schema import Config, TrainConfig
 from engine.errors import RunFailed
-from engine.progress import progress_bar
+from engine.progress import PlainLines, progress_bar
 from engine.runs import files, provenance
 from engine.runs.identity import deciding_settings
 from engine.runs.run import Run, images_digest
@@ -189,7 +189,7 @@ def _train_epochs(
     return True
 
 
-def _progress(run: Run, done: int, steps: int) -> tqdm:
+def _progress(run: Run, done: int, steps: int) -> tqdm | PlainLines:
     return progress_bar(
         f"{run.directory.parent.name[:40]}/{run.directory.name}",
         run.config.train.epochs * steps,

@@ -10,9 +10,10 @@ import torch
 
 import gradient_accounting
 import layer_rewinding
+from engine import machine
 from engine.config.load import load_configs
 from engine.launch.cli import run_script
-from engine.runs import files, machine, provenance
+from engine.runs import files, provenance
 from engine.runs.identity import identity_of, measuring_precision, resolved, run_directory
 from engine.runs.run import Run
 from engine.training.devices import describe_computing, resolve_device
