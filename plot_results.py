@@ -4,6 +4,7 @@
     python plot_results.py runs/NAME --figure 2     # some runs, one figure
     python plot_results.py --format png
     python plot_results.py RUNS... --output results/NAME    # all in one folder, to be kept
+    python plot_results.py RUNS... --output results/NAME --figure 3 --format pdf    # one as PDF
 
 Runs that differ in nothing but the seed share a figure: lines are means over seeds, bands a
 standard deviation. Such a figure lies in figures/ beside its seeds' folders; one that compares
@@ -18,7 +19,9 @@ to flip; those of several models are compared in one figure), 6 (masks of exampl
 
 All together lie below the folder that was named: report.html, summary.json, and Tables 1 to 3, the
 AUCs and all claims in tables/, as Markdown, CSV and LaTeX. With --output everything lies there,
-with copies of the runs' own tables and provenance.json, which says where each came from.
+with copies of the runs' own tables and provenance.json, which says where each came from; figures
+are then PNG unless --format says PDF, in figures/ itself where all runs differ in nothing but the
+seed, and one contact sheet per training set.
 """
 
 import argparse
@@ -105,12 +108,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", default=[Path("runs")])
     parser.add_argument("--figure", metavar="NUMBER", help="only this one")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="all there, to be kept")
-    parser.add_argument("--format", choices=("pdf", "png"), help="only this one; else both")
+    parser.add_argument(
+        "--format", choices=("pdf", "png"), help="only this one; else both, or PNG with --output"
+    )
     with reporting_ends() as ending, ending_on_signals():
         given = parser.parse_args(arguments)
-        formats = [given.format] if given.format else ["pdf", "png"]
-        kinds, families = choose_kinds(given.figure), find_families(given.runs)
         folder, gather = given.output or given.runs[0], given.output is not None
+        formats = [given.format] if given.format else ["png"] if gather else ["pdf", "png"]
+        kinds, families = choose_kinds(given.figure), find_families(given.runs)
         if gather and len({family.name for family in families}) < len(families):
             raise UserError("command line: --output: two folders hold seeds of the same run")
         if given.figure:

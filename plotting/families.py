@@ -17,7 +17,7 @@ from engine.config.schema import Config
 from engine.errors import UserError
 from engine.launch.experiments import load_experiments
 from engine.runs import files
-from engine.runs.identity import title
+from engine.runs.identity import run_name, title
 from engine.runs.run import Run
 from engine.runs.tables import ResultTable
 
@@ -77,7 +77,8 @@ class Family:
 
     @property
     def name(self) -> str:
-        return self.folder.resolve().name
+        """The name that this version gives to the folder of such runs."""
+        return run_name(self.config, self.runs[0].settings)
 
     @property
     def trained(self) -> str:

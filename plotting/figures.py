@@ -54,7 +54,8 @@ def draw_all(
 ) -> Iterator[Drawing]:
     """Every figure, each beside its runs; those that compare several families in `folder`.
 
-    With `gather` all lie in `folder`, those of a family in a folder with its name.
+    With `gather` all lie in `folder`, those of one of several families in a folder with its name;
+    families of the same training set then share a contact sheet.
     """
     for kind in figure_kinds() if kinds is None else kinds:
         wanted = [family for family in families if not concerning or kind.concerns(family)]
@@ -65,9 +66,11 @@ def draw_all(
                 about = f"{len(group)} settings of {group[0].title}"
                 yield Drawing(kind, about, draw_figure(kind.plot, group, path, formats))
             continue
-        for family in wanted:
+        for family in _of_different_data(wanted) if gather and kind.name == "examples" else wanted:
             if part := family.having(kind.source):
-                beside = folder / "figures" / family.name if gather else family.folder / "figures"
+                beside = family.folder / "figures"
+                if gather:
+                    beside = folder / "figures" / (family.name if len(families) > 1 else "")
                 about = f"{part.title}, {part.seeds}"
                 try:
                     paths = draw_figure(kind.plot, part, beside / kind.name, formats)
@@ -81,6 +84,15 @@ def draw_all(
                 yield Drawing(kind, family.title, command=" && ".join(commands))
             else:
                 yield Drawing(kind, family.title, lack=f"such a run has no {kind.source}")
+
+
+def _of_different_data(families: Sequence[Family]) -> list[Family]:
+    """The first family of each training set."""
+    found: dict[str, Family] = {}
+    for family in families:
+        of_data = {k: v for k, v in family.settings.items() if k.startswith("data.")}
+        found.setdefault(repr(sorted(of_data.items())), family)
+    return list(found.values())
 
 
 @refusing_malformed

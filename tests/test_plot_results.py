@@ -279,6 +279,21 @@ def test_kept_results_among_the_runs_are_no_runs(family, capsys):
     assert len(find_families([runs])) == 1
 
 
+def test_kept_figures_carry_no_name_of_a_run_where_there_is_one_kind(family, tiny, tmp_path):
+    kept = tmp_path / "kept"
+    arguments = ["--output", str(kept), "--figure", "examples"]
+    assert plot_results.main([str(family.folder), *arguments]) == 0
+    assert [path.name for path in (kept / "figures").iterdir()] == ["examples.png"]
+    for overrides in (["data.noise_rate=0.4"], ["model.width=0.1"]):
+        gradient_accounting.EXPERIMENT.main(Run.of(tiny(*overrides)))
+    arguments[1] = str(tmp_path / "both")
+    assert plot_results.main([str(tmp_path / "runs"), *arguments, "--format", "pdf"]) == 0
+    found = {path.parent.name for path in (tmp_path / "both").rglob("examples.pdf")}
+    names = {f.name for f in find_families([tmp_path / "runs"])}
+    assert len(found) == 2, "the images of two of the three are the same"
+    assert found < names
+
+
 def test_seeds_that_were_measured_in_different_ways_are_not_pooled(family, capsys):
     for run, epochs in zip(family.runs, ("[0,1]", "[0,2]")):
         layer_rewinding.EXPERIMENT.main(Run.at(run.directory, (f"rewinding.epochs={epochs}",)))
