@@ -17,6 +17,7 @@ from engine.config.schema import Config
 from engine.errors import UserError
 from engine.launch.experiments import load_experiments
 from engine.runs import files
+from engine.runs.commands import printable
 from engine.runs.identity import run_name, title
 from engine.runs.run import Run
 from engine.runs.tables import ResultTable
@@ -144,10 +145,21 @@ class Family:
 
 @refusing_malformed
 def find_families(places: Sequence[Path]) -> list[Family]:
-    """The finished runs at or below the given folders, sweeps in the order of their values."""
-    runs = [run for run in map(Run.at, _find_directories(places)) if run.finished]
-    for run in runs:
-        run.require_undamaged()
+    """The finished runs at or below the given folders, sweeps in the order of their values.
+
+    A run that is named itself must be usable; of those below a folder, each that is not usable is
+    named on stderr with the reason.
+    """
+    named = {place.resolve() for place in places}
+    runs = []
+    for directory in _find_directories(places):
+        try:
+            runs.append(_finished_run(directory))
+        except UserError as error:
+            if directory.resolve() in named:
+                raise
+            where = "" if str(directory) in str(error) else f"{directory}: "
+            print(printable(f"left out: {where}{error}"), file=sys.stderr)
     if not runs:
         raise UserError(f"{', '.join(map(str, places))}: no finished run there")
     together: dict[Path, list[Run]] = {}
@@ -157,6 +169,19 @@ def find_families(places: Sequence[Path]) -> list[Family]:
     for family in families:
         _name_left_out(family)
     return sorted(_told_apart(families), key=lambda family: by_numbers(family.title))
+
+
+@refusing_malformed
+def _finished_run(directory: Path) -> Run:
+    """Return the run in this directory, whose training is finished and whose tables are whole."""
+    run = Run.at(directory)
+    if not run.finished:
+        raise UserError(f"{directory}: no finished run there: its training is {run.state}")
+    run.require_undamaged()
+    for table in {t for experiment in load_experiments().values() for t in experiment.tables}:
+        if table.path(directory).exists():
+            table.require_whole(directory)
+    return run
 
 
 def by_numbers(words: str) -> list[str | float]:

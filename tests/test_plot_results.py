@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -264,6 +265,43 @@ def test_contact_sheets_show_who_is_mislabeled(tiny):
     (_, wrong), (_, right) = choose_shown(split, "noise")
     assert (split.label != split.true_label)[wrong.tolist()].all()
     assert (split.label == split.true_label)[right.tolist()].all()
+
+
+def make_unusable(run: Run) -> dict[str, Callable[[], object]]:
+    """Ways to make a finished run one that cannot be drawn, by the reason that is to be said."""
+    directory = run.directory
+
+    def change(name: str, key: str, value: object) -> None:
+        files.write_json(directory / name, files.read_json(directory / name) | {key: value})
+
+    return {
+        "its training is": lambda: change("provenance.json", "finished", False),
+        "history.csv: damaged": lambda: run.history_path.write_text("epoch\n"),
+        "config.yaml: colour": lambda: run.config_path.write_text("colour: red\n"),
+        "it has no identity": lambda: run.provenance_path.write_text("{}"),
+        "layer_rewinding.csv: is not what": lambda: (
+            files.write_text(directory / "layer_rewinding.csv", "group\n"),
+            files.write_json(directory / "layer_rewinding.json", {"sha256": "0"}),
+        ),
+        "its first line is not": lambda: files.write_text(directory / "layer_rewinding.csv", "a"),
+    }
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_runs_that_cannot_be_drawn_are_named_and_do_not_stop_the_others(family, capsys, number):
+    bad = family.runs[0]
+    reason, damage = list(make_unusable(bad).items())[number]
+    damage()
+    capsys.readouterr()
+    places = [str(family.folder), "--format", "png", "--figure", "1"]
+    assert plot_results.main(places) == 0
+    said = capsys.readouterr()
+    assert said.out.endswith("gradient_norms.png\n")
+    assert said.err.startswith(f"left out: {bad.directory}")
+    assert reason in said.err
+    assert said.err.count("\n") == 1
+    assert plot_results.main([str(bad.directory), *places[1:]]) == 2, "named itself, it is refused"
+    assert reason in capsys.readouterr().err
 
 
 def test_runs_are_found_through_links_and_each_once(family, tmp_path, monkeypatch):

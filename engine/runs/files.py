@@ -105,21 +105,9 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, ob
 
 
 def read_csv(path: Path, columns: Sequence[str], text: Sequence[str] = ()) -> list[dict]:
-    """Read rows of numbers, except the `text` columns; the header must be `columns`.
-
-    Where a JSON file beside the table has a digest, the table must match it.
-    """
-    lines = _csv_lines(path)
-    source = path.with_suffix(".json")
-    if source.exists() and read_json(source).get("sha256") not in (None, file_digest(path)):
-        raise UserError(
-            f"{path}: is not what {source.name} describes: damaged, or another run's; "
-            "delete it, and the script that made it makes it again"
-        )
-    if not lines or lines[0] != list(columns):
-        raise UserError(f"{path}: damaged: its first line is not {','.join(columns)}")
+    """Read rows of numbers, except the `text` columns."""
     rows = []
-    for number, line in enumerate(lines[1:], start=2):
+    for number, line in enumerate(read_lines(path, columns)[1:], start=2):
         try:
             cells = zip(columns, line, strict=True)
             row = {name: cell if name in text else float(cell) for name, cell in cells}
@@ -132,6 +120,23 @@ def read_csv(path: Path, columns: Sequence[str], text: Sequence[str] = ()) -> li
                 )
         rows.append(row)
     return rows
+
+
+def read_lines(path: Path, columns: Sequence[str]) -> list[list[str]]:
+    """Read the cells of a table whose header is `columns`.
+
+    Where a JSON file beside the table has a digest, the table must match it.
+    """
+    source = path.with_suffix(".json")
+    if source.exists() and read_json(source).get("sha256") not in (None, file_digest(path)):
+        raise UserError(
+            f"{path}: is not what {source.name} describes: damaged, or another run's; "
+            "delete it, and the script that made it makes it again"
+        )
+    lines = _csv_lines(path)
+    if lines[:1] != [list(columns)]:
+        raise UserError(f"{path}: damaged: its first line is not {','.join(columns)}")
+    return lines
 
 
 def _csv_lines(path: Path) -> list[list[str]]:
