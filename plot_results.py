@@ -27,6 +27,7 @@ seed, and one contact sheet per training set.
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 from engine.config.kinds import nearest
@@ -35,7 +36,7 @@ from engine.launch.cli import Parser, reporting_ends
 from engine.runs import files
 from engine.runs.stopping import ending_on_signals
 from models import network_file
-from plotting.families import Family, find_families
+from plotting.families import Family, find_families, name_other_settings
 from plotting.figure_kind import FigureKind
 from plotting.figures import draw_all, figure_kinds
 from plotting.report.findings import Finding, find, table_claims
@@ -89,6 +90,7 @@ def present(
 ) -> Iterator[str]:
     """Everything that the runs allow, the report last; a line for each."""
     yield from name_lost_networks(families)
+    yield from name_other_settings(families)
     drawings = []
     for drawing in draw_all(families, folder, formats=formats, gather=gather):
         drawings.append(drawing)
@@ -119,7 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if gather and len({family.name for family in families}) < len(families):
             raise UserError("command line: --output: two folders hold seeds of the same run")
         if given.figure:
-            lines = draw_all(families, folder, kinds, formats, concerning=False, gather=gather)
+            drawings = draw_all(families, folder, kinds, formats, concerning=False, gather=gather)
+            lines = chain(name_other_settings(families), drawings)
         else:
             lines = present(families, folder, formats, gather=gather)
         for line in lines:

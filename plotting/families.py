@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
@@ -19,6 +19,7 @@ from engine.launch.experiments import load_experiments
 from engine.runs import files
 from engine.runs.commands import printable
 from engine.runs.identity import run_name, title
+from engine.runs.measurement import KeptTable
 from engine.runs.run import Run
 from engine.runs.tables import ResultTable
 
@@ -182,6 +183,23 @@ def _finished_run(directory: Path) -> Run:
         if table.path(directory).exists():
             table.require_whole(directory)
     return run
+
+
+def name_other_settings(families: Sequence[Family]) -> Iterator[str]:
+    """Yield a line for each table that was measured with other settings than the one shown."""
+    for run in (run for family in families for run in family.runs):
+        for kept in KeptTable.below(run.directory):
+            shown = measured(run, kept.path.name)
+            if words := _in_words(kept.differences(shown)):
+                instead = _in_words({k: (shown or {}).get(k) for k in kept.differences(shown)})
+                yield (
+                    f"{run.directory / kept.path.name}: shown with {instead}; "
+                    f"also measured, with {words}: {kept.path}"
+                )
+
+
+def _in_words(settings: Mapping[str, object]) -> str:
+    return ", ".join(f"{key}={value!s:.60}" for key, value in settings.items())
 
 
 def by_numbers(words: str) -> list[str | float]:

@@ -344,6 +344,32 @@ def test_seeds_that_were_measured_in_different_ways_are_not_pooled(family, capsy
     assert len(found.having("history.csv").runs) == 2
 
 
+def test_a_table_of_other_settings_is_kept_and_the_plot_says_which_it_shows(
+    tiny, tmp_path, capsys, monkeypatch
+):
+    config = tiny("rewinding.epochs=[0]")
+    gradient_accounting.EXPERIMENT.main(Run.of(config))
+    layer_rewinding.EXPERIMENT.main(run := Run.of(config))
+    before = (run.directory / "layer_rewinding.csv").read_bytes()
+    other = Run.of(tiny("rewinding.epochs=[0]", "rewinding.batchnorm=checkpoint"))
+    layer_rewinding.EXPERIMENT.main(other)
+    (kept,) = run.directory.glob("other_settings/layer_rewinding-*/layer_rewinding.csv")
+    assert kept.read_bytes() == before != (run.directory / "layer_rewinding.csv").read_bytes()
+
+    capsys.readouterr()
+    assert plot_results.main([str(tmp_path / "runs"), "--figure", "3", "--format", "png"]) == 0
+    said, drawn = capsys.readouterr().out.splitlines()
+    assert said == (
+        f"{run.directory / 'layer_rewinding.csv'}: shown with batchnorm=checkpoint; "
+        f"also measured, with batchnorm=final: {kept}"
+    )
+    assert drawn.endswith("rewinding.png")
+
+    monkeypatch.setattr(layer_rewinding, "compute_counts", None)  # nothing is measured again
+    layer_rewinding.EXPERIMENT.main(run)
+    assert (run.directory / "layer_rewinding.csv").read_bytes() == before
+
+
 def test_titles_tell_runs_apart(tiny, tmp_path):
     for decay in ("0.0", "0.001"):
         gradient_accounting.EXPERIMENT.main(Run.of(tiny(f"train.weight_decay={decay}")))
