@@ -60,7 +60,7 @@ def write_table(table: Table, folder: Path) -> Path:
     forms = {"csv": table.csv(), "tex": table.latex(), "md": table.markdown()}
     for suffix, text in forms.items():
         path = folder / "tables" / f"{table.name}.{suffix}"
-        files.write_text(path, text)
+        files.update_text(path, text)
     return path
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from engine.runs import files
 from engine.runs.commands import shell_command
 from plotting.families import Family, alike, refusing_malformed
 from plotting.figure_kind import FigureKind
+from plotting.redrawing import unless_unchanged
 from plotting.style import paper_style
 
 
@@ -64,7 +65,7 @@ def draw_all(
             for number, group in enumerate(alike(measured, kind.compares, fewest=2), start=1):
                 path = folder / "figures" / f"{kind.name}_{number}"
                 about = f"{len(group)} settings of {group[0].title}"
-                yield Drawing(kind, about, draw_figure(kind.plot, group, path, formats))
+                yield Drawing(kind, about, _files_of(kind, group, path, formats, gather))
             continue
         for family in _of_different_data(wanted) if gather and kind.name == "examples" else wanted:
             if part := family.having(kind.source):
@@ -73,7 +74,7 @@ def draw_all(
                     beside = folder / "figures" / (family.name if len(families) > 1 else "")
                 about = f"{part.title}, {part.seeds}"
                 try:
-                    paths = draw_figure(kind.plot, part, beside / kind.name, formats)
+                    paths = _files_of(kind, part, beside / kind.name, formats, gather)
                 except DataError as error:
                     yield Drawing(kind, about, lack=str(error))
                 else:
@@ -84,6 +85,20 @@ def draw_all(
                 yield Drawing(kind, family.title, command=" && ".join(commands))
             else:
                 yield Drawing(kind, family.title, lack=f"such a run has no {kind.source}")
+
+
+@refusing_malformed
+def _files_of(
+    kind: FigureKind,
+    subject: Family | list[Family],
+    path: Path,
+    formats: Sequence[str],
+    gather: bool,
+) -> tuple[Path, ...]:
+    """Return the files of a figure; unchanged ones are not drawn again, except to be kept."""
+    draw = partial(draw_figure, kind.plot, subject, path, formats)
+    paths = [path.with_name(f"{path.name}.{suffix}") for suffix in formats]
+    return draw() if gather else unless_unchanged(draw, subject, paths)
 
 
 def _of_different_data(families: Sequence[Family]) -> list[Family]:

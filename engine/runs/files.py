@@ -10,6 +10,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,6 +26,8 @@ COUNTS = frozenset({
     "epoch", "group", "layer", "example", "index", "label", "true_label", "prediction_after",
     "memorized", "neurons", "flipped", "forgotten", "kept", "examples", "draw", "runs",
 })  # fmt: skip
+
+_reads: ContextVar[set[Path] | None] = ContextVar("reads", default=None)
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -65,8 +68,21 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
+@contextmanager
+def recording_reads() -> Iterator[set[Path]]:
+    """Collect the paths of all result files that are read inside."""
+    read: set[Path] = set()
+    token = _reads.set(read)
+    try:
+        yield read
+    finally:
+        _reads.reset(token)
+
+
 def require_regular(path: Path) -> None:
     """Refuse a path that is no plain file: opening a named pipe may never return."""
+    if (reads := _reads.get()) is not None:
+        reads.add(path)
     with suppress(OSError):  # the read that follows says what is wrong
         if not stat.S_ISREG(path.stat().st_mode):
             raise UserError(f"{path}: is not a regular file")
@@ -76,6 +92,13 @@ def write_text(path: Path, text: str) -> None:
     """Write UTF-8; bytes of file names that are not text become escapes, also valid in JSON."""
     content = text.encode("utf-8", "backslashreplace")
     write_atomically(path, lambda file: file.write(content))
+
+
+def update_text(path: Path, text: str) -> None:
+    """Write a file unless it holds this text already."""
+    content = text.encode("utf-8", "backslashreplace")
+    if not (path.is_file() and path.read_bytes() == content):
+        write_text(path, text)
 
 
 def read_text(path: Path) -> str:
@@ -163,7 +186,16 @@ def _allowed(column: str) -> str:
 
 
 def write_json(path: Path, content: Mapping) -> None:
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, _as_json(content))
+
+
+def update_json(path: Path, content: Mapping) -> None:
+    """Write a file unless it holds this content already."""
+    update_text(path, _as_json(content))
+
+
+def _as_json(content: Mapping) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_json(path: Path) -> dict:
