@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from data import Split, batch_rows, expanded, normalize
 from data.random_streams import random_stream
-from engine.config.schema import Config
+from engine.config.schema import Config, DropoutConfig
 from engine.errors import UserError
 from engine.launch.cli import run_script
 from engine.launch.estimates import count_examples, training_passes
@@ -309,8 +309,16 @@ def dropout_title(config: Config) -> str:
     shares = {
         "example_tied": f" {dropout.p_gen:g} {dropout.p_mem:g}",
         "none": " dropout",
+        "standard": standard_title(dropout),
     }.get(dropout.kind, f" {dropout.p_gen:g}")
     return f"{title(config)}, {dropout.kind}{shares}"
+
+
+def standard_title(dropout: DropoutConfig) -> str:
+    """Return the settings of standard dropout that differ from keeping single activations."""
+    verb = "" if dropout.standard == "keep" else f" {dropout.standard}"
+    units = "" if dropout.units == "activations" else f" {dropout.units}"
+    return f"{verb} {dropout.p_gen:g}{units}"
 
 
 def measure(run: Run) -> None:

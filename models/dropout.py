@@ -157,16 +157,22 @@ def _require_one_each(index: Tensor, count: int) -> None:
 
 
 class StandardDropout(DropoutLayer):
-    """Keep each activation with probability p, drawn at every training step."""
+    """Keep each activation with probability p, drawn at every training step.
 
-    def __init__(self, p: float):
-        super().__init__()
+    With `whole_channels`, keep or drop each channel of each example as a whole.
+    """
+
+    def __init__(self, p: float, whole_channels: bool = False, dim: int = 1):
+        super().__init__(dim)
         if not 0 < p <= 1:
             raise ValueError(f"the probability to stay must be above 0, at most 1, not {p}")
-        self.p = p
+        self.p, self.whole_channels = p, whole_channels
 
     def forward(self, activations: Tensor, index: Tensor | None = None) -> Tensor:
-        return nn.functional.dropout(activations, 1 - self.p, self.training)
+        if not (self.training and self.whole_channels):
+            return nn.functional.dropout(activations, 1 - self.p, self.training)
+        ones = activations.new_ones(len(activations), activations.shape[self.dim])
+        return self.gated(activations, nn.functional.dropout(ones, 1 - self.p))
 
 
 class SparseDropout(DropoutLayer):

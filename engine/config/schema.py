@@ -215,6 +215,14 @@ class DropoutConfig:
     p_mem: float = option(
         0.2, number(0, 1), "example_tied: probability that another neuron is on for an example"
     )
+    standard: str = option(
+        "keep", one_of("keep", "drop"), "standard: p_gen is the probability to keep, or to drop"
+    )
+    units: str = option(
+        "activations",
+        one_of("activations", "channels"),
+        "standard: what is drawn, single activations or whole channels",
+    )
     sites: str | tuple[str, ...] = option(
         "blocks",
         names("blocks", "layers"),
@@ -366,6 +374,9 @@ def impossible(config: Config) -> tuple[str, str] | None:
         return "dropout.sites", (
             f"'layers' is not allowed: {model.name} takes dropout behind its blocks only"
         )
+    dropout = config.dropout
+    if (dropout.kind, dropout.standard, dropout.p_gen) == ("standard", "drop", 1):
+        return "dropout.p_gen", "1 is not allowed: with dropout.standard drop nothing is kept"
     own_keys = set().union(*map(model_options, (*MODELS, OTHER)))
     for key in sorted(own_keys - model_options(model.name)):
         if getattr(model, key) != getattr(ModelConfig, key):
