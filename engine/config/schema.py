@@ -172,7 +172,9 @@ class FlippingConfig:
         "activation", one_of("activation", "weight"), "quantity that a closed gate multiplies by 0"
     )
     remaining: int | None = option(
-        None, optional(integer(2)), "examples for the accuracy after removal; null: all others"
+        None,
+        optional(integer(2)),
+        "training and as many test examples for the accuracy after removal; null: all",
     )
     refresh_reference: int = option(
         1, integer(1), "approximate above 1: steps between gradients of the reference batch"

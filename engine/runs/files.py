@@ -104,10 +104,13 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, ob
     write_text(path, text.getvalue())
 
 
-def read_csv(path: Path, columns: Sequence[str], text: Sequence[str] = ()) -> list[dict]:
+def read_csv(
+    path: Path, columns: Sequence[str], text: Sequence[str] = (), added: Sequence[str] = ()
+) -> list[dict]:
     """Read rows of numbers, except the `text` columns; the header must be `columns`.
 
-    Where a JSON file beside the table has a digest, the table must match it.
+    A table without any of the `added` columns has nan there. Where a JSON file beside the table has
+    a digest, the table must match it.
     """
     lines = _csv_lines(path)
     source = path.with_suffix(".json")
@@ -116,13 +119,15 @@ def read_csv(path: Path, columns: Sequence[str], text: Sequence[str] = ()) -> li
             f"{path}: is not what {source.name} describes: damaged, or another run's; "
             "delete it, and the script that made it makes it again"
         )
-    if not lines or lines[0] != list(columns):
+    header = lines[0] if lines else []
+    lacking = dict.fromkeys(added if set(added).isdisjoint(header) else (), math.nan)
+    if header != [name for name in columns if name not in lacking]:
         raise UserError(f"{path}: damaged: its first line is not {','.join(columns)}")
     rows = []
     for number, line in enumerate(lines[1:], start=2):
         try:
-            cells = zip(columns, line, strict=True)
-            row = {name: cell if name in text else float(cell) for name, cell in cells}
+            cells = zip(header, line, strict=True)
+            row = {name: cell if name in text else float(cell) for name, cell in cells} | lacking
         except ValueError:
             raise UserError(f"{path}: damaged: line {number} is not a row of numbers") from None
         for name in columns:

@@ -1,13 +1,14 @@
 """Headline numbers: one for each seed, from result files alone.
 
-'While mislabeled examples are learned' means the epochs that end with a mislabeled accuracy between
-10% and 95%. A number that a run cannot give is nan.
+'While noisy examples are learned' means the epochs that end with a noisy accuracy above chance (one
+divided by the number of classes) and below 95%. A number that a run cannot give is nan.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from data import outline
 from engine.runs import files
 from engine.stats import rank_correlation
 from example_tied_dropout import DROPOUT, TYPICALITY
@@ -20,7 +21,7 @@ from plotting.layers import by_group
 from plotting.neurons import read_searched
 
 Values = Sequence[float] | np.ndarray
-LEARNING = (0.10, 0.95)
+LEARNED = 0.95
 NOT_YET_LEARNED = 0.20  # the paper's bound for 'before it is memorized'
 KEPT, HIGH = 0.8, 0.7
 OPPOSED = -0.75
@@ -29,10 +30,18 @@ OPPOSED = -0.75
 # ---------------------------------------------------------------- gradient accounting
 
 
+def count_classes(family: Family) -> int:
+    """Return the number of classes of the data set; of your own data, from the training labels."""
+    if (name := family.config.data.name) != "npz":
+        return outline(name).classes
+    arrays = files.read_arrays(family.runs[0].split_path, "label", "true_label")
+    return 1 + int(max(labels.max() for labels in arrays.values()))
+
+
 def _medians_while_learning(family: Family, values: np.ndarray) -> np.ndarray:
     """[seeds, layers]: medians over epochs of values [seeds, epochs, layers]."""
     noisy = read_curves(family)["acc_noisy"][:, 1:]
-    learning = (noisy > LEARNING[0]) & (noisy < LEARNING[1])
+    learning = (noisy > 1 / count_classes(family)) & (noisy < LEARNED)
     nothing = np.full(values.shape[2], np.nan)
     return np.array(
         [np.median(v[when], axis=0) if when.any() else nothing for v, when in zip(values, learning)]
@@ -190,12 +199,24 @@ def flipped_below_ten(family: Family) -> Values:
     ]
 
 
-def remaining_difference(family: Family) -> Values:
-    noisy, clean = (
-        np.array([_mean(row["acc_remaining_after"] for row in rows) for rows in each])
-        for each in (_of_each_seed(family, 1), _of_each_seed(family, 0))
-    )
-    return noisy - clean
+def difference_after(column: str) -> Callable[[Family], Values]:
+    """Return the measure of an accuracy after removal: mean for noisy minus mean for clean examples.
+
+    Rows without the accuracy, which an earlier version searched, are left out.
+    """
+
+    def measure(family: Family) -> Values:
+        noisy, clean = (
+            np.array([_mean(r[column] for r in rows if np.isfinite(r[column])) for rows in each])
+            for each in (_of_each_seed(family, 1), _of_each_seed(family, 0))
+        )
+        return noisy - clean
+
+    return measure
+
+
+remaining_difference = difference_after("acc_remaining_after")
+test_difference = difference_after("acc_test_after")
 
 
 def _layer_shares(rows: list[dict], layers: int) -> np.ndarray:

@@ -17,13 +17,13 @@ from engine.runs.provenance import REPOSITORY
 from plotting.families import Family, refusing_malformed
 from plotting.figures import Drawing
 from plotting.report.findings import Finding
-from plotting.report.headline_numbers import LEARNING
+from plotting.report.headline_numbers import LEARNED as LEARNED_AT
 from plotting.report.tables import Table
 
 NAME = "report.html"
 LEARNED = (
-    "'While they are learned' are the epochs that end with a mislabeled accuracy between "
-    f"{LEARNING[0]:.0%} and {LEARNING[1]:.0%}."
+    "'While noisy examples are learned' means the epochs that end with a noisy accuracy above chance "
+    f"(10% with ten classes) and below {LEARNED_AT:.0%}."
 )
 PART_OF = {"atypical": "gradients"}  # claims about atypical examples have no chapter of their own
 
