@@ -16,12 +16,17 @@ figure), 2 (their cosines), learning-curves, 10 (gradient norms over training), 
 to flip; those of several models are compared in one figure), 6 (masks of example-tied dropout), 7
 (clean examples that it forgets).
 
+    python plot_results.py --compare A/summary.json B/summary.json [--tolerance 0.01]
+
+prints the claims whose numbers or verdicts differ between two summaries, and draws nothing.
+
 All together lie below the folder that was named: report.html, summary.json, and Tables 1 to 3, the
 AUCs and all claims in tables/, as Markdown, CSV and LaTeX. With --output everything lies there,
 with copies of the runs' own tables and provenance.json, which says where each came from.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -35,6 +40,7 @@ from models import network_file
 from plotting.families import Family, find_families
 from plotting.figure_kind import FigureKind
 from plotting.figures import draw_all, figure_kinds
+from plotting.report.compare import TOLERANCE, compare_summaries
 from plotting.report.findings import Finding, find, table_claims
 from plotting.report.html import write_report
 from plotting.report.summary import keep_results, write_summary
@@ -100,14 +106,33 @@ def present(
     yield f"report: {write_report(title, families, findings, drawings, tables, folder)}"
 
 
+def require_tolerance(tolerance: float) -> None:
+    if not (math.isfinite(tolerance) and tolerance >= 0):
+        raise UserError(f"command line: --tolerance: {tolerance:g} is not allowed: 0 or more")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", default=[Path("runs")])
     parser.add_argument("--figure", metavar="NUMBER", help="only this one")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="all there, to be kept")
     parser.add_argument("--format", choices=("pdf", "png"), help="only this one; else both")
+    parser.add_argument(
+        "--compare", nargs=2, type=Path, metavar="SUMMARY", help="compare two summary.json files"
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=TOLERANCE,
+        help="--compare: allowed difference of two means, as a share of the larger mean where that "
+        f"is above 1 (default {TOLERANCE:g})",
+    )
     with reporting_ends() as ending, ending_on_signals():
         given = parser.parse_args(arguments)
+        if given.compare:
+            require_tolerance(given.tolerance)
+            print(compare_summaries(*given.compare, given.tolerance), flush=True)
+            return ending.status
         formats = [given.format] if given.format else ["pdf", "png"]
         kinds, families = choose_kinds(given.figure), find_families(given.runs)
         folder, gather = given.output or given.runs[0], given.output is not None

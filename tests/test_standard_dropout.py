@@ -1,4 +1,4 @@
-"""Both readings of Table 3's standard dropout: settings, identity, and the network that is built."""
+"""Both readings of Table 3's standard dropout: settings, identity, and the network built."""
 
 import pytest
 

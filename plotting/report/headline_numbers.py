@@ -200,7 +200,7 @@ def flipped_below_ten(family: Family) -> Values:
 
 
 def difference_after(column: str) -> Callable[[Family], Values]:
-    """Return the measure of an accuracy after removal: mean for noisy minus mean for clean examples.
+    """Return the measure of an accuracy after removal: noisy minus clean examples' mean.
 
     Rows without the accuracy, which an earlier version searched, are left out.
     """

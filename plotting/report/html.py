@@ -22,8 +22,8 @@ from plotting.report.tables import Table
 
 NAME = "report.html"
 LEARNED = (
-    "'While noisy examples are learned' means the epochs that end with a noisy accuracy above chance "
-    f"(10% with ten classes) and below {LEARNED_AT:.0%}."
+    "'While noisy examples are learned' means the epochs that end with a noisy accuracy above "
+    f"chance (10% with ten classes) and below {LEARNED_AT:.0%}."
 )
 PART_OF = {"atypical": "gradients"}  # claims about atypical examples have no chapter of their own
 

@@ -45,12 +45,16 @@ PAPER_AUC = {"neurons": 0.89, "learning time": 0.87, "forgetting time": 0.93}
 
 @dataclass(frozen=True)
 class Table:
-    """A table of words, ready to be written in any form."""
+    """A table of text, ready to be written in any form.
+
+    `plain` is the content of the CSV file, its header first, where that differs from the text.
+    """
 
     name: str
     caption: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    plain: tuple[tuple[str, ...], ...] = ()
 
     @property
     def measured(self) -> bool:
@@ -66,7 +70,8 @@ class Table:
         text = io.StringIO()
         # A spreadsheet would compute a cell that begins as a formula does.
         formula = re.compile(r"^(?=[=@\t\r]|[-+](?![\d.]|$))")
-        lines = [[formula.sub("'", cell) for cell in line] for line in (self.header, *self.rows)]
+        content = self.plain or (self.header, *self.rows)
+        lines = [[formula.sub("'", cell) for cell in line] for line in content]
         csv.writer(text, lineterminator="\n").writerows(lines)
         return text.getvalue()
 
