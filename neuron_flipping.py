@@ -35,7 +35,7 @@ from engine.progress import progress_bar
 from engine.runs import files
 from engine.runs.experiment import Experiment
 from engine.runs.identity import measuring_precision, measuring_settings, title
-from engine.runs.measurement import Measurement
+from engine.runs.measurement import Measurement, keep_aside
 from engine.runs.run import Run
 from engine.runs.tables import ResultTable
 from engine.stats import (
@@ -318,11 +318,13 @@ def conclude(runs: Sequence[Run]) -> Iterator[tuple[str, Path]]:
         if len(together) < 2:
             continue
         means, areas = compute_means(together), detect(together)
-        MEANS.write(folder, means)
-        DETECTION.write(folder, areas)
         source = {"runs": [run.directory.name for run in together]}
         source["settings"] = asdict(together[0].config.flipping)
-        files.write_json(MEANS.path(folder).with_suffix(".json"), source)
+        source_path = MEANS.path(folder).with_suffix(".json")
+        keep_aside(source_path, source["settings"], MEANS.path(folder), DETECTION.path(folder))
+        MEANS.write(folder, means)
+        DETECTION.write(folder, areas)
+        files.write_json(source_path, source)
         yield f"mean of {len(together)} runs: {describe(means, areas)}", folder
 
 
