@@ -24,7 +24,6 @@ from models.layer_groups import StagedModel, State, layer_groups, run_stages
 ROWS = {"cpu": 80, "cuda": 2048}
 PASS_BYTES = {"cpu": 1 << 31, "cuda": 1 << 32}
 CACHE_BYTES = 1 << 28
-SAVED_PER_TAP = 4  # tensors that autograd keeps for each gated layer, at the most
 
 
 def mean_output(logits: Tensor, copies: int) -> Tensor:
@@ -39,11 +38,45 @@ def _tensors(state: State) -> tuple[Tensor, ...]:
     return state if isinstance(state, tuple) else (state,)
 
 
+class GraphBytes:
+    """Count the bytes that autograd and the taps keep of the passes inside of `with`.
+
+    Each storage counts once, however many tensors share it; the model's own do not count.
+    """
+
+    def __init__(self, model: StagedModel) -> None:
+        self._known = {tensor.data_ptr() for tensor in model.state_dict().values()}
+        self._storages: dict[int, int] = {}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self.add, lambda tensor: tensor)
+
+    def add(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._known:
+            self._storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def __enter__(self) -> "GraphBytes":
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.__exit__(*error)
+
+    def total(self, taps: Sequence[Tap]) -> int:
+        """Return the bytes, with those of the taps' tensors, which must still be alive."""
+        for tap in taps:
+            self.add(tap.value)
+            self.add(tap.output)
+        return sum(self._storages.values())
+
+
 def bytes_each(model: StagedModel, gates: Gates, images: Tensor) -> int:
-    """Estimate the bytes that autograd keeps of a pass of these images."""
+    """Return the bytes that a pass of these images keeps for its backward pass."""
     gates.close([()])
-    model(images)
-    return SAVED_PER_TAP * sum(tap.value.nbytes for tap in gates.take_taps())
+    with GraphBytes(model) as kept:
+        output = model(images)  # keeps the graph alive while it is counted
+        kept.add(output)
+    return kept.total(gates.take_taps())
 
 
 def rows_at_once(model: StagedModel, gates: Gates, images: Tensor) -> int:
@@ -85,10 +118,6 @@ class _Graph:
     states: list[State]
     taps: list[Tap]
 
-    @property
-    def nbytes(self) -> int:
-        return SAVED_PER_TAP * sum(tap.value.nbytes for tap in self.taps)
-
 
 class ReferenceGradient:
     """d/dm of the reference batch's mean loss, for any set of closed gates.
@@ -118,9 +147,9 @@ class ReferenceGradient:
         self.graphs: list[_Graph] = []
         gates.close([()])
         for (batch, _), rows in zip(self.batches, self.index):
-            with examples(model, rows):
+            with examples(model, rows), GraphBytes(model) as kept:
                 graph = self._open_graph(batch.flatten(0, 1))
-            memory -= graph.nbytes
+            memory -= kept.total(graph.taps)
             if memory < 0:
                 break
             self.graphs.append(graph)

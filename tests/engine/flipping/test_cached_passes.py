@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from engine.flipping import cached_passes
 from engine.flipping.cached_passes import Correctness, ReferenceGradient
+from engine.flipping.fold import folded
 from engine.flipping.gates import Gates
 from tests.flipping_problems import EVERYTHING, Problem
 from tests.slow_neurons import SlowNeurons, make
@@ -119,3 +120,38 @@ def test_a_known_gradient_is_not_computed_again(monkeypatch):
     assert len(computed) == len(set(computed))
     assert set(computed) == wanted
     assert len(wanted) < sum(len(closed) for closed, _ in found.values())
+
+
+def saved_by_graph(outputs: list[torch.Tensor]) -> dict[int, int]:
+    """Walk a graph from its outputs and return the bytes of every storage that a node saved."""
+    found, waiting, seen = {}, [output.grad_fn for output in outputs], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions]
+        for name in dir(node):
+            value = getattr(node, name) if name.startswith("_saved_") else None
+            number = getattr(value, "dtype", None) == torch.float64  # a Python number of the code
+            if isinstance(value, torch.Tensor) and not number:
+                storage = value.untyped_storage()
+                found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+@pytest.mark.parametrize("name", ["resnet9", "resnet50", "vit_small"])
+def test_the_bytes_of_a_pass_are_those_that_its_graph_saved(name):
+    model = folded(make(name))
+    own = {tensor.data_ptr() for tensor in model.state_dict().values()}
+    images = torch.rand(3, 1, 20, 20)
+    with Gates(model) as gates:
+        gates.close([()])
+        output = model(images)
+        taps = gates.take_taps()
+        found = saved_by_graph([output])
+        for tensor in [output, *(t for tap in taps for t in (tap.value, tap.output))]:
+            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        expected = sum(count for place, count in found.items() if place not in own)
+        del output, taps
+        assert cached_passes.bytes_each(model, gates, images) == expected
