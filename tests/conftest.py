@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import gradient_accounting
 import plot_results
 from engine.config.load import load_configs
+from engine.runs.run import Run
+from plotting.families import find_families
 
 TINY = """
 name: tiny
@@ -79,3 +82,12 @@ def complaints(error: str) -> list[str]:
     """Return the lines of a command's stderr without the first, which names the device."""
     lines = error.splitlines()
     return lines[1:] if lines and lines[0].startswith("Device: ") else lines
+
+
+@pytest.fixture
+def family(tiny, tmp_path):
+    """The family of two trained runs, of seeds 0 and 1."""
+    for seed in (0, 1):
+        gradient_accounting.EXPERIMENT.main(Run.of(tiny(f"seed={seed}")))
+    (found,) = find_families([tmp_path / "runs"])
+    return found

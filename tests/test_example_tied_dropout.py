@@ -18,7 +18,7 @@ from engine.runs import files
 from engine.runs.run import Run
 from engine.runs.tables import HISTORY
 from engine.training.build import load_final_model, load_split
-from engine.training.evaluation import Outcome, evaluate_split
+from engine.training.evaluation import evaluate_split
 from example_tied_dropout import (
     ABLATION,
     ACCURACIES,
@@ -28,10 +28,8 @@ from example_tied_dropout import (
     UNLEARNING,
     accuracies,
     choose_learned,
-    compute_typicality,
     compute_unlearning,
     dropped,
-    forgotten_rows,
     recalibrated,
     without_accounting,
 )
@@ -40,11 +38,14 @@ from tests.conftest import TINY
 from tests.killing import killed_after_epoch
 
 CPU = torch.device("cpu")
+
 OWN = ("model.width=0.1", "dropout.kind=example_tied", "dropout.forget_draws=2")
+
 VIT = (
     "model.name=vit_small", "model.width=1.0", "model.patch=4", "model.dim=16", "model.depth=2",
     "model.heads=2", "model.dim_head=8", "model.mlp_dim=16",
 )  # fmt: skip
+
 MODELS = {
     "resnet9": ("model.width=0.1",),
     "resnet50": ("model.name=resnet50", "model.width=1.0", "data.train_size=40"),
@@ -95,9 +96,6 @@ def contents(run: Run) -> dict[str, bytes]:
     found = {path.name: path.read_bytes() for path in run.directory.glob("*.csv")}
     state = run.read_checkpoint(run.config.train.epochs)
     return found | {name: value.numpy().tobytes() for name, value in state.items()}
-
-
-# ---------------------------------------------------------------- training
 
 
 def test_each_training_example_is_recorded_under_its_own_mask(finished):
@@ -180,9 +178,6 @@ def test_p_gen_1_is_training_without_dropout(run_of):
         assert torch.equal(value, weights[1][name]), name
 
 
-# ---------------------------------------------------------------- which run
-
-
 def test_what_decides_the_weights_decides_the_directory(run_of):
     kinds = [run_of(f"dropout.kind={k}") for k in ("example_tied", "standard", "sparse", "none")]
     changed = ["p_gen=0.5", "p_mem=0.3", "sites=layers", "seed=1"]
@@ -251,9 +246,6 @@ def test_a_mistake_gets_one_line(tiny_file, overrides, message):
 def test_a_share_of_no_channel_at_all_gets_one_line(run_of):
     with pytest.raises(UserError, match=r"dropout: a share of 0\.1 of 6 channels is none at all"):
         example_tied_dropout.EXPERIMENT.main(run_of("dropout.p_gen=0.1"))
-
-
-# ---------------------------------------------------------------- measuring
 
 
 def test_measurement_settings_measure_again_and_never_train_again(finished, run_of, monkeypatch):
@@ -332,29 +324,6 @@ def test_the_forgotten_are_clean_and_only_right_before(finished):
     (gap,) = TYPICALITY.read(finished.directory)
     assert gap["forgotten"] == len(rows)
     assert gap["mean_forgotten"] == pytest.approx(np.mean([row["typicality"] for row in rows]))
-
-
-def test_forgotten_rows_by_hand(tiny):
-    split = load_split(tiny())
-    n = split.n
-    right, loss = torch.ones(n, dtype=torch.bool), torch.arange(n).float()
-    wrong = right.clone()
-    wrong[[3, 5, 9]] = False
-    split.memorized[:] = False
-    split.memorized[5] = True
-    outcomes = (Outcome(loss, correct, split.label) for correct in (right, wrong))
-    assert forgotten_rows(split, *outcomes).tolist() == [9, 3]
-
-
-def test_the_interval_of_a_difference_of_means():
-    random = np.random.default_rng(0)
-    forgotten, kept = random.normal(0.6, 0.2, 80), random.normal(0.8, 0.1, 900)
-    found = compute_typicality(forgotten, kept)
-    error = (forgotten.var() / 80 + kept.var() / 900) ** 0.5
-    assert found["difference"] == pytest.approx(forgotten.mean() - kept.mean())
-    assert found["low"] == pytest.approx(found["difference"] - 1.96 * error, abs=0.15 * error)
-    assert found["high"] == pytest.approx(found["difference"] + 1.96 * error, abs=0.15 * error)
-    assert compute_typicality(forgotten, kept) == found
 
 
 def test_unlearning_measures_the_chosen_the_others_and_test(finished):

@@ -1,0 +1,121 @@
+"""Passes that start from kept states agree with whole passes, whatever is kept."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from engine.flipping import cached_passes
+from engine.flipping.cached_passes import Correctness, ReferenceGradient
+from engine.flipping.gates import Gates
+from tests.flipping_problems import EVERYTHING, Problem
+from tests.slow_neurons import SlowNeurons, make
+
+
+@pytest.mark.parametrize("name", ["resnet9", "vit_small"])
+def test_neither_chunks_nor_memory_show_in_the_results(name, monkeypatch):
+    problem = Problem(name)
+    monkeypatch.setattr(cached_passes, "ROWS", {"cpu": 15})  # several batches
+    expected = problem.search("activation", chunk=1, most=8)
+    for chunk, memory in ((3, EVERYTHING), (100, EVERYTHING), (4, 0), (4, 200_000)):
+        assert problem.search("activation", chunk, 8, memory) == expected, (chunk, memory)
+
+
+def test_a_pass_takes_fewer_images_of_a_larger_model(monkeypatch):
+    """A batch is cut by what autograd would keep of it, and cutting shows nowhere."""
+    problem = Problem("resnet9")
+    expected = problem.search("activation", chunk=4, most=8)
+    with Gates(problem.model) as gates:
+        one = problem.copies[0, :1]
+        each = cached_passes.bytes_each(problem.model, gates, one)
+        for room, rows in ((3 * each, 3), (1, 1), (1 << 40, cached_passes.ROWS["cpu"])):
+            monkeypatch.setitem(cached_passes.PASS_BYTES, "cpu", room)
+            assert cached_passes.rows_at_once(problem.model, gates, one) == rows
+    monkeypatch.setitem(cached_passes.PASS_BYTES, "cpu", 1)
+    assert problem.search("activation", chunk=4, most=8) == expected
+
+
+def test_what_was_kept_is_let_go_of_at_once():
+    """Without Python's garbage collector, which knows nothing of a GPU's memory."""
+    problem = Problem("resnet9")
+    model, (images, label) = problem.model.float(), problem.reference
+    with Gates(model) as gates:
+        reference = ReferenceGradient(model, gates, images.float(), label, EVERYTHING)
+        correct = Correctness(model, gates, problem.images, problem.label, EVERYTHING)
+        kept = [weakref.ref(reference), weakref.ref(correct)]
+        reference.of(frozenset({3}))
+        correct.of(frozenset({3}))
+        gc.disable()
+        try:
+            del reference, correct
+            assert [ref() for ref in kept] == [None, None]
+        finally:
+            gc.enable()
+
+
+@pytest.mark.parametrize("name", ["resnet9", "resnet50", "vit_small"])
+def test_the_reference_gradient_of_any_set_of_closed_gates(name):
+    """With states and graphs that were kept, which no later pass may have changed."""
+    model = make(name).double().requires_grad_(False)
+    images = torch.rand(2, 2, 1, 20, 20, dtype=torch.float64) - 0.5
+    label = torch.tensor([3, 1])
+    fresh = copy.deepcopy(model)
+    with Gates(model) as gates:
+        reference = ReferenceGradient(model, gates, images, label, EVERYTHING)
+        assert len(reference.graphs) == len(reference.batches)
+        lowest, middle = gates.sites[0].first, gates.sites[len(gates.sites) // 2].first + 1
+        for closed in ([gates.count - 1], [middle, gates.count - 2], [lowest, middle], []):
+            slow = SlowNeurons(fresh, name, "activation")
+            for gate in closed:
+                slow.close(gate)
+            expected = slow.gradient(F.cross_entropy(slow.averaged(images), label))
+            found = reference.of(frozenset(closed)).clone()
+            found[closed], expected[closed] = 0, 0
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-10)
+
+
+@pytest.mark.parametrize("memory", [0, 100_000, EVERYTHING])
+@pytest.mark.parametrize("name", ["resnet9", "vit_small"])
+def test_accuracy_on_the_remaining_examples(name, memory):
+    problem = Problem(name)
+    model = problem.model.float()
+    fresh = copy.deepcopy(model)
+    with Gates(model) as gates:
+        correctness = Correctness(model, gates, problem.images, problem.label, memory)
+        # Many at once, so that predictions change.
+        lower_half = [*range(0, gates.sites[3].first, 2), gates.count - 2]
+        seen = set()
+        for closed in ([], [*range(1, 4)], [*range(gates.count - 60, gates.count)], lower_half):
+            slow = SlowNeurons(fresh, name, "activation")
+            for gate in closed:
+                slow.close(gate)
+            correct = correctness.of(frozenset(closed))
+            seen.add(int(correct.sum()))
+            for row in (0, 35):
+                kept = torch.arange(40) != row
+                expected = slow.accuracy(problem.images, problem.label, row)
+                assert correct[kept].double().mean().item() == pytest.approx(expected)
+        assert len(seen) > 2
+
+
+def test_a_known_gradient_is_not_computed_again(monkeypatch):
+    problem, computed = Problem("resnet9", count=20), []
+    compute = ReferenceGradient._compute
+
+    def counting(self, closed):
+        computed.append(closed)
+        return compute(self, closed)
+
+    monkeypatch.setattr(ReferenceGradient, "_compute", counting)
+    found = problem.search("activation", chunk=3, most=4)
+    wanted = {
+        frozenset(closed[:k])
+        for closed, flipped in found.values()
+        for k in range(len(closed) + 1 if not flipped and len(closed) < 4 else len(closed))
+    }
+    assert len(computed) == len(set(computed))
+    assert set(computed) == wanted
+    assert len(wanted) < sum(len(closed) for closed, _ in found.values())
