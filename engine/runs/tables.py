@@ -35,6 +35,7 @@ class ResultTable:
 
 
 LAYERS = ResultTable("layers.csv", ("layer", "name", "parameters"), text=("name",))
+DROPOUT_SITES = ResultTable("dropout_sites.csv", ("site", "channels"), text=("site",))
 HISTORY = ResultTable(
     "history.csv",
     (
