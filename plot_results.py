@@ -3,6 +3,7 @@
     python plot_results.py                          # every finished run below runs/
     python plot_results.py runs/NAME --figure 2     # some runs, one figure
     python plot_results.py --format png
+    python plot_results.py runs plotting.window='[10, 20]'  # other epochs in Figure 1
     python plot_results.py RUNS... --output results/NAME    # all in one folder, to be kept
 
 Runs that differ in nothing but the seed share a figure: lines are means over seeds, bands a
@@ -22,6 +23,7 @@ with copies of the runs' own tables and provenance.json, which says where each c
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -102,15 +104,18 @@ def present(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", default=[Path("runs")])
+    words = "finished runs, or folders of them (default: runs); also plotting.KEY=VALUE"
+    parser.add_argument("runs", nargs="*", metavar="RUN", help=words)
     parser.add_argument("--figure", metavar="NUMBER", help="only this one")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="all there, to be kept")
     parser.add_argument("--format", choices=("pdf", "png"), help="only this one; else both")
     with reporting_ends() as ending, ending_on_signals():
         given = parser.parse_args(arguments)
         formats = [given.format] if given.format else ["pdf", "png"]
-        kinds, families = choose_kinds(given.figure), find_families(given.runs)
-        folder, gather = given.output or given.runs[0], given.output is not None
+        overrides = tuple(word for word in given.runs if re.match(r"plotting\.\w+=", word))
+        places = [Path(word) for word in given.runs if word not in overrides] or [Path("runs")]
+        kinds, families = choose_kinds(given.figure), find_families(places, overrides)
+        folder, gather = given.output or places[0], given.output is not None
         if gather and len({family.name for family in families}) < len(families):
             raise UserError("command line: --output: two folders hold seeds of the same run")
         if given.figure:
