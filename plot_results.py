@@ -3,6 +3,7 @@
     python plot_results.py                          # every finished run below runs/
     python plot_results.py runs/NAME --figure 2     # some runs, one figure
     python plot_results.py --format png
+    python plot_results.py runs plotting.window='[10, 20]'  # other epochs in Figure 1
     python plot_results.py RUNS... --output results/NAME    # all in one folder, to be kept
     python plot_results.py RUNS... --output results/NAME --figure 3 --format pdf    # one as PDF
 
@@ -30,6 +31,7 @@ seed, and one contact sheet per training set.
 
 import argparse
 import math
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -118,7 +120,8 @@ def require_tolerance(tolerance: float) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", default=[Path("runs")])
+    words = "finished runs, or folders of them (default: runs); also plotting.KEY=VALUE"
+    parser.add_argument("runs", nargs="*", metavar="RUN", help=words)
     parser.add_argument("--figure", metavar="NUMBER", help="only this one")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="all there, to be kept")
     parser.add_argument(
@@ -140,9 +143,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             require_tolerance(given.tolerance)
             print(compare_summaries(*given.compare, given.tolerance), flush=True)
             return ending.status
-        folder, gather = given.output or given.runs[0], given.output is not None
+        overrides = tuple(word for word in given.runs if re.match(r"plotting\.\w+=", word))
+        places = [Path(word) for word in given.runs if word not in overrides] or [Path("runs")]
+        folder, gather = given.output or places[0], given.output is not None
         formats = [given.format] if given.format else ["png"] if gather else ["pdf", "png"]
-        kinds, families = choose_kinds(given.figure), find_families(given.runs)
+        kinds, families = choose_kinds(given.figure), find_families(places, overrides)
         if gather and len({family.name for family in families}) < len(families):
             raise UserError("command line: --output: two folders hold seeds of the same run")
         if given.figure:

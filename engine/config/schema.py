@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from engine.config.kinds import (
+    bounds,
     epochs,
     flag,
     integer,
@@ -278,6 +279,20 @@ class ErasureConfig:
 
 
 @dataclass(frozen=True)
+class PlottingConfig:
+    window: tuple[int, ...] | None = option(
+        None,
+        optional(bounds(most=2)),
+        "epochs of Figures 1 and 8; null: 30% to 40% of the training (15 to 20 of 50)",
+    )
+    windows: tuple[int, ...] | None = option(
+        None,
+        optional(bounds()),
+        "bounds of the windows of Figure 10; null: 9 of 10% of the training (0, 5, ..., 45 of 50)",
+    )
+
+
+@dataclass(frozen=True)
 class SlurmConfig:
     partition: str | None = option(None, optional(text()), "partition; null: the cluster's default")
     account: str | None = option(
@@ -333,6 +348,7 @@ class Config:
     erasure: ErasureConfig = dataclasses.field(default_factory=ErasureConfig)
     scores: ScoresConfig = dataclasses.field(default_factory=ScoresConfig)
     counterfactual: CounterfactualConfig = dataclasses.field(default_factory=CounterfactualConfig)
+    plotting: PlottingConfig = dataclasses.field(default_factory=PlottingConfig)
     slurm: SlurmConfig = dataclasses.field(default_factory=SlurmConfig)
 
 

@@ -129,17 +129,25 @@ def table_1(families: Sequence[Family]) -> Table:
 
 
 def table_2(families: Sequence[Family]) -> Table:
-    """Clean and noisy accuracy after dropping, over p_gen and p_mem."""
-    rows = []
+    """Clean and noisy accuracy after dropping: a row for each p_mem, a column for each p_gen."""
+    cells: dict[tuple[str, float], dict[float, str]] = {}
     for family in _with_dropout(families, "example_tied"):
         p, after = family.config.dropout, _dropout_rows(family, "after")
-        ours = (spread([row[f"acc_{kind}"] for row in after]) for kind in ("clean", "noisy"))
-        paper = PAPER_TABLE_2.get((p.p_gen, p.p_mem), (math.nan, math.nan))
-        cells = (*ours, *(spread([value]) for value in paper))
-        rows.append((family.trained, f"{p.p_gen:g}", f"{p.p_mem:g}", str(len(family.runs)), *cells))
-    rows.sort(key=lambda row: (by_numbers(row[0]), float(row[2]), float(row[1])))
-    header = ("data", "p_gen", "p_mem", "n", "clean", "noisy", "paper: clean", "paper: noisy")
-    caption = "Table 2: accuracy after dropping over p_gen and p_mem (paper: CIFAR-10)"
+        cell = ", ".join(spread([row[f"acc_{kind}"] for row in after]) for kind in KINDS[:2])
+        n = f" (n = {len(after)})" if len(after) > 1 else ""
+        cells.setdefault((family.trained, p.p_mem), {})[p.p_gen] = cell + n
+    order = sorted(cells, key=lambda place: (by_numbers(place[0]), place[1]))
+    for (p_gen, p_mem), values in PAPER_TABLE_2.items():
+        cell = ", ".join(spread([value]) for value in values)
+        cells.setdefault(("paper: cifar10", p_mem), {})[p_gen] = cell
+        order = list(dict.fromkeys([*order, ("paper: cifar10", p_mem)]))
+    columns = sorted({p_gen for row in cells.values() for p_gen in row})
+    rows = [
+        (data, f"{p_mem:g}", *(cells[data, p_mem].get(p_gen, "-") for p_gen in columns))
+        for data, p_mem in order
+    ]
+    header = ("data", "p_mem", *(f"p_gen {p_gen:g}" for p_gen in columns))
+    caption = "Table 2: clean, noisy accuracy after dropping over p_gen and p_mem"
     return Table("table_2", caption, header, tuple(rows))
 
 
