@@ -31,7 +31,7 @@ def test_gates_are_those_of_the_slow_way(p, shape):
 
 @pytest.mark.parametrize("p", [0.05, 0.4, 0.6, 0.95])
 def test_gates_have_the_share_and_are_independent_of_their_neighbours(p):
-    """Of a million: five standard errors, for the share and for pairs at several distances."""
+    """Allow five standard errors of a million gates, also for pairs at several distances."""
     n = 1_000_003
     gates = random_gate(torch.empty(n), p)
     assert gates.unique().tolist() == pytest.approx([0, 1 / p], rel=1e-3)
