@@ -24,7 +24,7 @@ from torch import Tensor
 
 from data import Split, normalize
 from data.random_streams import random_stream
-from engine.flipping.cached_passes import Correctness, ReferenceGradient
+from engine.flipping.cached_passes import Correctness, ReferenceGradient, SampledGradient
 from engine.flipping.fold import folded
 from engine.flipping.gates import Gates
 from engine.flipping.search import Candidate, chunk_size, search
@@ -35,7 +35,7 @@ from engine.progress import progress_bar
 from engine.runs import files
 from engine.runs.experiment import Experiment
 from engine.runs.identity import measuring_precision, measuring_settings, title
-from engine.runs.measurement import Measurement
+from engine.runs.measurement import Measurement, keep_aside
 from engine.runs.run import Run
 from engine.runs.tables import ResultTable
 from engine.stats import (
@@ -124,14 +124,12 @@ def compute_flipping(
     model = folded(model)
     with Gates(model, settings.ablate) as gates:
         memory = free_memory(device)
-        reference = ReferenceGradient(
-            model,
-            gates,
-            reference_images,
-            split.label[of_reference],
-            memory / 4,
-            split.index[of_reference],
-        )
+        of_batch = (reference_images, split.label[of_reference], memory / 4)
+        of_batch += (split.index[of_reference],)
+        if settings.reference_rows is None:
+            reference = ReferenceGradient(model, gates, *of_batch)
+        else:
+            reference = SampledGradient(model, gates, *of_batch, settings.reference_rows)
         remaining = Correctness(
             model,
             gates,
@@ -318,11 +316,13 @@ def conclude(runs: Sequence[Run]) -> Iterator[tuple[str, Path]]:
         if len(together) < 2:
             continue
         means, areas = compute_means(together), detect(together)
-        MEANS.write(folder, means)
-        DETECTION.write(folder, areas)
         source = {"runs": [run.directory.name for run in together]}
         source["settings"] = asdict(together[0].config.flipping)
-        files.write_json(MEANS.path(folder).with_suffix(".json"), source)
+        source_path = MEANS.path(folder).with_suffix(".json")
+        keep_aside(source_path, source["settings"], MEANS.path(folder), DETECTION.path(folder))
+        MEANS.write(folder, means)
+        DETECTION.write(folder, areas)
+        files.write_json(source_path, source)
         yield f"mean of {len(together)} runs: {describe(means, areas)}", folder
 
 
@@ -334,7 +334,8 @@ def measurements(run: Run) -> list[Measurement]:
 def estimate_passes(run: Run) -> float:
     """Count, per neuron, the example and the references; then all others; half a network each."""
     settings, (train, test) = run.config.flipping, count_examples(run.config)
-    references = settings.reference_batch * (settings.reference_copies or settings.noise_copies)
+    references = min(settings.reference_batch, settings.reference_rows or settings.reference_batch)
+    references *= settings.reference_copies or settings.noise_copies
     search = NEURONS * 3 * (settings.noise_copies + references / settings.refresh_reference)
     kept = sum(min(settings.remaining or size, size) for size in (train, test))
     passes = min(2 * settings.examples, train) * (search + kept) / 2

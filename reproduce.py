@@ -238,7 +238,7 @@ def report_folder(folder: Path, jobs: Sequence[Job]) -> Path:
     if not _holds_only(folder, runs):
         digest = hashlib.sha256("\n".join(runs).encode()).hexdigest()[:8]
         folder = folder.with_name(f"{folder.name}-{digest}")
-    files.write_json(folder / REPORTED, {"runs": runs})
+    files.update_json(folder / REPORTED, {"runs": runs})
     return folder
 
 

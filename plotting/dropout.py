@@ -1,15 +1,17 @@
 """Masks of a trained model (Figure 6), and the examples that dropping forgets (7)."""
 
+import re
+
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
-from data import DataError
-from engine.training.build import load_split_at_hand, make_model
+from data import DataError, Split
+from engine.runs.tables import DROPOUT_SITES
+from engine.training.build import load_split_at_hand
 from example_tied_dropout import FORGOTTEN
-from models import network_file
-from models.dropout import tied_layers
+from models.dropout import ExampleTiedDropout
 from plotting.examples import draw_sheet
 from plotting.families import Family
 from plotting.figure_kind import FigureKind
@@ -19,15 +21,24 @@ EXAMPLES, NEURONS = 24, 64  # of each layer, at the most, evenly spread: more ca
 ACROSS, DOWN = 8, 3
 
 
+def remake_layers(family: Family, split: Split) -> dict[str, ExampleTiedDropout]:
+    """Return the dropout layers of the first run by site, made without the network's code."""
+    directory, own = family.runs[0].directory, family.config.dropout
+    if not DROPOUT_SITES.path(directory).exists():
+        raise DataError(f"{directory}: has no {DROPOUT_SITES.name}, as of an earlier version")
+    n = int(split.index.max()) + 1
+    return {
+        row["site"]: ExampleTiedDropout(
+            int(row["channels"]), n, own.p_gen, own.p_mem, own.seed, layer=number
+        )
+        for number, row in enumerate(DROPOUT_SITES.read(directory))
+    }
+
+
 def plot_masks(family: Family) -> Figure:
     """Figure 6: the masks that a model was trained with; each row is an example."""
-    if network_file(family.config.model.name) is not None:
-        raise DataError("the network is a file, whose code is not run for a figure")
     split = load_split_at_hand(family.config)
-    model = make_model(family.config, split, proof=False)
-    sites = family.config.dropout.sites
-    names = model.dropout_sites(sites) if isinstance(sites, str) else sites
-    layers = dict(zip(names, tied_layers(model)))
+    layers = remake_layers(family, split)
     rows = split.index[:EXAMPLES]
     colors = ListedColormap(["white", CLEAN, NOISY])
     figure, panels = plt.subplots(1, len(layers), figsize=(PAGE, 2.2), sharey=True, squeeze=False)
@@ -41,7 +52,7 @@ def plot_masks(family: Family) -> Figure:
             gates[:, shown], colors, vmin=0, vmax=2, aspect="auto", interpolation="nearest",
             extent=(0, channels, len(rows), 0),
         )  # fmt: skip
-        axes.set(title=site.rpartition("transformer.")[2], xlabel="neuron")
+        axes.set(title=re.sub(r"^(transformer|layer_outputs)\.", "", site), xlabel="neuron")
         axes.spines[:].set_visible(True)
     panels[0, 0].set_ylabel("training example")
     words = f"{family.title}: on for everybody (blue), for this example (red), off (white)"

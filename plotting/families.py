@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
@@ -17,7 +17,9 @@ from engine.config.schema import Config
 from engine.errors import UserError
 from engine.launch.experiments import load_experiments
 from engine.runs import files
-from engine.runs.identity import title
+from engine.runs.commands import printable
+from engine.runs.identity import run_name, title
+from engine.runs.measurement import KeptTable
 from engine.runs.run import Run
 from engine.runs.tables import ResultTable
 from example_tied_dropout import standard_title
@@ -25,7 +27,7 @@ from example_tied_dropout import standard_title
 # With these, another quantity is measured than the paper's, and every title says so.
 REDEFINING = {
     "rewinding.batchnorm", "flipping.ablate", "flipping.refresh_reference",
-    "flipping.reference_copies", "dropout.rescale", "dropout.batchnorm",
+    "flipping.reference_copies", "flipping.reference_rows", "dropout.rescale", "dropout.batchnorm",
 }  # fmt: skip
 
 
@@ -78,7 +80,8 @@ class Family:
 
     @property
     def name(self) -> str:
-        return self.folder.resolve().name
+        """The name that this version gives to the folder of such runs."""
+        return run_name(self.config, self.runs[0].settings)
 
     @property
     def trained(self) -> str:
@@ -146,10 +149,21 @@ class Family:
 
 @refusing_malformed
 def find_families(places: Sequence[Path]) -> list[Family]:
-    """The finished runs at or below the given folders, sweeps in the order of their values."""
-    runs = [run for run in map(Run.at, _find_directories(places)) if run.finished]
-    for run in runs:
-        run.require_undamaged()
+    """The finished runs at or below the given folders, sweeps in the order of their values.
+
+    A run that is named itself must be usable; of those below a folder, each that is not usable is
+    named on stderr with the reason.
+    """
+    named = {place.resolve() for place in places}
+    runs = []
+    for directory in _find_directories(places):
+        try:
+            runs.append(_finished_run(directory))
+        except UserError as error:
+            if directory.resolve() in named:
+                raise
+            where = "" if str(directory) in str(error) else f"{directory}: "
+            print(printable(f"left out: {where}{error}"), file=sys.stderr)
     if not runs:
         raise UserError(f"{', '.join(map(str, places))}: no finished run there")
     together: dict[Path, list[Run]] = {}
@@ -159,6 +173,36 @@ def find_families(places: Sequence[Path]) -> list[Family]:
     for family in families:
         _name_left_out(family)
     return sorted(_told_apart(families), key=lambda family: by_numbers(family.title))
+
+
+@refusing_malformed
+def _finished_run(directory: Path) -> Run:
+    """Return the run in this directory, whose training is finished and whose tables are whole."""
+    run = Run.at(directory)
+    if not run.finished:
+        raise UserError(f"{directory}: no finished run there: its training is {run.state}")
+    run.require_undamaged()
+    for table in {t for experiment in load_experiments().values() for t in experiment.tables}:
+        if table.path(directory).exists():
+            table.require_whole(directory)
+    return run
+
+
+def name_other_settings(families: Sequence[Family]) -> Iterator[str]:
+    """Yield a line for each table that was measured with other settings than the one shown."""
+    for run in (run for family in families for run in family.runs):
+        for kept in KeptTable.below(run.directory):
+            shown = measured(run, kept.path.name)
+            if words := _in_words(kept.differences(shown)):
+                instead = _in_words({k: (shown or {}).get(k) for k in kept.differences(shown)})
+                yield (
+                    f"{run.directory / kept.path.name}: shown with {instead}; "
+                    f"also measured, with {words}: {kept.path}"
+                )
+
+
+def _in_words(settings: Mapping[str, object]) -> str:
+    return ", ".join(f"{key}={value!s:.60}" for key, value in settings.items())
 
 
 def by_numbers(words: str) -> list[str | float]:

@@ -15,7 +15,8 @@ from tests.slow_neurons import SlowNeurons
 
 SETTINGS = (
     "data.train_size=80", "data.test_size=30", "model.width=0.12", "train.epochs=20",
-    "train.batch_size=16", "train.peak_epoch=5", "flipping.reference_batch=20", "flipping.noise_copies=2", "flipping.max_neurons=4",
+    "train.batch_size=16", "train.peak_epoch=5", "flipping.reference_batch=20",
+    "flipping.noise_copies=2", "flipping.max_neurons=4",
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,7 @@ def test_every_figure_of_finished_runs(family, capsys):
 def test_the_same_results_are_the_same_files(family):
     found = []
     for _ in range(2):
+        shutil.rmtree(family.folder / "figures", ignore_errors=True)
         plot_results.main([str(family.folder), "--figure", "1"])
         found.append([p.read_bytes() for p in sorted((family.folder / "figures").iterdir())])
     assert found[0] == found[1]

@@ -182,6 +182,9 @@ class FlippingConfig:
     reference_copies: int | None = option(
         None, optional(integer(1)), "approximate: noisy copies of the reference batch; null: exact"
     )
+    reference_rows: int | None = option(
+        None, optional(integer(1)), "approximate: examples in a sample of the batch; null: exact"
+    )
     second_split: bool = option(
         False, flag(), "measure forgetting times: train on one half, then on the other"
     )

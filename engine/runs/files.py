@@ -10,6 +10,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,6 +26,8 @@ COUNTS = frozenset({
     "epoch", "group", "layer", "example", "index", "label", "true_label", "prediction_after",
     "memorized", "neurons", "flipped", "forgotten", "kept", "examples", "draw", "runs",
 })  # fmt: skip
+
+_reads: ContextVar[set[Path] | None] = ContextVar("reads", default=None)
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -65,8 +68,21 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
+@contextmanager
+def recording_reads() -> Iterator[set[Path]]:
+    """Collect the paths of all result files that are read inside."""
+    read: set[Path] = set()
+    token = _reads.set(read)
+    try:
+        yield read
+    finally:
+        _reads.reset(token)
+
+
 def require_regular(path: Path) -> None:
     """Refuse a path that is no plain file: opening a named pipe may never return."""
+    if (reads := _reads.get()) is not None:
+        reads.add(path)
     with suppress(OSError):  # the read that follows says what is wrong
         if not stat.S_ISREG(path.stat().st_mode):
             raise UserError(f"{path}: is not a regular file")
@@ -76,6 +92,13 @@ def write_text(path: Path, text: str) -> None:
     """Write UTF-8; bytes of file names that are not text become escapes, also valid in JSON."""
     content = text.encode("utf-8", "backslashreplace")
     write_atomically(path, lambda file: file.write(content))
+
+
+def update_text(path: Path, text: str) -> None:
+    """Write a file unless it holds this text already."""
+    content = text.encode("utf-8", "backslashreplace")
+    if not (path.is_file() and path.read_bytes() == content):
+        write_text(path, text)
 
 
 def read_text(path: Path) -> str:
@@ -107,24 +130,14 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, ob
 def read_csv(
     path: Path, columns: Sequence[str], text: Sequence[str] = (), added: Sequence[str] = ()
 ) -> list[dict]:
-    """Read rows of numbers, except the `text` columns; the header must be `columns`.
+    """Read rows of numbers, except the `text` columns.
 
-    A table without any of the `added` columns has nan there. Where a JSON file beside the table has
-    a digest, the table must match it.
+    A table without any of the `added` columns has nan there.
     """
-    lines = _csv_lines(path)
-    source = path.with_suffix(".json")
-    if source.exists() and read_json(source).get("sha256") not in (None, file_digest(path)):
-        raise UserError(
-            f"{path}: is not what {source.name} describes: damaged, or another run's; "
-            "delete it, and the script that made it makes it again"
-        )
-    header = lines[0] if lines else []
-    lacking = dict.fromkeys(added if set(added).isdisjoint(header) else (), math.nan)
-    if header != [name for name in columns if name not in lacking]:
-        raise UserError(f"{path}: damaged: its first line is not {','.join(columns)}")
+    header, *lines = read_lines(path, columns, added)
+    lacking = dict.fromkeys([name for name in columns if name not in header], math.nan)
     rows = []
-    for number, line in enumerate(lines[1:], start=2):
+    for number, line in enumerate(lines, start=2):
         try:
             cells = zip(header, line, strict=True)
             row = {name: cell if name in text else float(cell) for name, cell in cells} | lacking
@@ -137,6 +150,24 @@ def read_csv(
                 )
         rows.append(row)
     return rows
+
+
+def read_lines(path: Path, columns: Sequence[str], added: Sequence[str] = ()) -> list[list[str]]:
+    """Read the cells of a table whose header is `columns`, with all or none of those `added`.
+
+    Where a JSON file beside the table has a digest, the table must match it.
+    """
+    source = path.with_suffix(".json")
+    if source.exists() and read_json(source).get("sha256") not in (None, file_digest(path)):
+        raise UserError(
+            f"{path}: is not what {source.name} describes: damaged, or another run's; "
+            "delete it, and the script that made it makes it again"
+        )
+    lines = _csv_lines(path)
+    early = [name for name in columns if name not in added]
+    if lines[:1] not in ([list(columns)], [early]):
+        raise UserError(f"{path}: damaged: its first line is not {','.join(columns)}")
+    return lines
 
 
 def _csv_lines(path: Path) -> list[list[str]]:
@@ -163,7 +194,16 @@ def _allowed(column: str) -> str:
 
 
 def write_json(path: Path, content: Mapping) -> None:
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, _as_json(content))
+
+
+def update_json(path: Path, content: Mapping) -> None:
+    """Write a file unless it holds this content already."""
+    update_text(path, _as_json(content))
+
+
+def _as_json(content: Mapping) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_json(path: Path) -> dict:

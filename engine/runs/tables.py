@@ -26,11 +26,16 @@ class ResultTable:
         """Return the rows of the table in this folder; numbers as floats."""
         return files.read_csv(self.path(folder), self.columns, self.text, self.added)
 
+    def require_whole(self, folder: Path) -> None:
+        """Refuse a table that is damaged, another run's, or of other columns."""
+        files.read_lines(self.path(folder), self.columns, self.added)
+
     def write(self, folder: Path, rows: Iterable[Mapping[str, object]]) -> None:
         files.write_csv(self.path(folder), self.columns, rows)
 
 
 LAYERS = ResultTable("layers.csv", ("layer", "name", "parameters"), text=("name",))
+DROPOUT_SITES = ResultTable("dropout_sites.csv", ("site", "channels"), text=("site",))
 HISTORY = ResultTable(
     "history.csv",
     (

@@ -122,7 +122,7 @@ def write_report(
         + "\n</body>\n</html>\n"
     )
     path = folder / NAME
-    files.write_text(path, page)
+    files.update_text(path, page)
     return path
 
 

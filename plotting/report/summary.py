@@ -99,5 +99,5 @@ def _pack(table: Path, path: Path) -> Path:
 @refusing_malformed
 def write_summary(families: Sequence[Family], findings: Sequence[Finding], folder: Path) -> Path:
     path = folder / NAME
-    files.write_json(path, summarize(families, findings))
+    files.update_json(path, summarize(families, findings))
     return path
