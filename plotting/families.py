@@ -22,6 +22,7 @@ from engine.runs.identity import run_name, short_name, title
 from engine.runs.measurement import KeptTable
 from engine.runs.run import Run
 from engine.runs.tables import LAYERS, ResultTable
+from example_tied_dropout import standard_title
 
 # With these, another quantity is measured than the paper's, and every title says so.
 REDEFINING = {
@@ -92,6 +93,8 @@ class Family:
         dropout = self.config.dropout
         if dropout.kind == "example_tied":
             return self._title_with(f", example-tied {dropout.p_gen:g}, {dropout.p_mem:g}")
+        if dropout.kind == "standard":
+            return self._title_with(f", standard{standard_title(dropout)}")
         if dropout.kind != "none":
             return self._title_with(f", {dropout.kind} {dropout.p_gen:g}")
         return self.trained

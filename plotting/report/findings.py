@@ -68,7 +68,7 @@ def _judge(claim: Claim, family: Family) -> Finding:
 
 
 def _trends(claim: Claim, families: Sequence[Family]) -> Iterator[Finding]:
-    """Rank correlation of the measure with the setting that it is over, for every common seed."""
+    """Yield rank correlations of the measure with the claim's setting, for every common seed."""
     measured = [part for family in families if (part := family.having(claim.source))]
     for group in families_over(claim.over, measured):
         settings = [setting_of(family, claim.over) for family in group]

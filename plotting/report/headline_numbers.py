@@ -39,7 +39,7 @@ def count_classes(family: Family) -> int:
 
 
 def _medians_while_learning(family: Family, values: np.ndarray) -> np.ndarray:
-    """[seeds, layers]: medians over epochs of values [seeds, epochs, layers]."""
+    """Return [seeds, layers]: medians of values [seeds, epochs, layers] over these epochs."""
     noisy = read_curves(family)["acc_noisy"][:, 1:]
     learning = (noisy > 1 / count_classes(family)) & (noisy < LEARNED)
     nothing = np.full(values.shape[2], np.nan)
@@ -49,14 +49,13 @@ def _medians_while_learning(family: Family, values: np.ndarray) -> np.ndarray:
 
 
 def _share(values: np.ndarray, holds: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """[seeds]: of how many of values [seeds, ...] something holds; nan where one has no number."""
+    """Return [seeds]: the share of values [seeds, n] that `holds`; nan if a value is nan."""
     share = holds(values).mean(1)
     return np.where(np.isfinite(values).all(1), share, np.nan)
 
 
 def _quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Without clean examples there is nothing to divide by, without noisy ones nothing to divide:
-    no number either way."""
+    """Divide where both are positive; without clean or without noisy examples the result is nan."""
     return np.divide(a, b, out=np.full_like(a, np.nan), where=(a > 0) & (b > 0))
 
 
@@ -110,8 +109,11 @@ def _rewound(family: Family) -> dict[str, np.ndarray]:
 
 
 def _back_before_learning(family: Family) -> np.ndarray:
-    """[seeds, layers]: noisy accuracy kept, as a share of the final one, by each layer alone back
-    at the last rewound epoch before which little was learned; the initialization never counts."""
+    """Return [seeds, layers]: noisy accuracy kept after rewinding a layer, as a share of the final.
+
+    Each layer alone is rewound to the last rewound epoch with a noisy accuracy below the bound;
+    the initialization is not considered.
+    """
     curves, table = read_curves(family), _rewound(family)
     noisy, epochs = curves["acc_noisy"], table["epoch"]
     kept = []
@@ -145,14 +147,14 @@ def critical_layers_alike(family: Family) -> Values:
 
 
 def _at_initialization(family: Family, kind: str) -> np.ndarray:
-    """[seeds, layers]: accuracy with each layer alone at epoch 0; nan where none was rewound so."""
+    """Return [seeds, layers]: accuracy with each layer alone at epoch 0; nan if not measured."""
     table = _rewound(family)
     values = table[f"acc_{kind}"][:, :, 0]
     return values if table["epoch"][0] == 0 else np.full_like(values, np.nan)
 
 
 def _peaks(family: Family) -> np.ndarray:
-    """[seeds, layers]: the highest noisy accuracy after an epoch of retraining."""
+    """Return [seeds, layers]: the highest noisy accuracy after an epoch of retraining."""
     table = by_group(family, RETRAINING)
     return np.fmax.reduce(table["acc_noisy"][:, :, 1:], axis=2)
 
@@ -169,7 +171,7 @@ def last_layer_comes_back(family: Family) -> Values:
 
 
 def _of_each_seed(family: Family, memorized: int) -> list[list[dict]]:
-    """The searched examples of one kind, seed by seed."""
+    """Return the searched examples of one kind, for each seed."""
     tables = map(read_searched, family.runs)
     return [[row for row in table if row["memorized"] == memorized] for table in tables]
 
@@ -225,7 +227,7 @@ def _layer_shares(rows: list[dict], layers: int) -> np.ndarray:
 
 
 def layers_shared(family: Family) -> Values:
-    """One less half of the distance between the two histograms over layers."""
+    """Return the overlap of the two histograms over layers: the sum of their minima."""
     layers = 1 + max(
         (int(group) for kind in (0, 1) for rows in _of_each_seed(family, kind) for row in rows
          for group in row["groups"].split()), default=0,
@@ -250,7 +252,7 @@ def layers_effective(family: Family) -> Values:
 
 
 def area(method: str) -> Callable[[Family], Values]:
-    """The AUC of a way to tell mislabeled from clean examples, on those that were searched."""
+    """Return the measure of a score's AUC for detecting noisy examples, on the searched ones."""
 
     def measure(family: Family) -> Values:
         rows = family.rows(DETECTION)
@@ -279,7 +281,7 @@ def gap_change(family: Family) -> Values:
 
 
 def forgotten_less_typical(family: Family) -> Values:
-    """Difference of the mean typicalities; nan where nothing was forgotten or none is known."""
+    """Return differences of mean typicality; nan if nothing was forgotten or no score is known."""
     folders = [run.directory for run in family.runs]
     tables = [TYPICALITY.read(f) if TYPICALITY.path(f).exists() else [] for f in folders]
     return [table[0]["difference"] if table else np.nan for table in tables]
