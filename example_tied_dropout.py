@@ -6,7 +6,8 @@ percent, at little cost to clean accuracy (Table 1; over p_gen and p_mem, Table 
 sparse networks without such ties fit the wrong labels (Table 3); (iii) the clean examples that are
 forgotten on dropping are atypical (Figure 7).
 
-    python example_tied_dropout.py configs/paper/table_2.yaml
+    python example_tied_dropout.py configs/quickstart.yaml      # minutes on two CPU cores
+    python example_tied_dropout.py configs/paper/table_2.yaml   # the paper's size: a GPU
 
 Trains a run with the configured dropout for every combination of the sweep, and measures it before
 and after dropping. Beyond the paper: the effect of rescaling and of new batch-norm statistics after

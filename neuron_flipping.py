@@ -5,7 +5,8 @@ against 15.7 on average (Figure 5a); (ii) their removal costs less accuracy on t
 training set (Figure 5b) and on the test set; (iii) the neurons lie in the same layers for both
 (Figure 5c); (iv) their number separates noisy from clean examples with an AUC of 0.89.
 
-    python neuron_flipping.py configs/paper/figure_5.yaml
+    python neuron_flipping.py configs/quickstart.yaml       # minutes on two CPU cores
+    python neuron_flipping.py configs/paper/figure_5.yaml   # the paper's size: a GPU
 
 Reads finished runs. For `flipping.examples` memorized and as many clean examples it repeatedly
 closes the gate with the highest first-order gain in loss(x_i) - mean loss(reference batch), until
