@@ -49,6 +49,7 @@ from plotting.figures import draw_all, figure_kinds
 from plotting.report.compare import TOLERANCE, compare_summaries
 from plotting.report.findings import Finding, find, table_claims
 from plotting.report.html import write_report
+from plotting.report.networks import table_networks
 from plotting.report.summary import keep_results, write_summary
 from plotting.report.tables import TABLES, Table
 
@@ -104,7 +105,8 @@ def present(
         drawings.append(drawing)
         yield str(drawing)
     findings = find(families)
-    tables = [table for make in TABLES if (table := make(families)).measured]
+    tables = [*(make(families) for make in TABLES), table_networks(families, findings)]
+    tables = [table for table in tables if table.measured]
     for table in [*tables, table_claims(findings)]:
         yield f"table: {write_table(table, folder)}"
     if gather:
