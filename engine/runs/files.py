@@ -19,7 +19,7 @@ import torch
 
 from data import file_digest
 from engine.errors import UserError
-from engine.runs.locking import require_held, temporary_path
+from engine.runs.locking import remove_dead_temporaries, require_held, temporary_path
 
 LARGEST_COUNT = 1e9  # no table counts further: a larger number would only fill the memory
 COUNTS = frozenset({
@@ -40,6 +40,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     require_held(path)
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_dead_temporaries(path)
         temporary = temporary_path(path)
         try:
             with open(temporary, "wb") as file:
