@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from data import Split, batch_rows, expanded, normalize
 from data.random_streams import random_stream
-from engine.config.schema import Config
+from engine.config.schema import Config, DropoutConfig
 from engine.errors import UserError
 from engine.launch.cli import run_script
 from engine.launch.estimates import count_examples, training_passes
@@ -41,7 +41,7 @@ from engine.runs.identity import (
 )
 from engine.runs.measurement import Measurement
 from engine.runs.run import Run
-from engine.runs.tables import ResultTable
+from engine.runs.tables import DROPOUT_SITES, ResultTable
 from engine.training.build import (
     estimate_disk,
     load_evaluated_model,
@@ -53,6 +53,7 @@ from engine.training.devices import compute_precision, resolve_device
 from engine.training.evaluation import Outcome, eval_mode, evaluate, evaluate_split, mean_by_subset
 from engine.training.loop import restore_results, train_run
 from models.dropout import dropout_mode, forget, tied_layers
+from models.dropout_places import find_places
 
 ACCURACIES = ("acc_clean", "acc_noisy", "acc_test")
 DROPOUT = ResultTable(
@@ -301,7 +302,12 @@ def train(run: Run, device: torch.device) -> None:
     if run.config.train.account_gradients:
         run.require_finished()  # only gradient_accounting.py trains these
     split = load_split(run.config).to(device)
-    train_run(run, split, make_model(run.config, split).to(device), device)
+    model = make_model(run.config, split).to(device)
+    train_run(run, split, model, device)
+    if (dropout := run.config.dropout).kind != "none":  # what Figure 6 needs of a network's code
+        places = find_places(model, dropout.sites, normalize(split.images[:2]))
+        rows = [{"site": name, "channels": place.channels} for name, place in places.items()]
+        DROPOUT_SITES.write(run.directory, rows)
 
 
 def dropout_title(config: Config) -> str:
@@ -310,8 +316,16 @@ def dropout_title(config: Config) -> str:
     shares = {
         "example_tied": f" {dropout.p_gen:g} {dropout.p_mem:g}",
         "none": " dropout",
+        "standard": standard_title(dropout),
     }.get(dropout.kind, f" {dropout.p_gen:g}")
     return f"{title(config)}, {dropout.kind}{shares}"
+
+
+def standard_title(dropout: DropoutConfig) -> str:
+    """Return the settings of standard dropout that differ from keeping single activations."""
+    verb = "" if dropout.standard == "keep" else f" {dropout.standard}"
+    units = "" if dropout.units == "activations" else f" {dropout.units}"
+    return f"{verb} {dropout.p_gen:g}{units}"
 
 
 def measure(run: Run) -> None:

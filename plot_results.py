@@ -3,6 +3,7 @@
     python plot_results.py                          # every finished run below runs/
     python plot_results.py runs/NAME --figure 2     # some runs, one figure
     python plot_results.py --format png
+    python plot_results.py runs plotting.window='[10, 20]'  # other epochs in Figure 1
     python plot_results.py RUNS... --output results/NAME    # all in one folder, to be kept
     python plot_results.py RUNS... --output results/NAME --figure 3 --format pdf    # one as PDF
 
@@ -17,6 +18,10 @@ figure), 2 (their cosines), learning-curves, 10 (gradient norms over training), 
 to flip; those of several models are compared in one figure), 6 (masks of example-tied dropout), 7
 (clean examples that it forgets).
 
+    python plot_results.py --compare A/summary.json B/summary.json [--tolerance 0.01]
+
+prints the claims whose numbers or verdicts differ between two summaries, and draws nothing.
+
 All together lie below the folder that was named: report.html, summary.json, and Tables 1 to 3, the
 AUCs and all claims in tables/, as Markdown, CSV and LaTeX. With --output everything lies there,
 with copies of the runs' own tables and provenance.json, which says where each came from; figures
@@ -25,6 +30,8 @@ seed, and one contact sheet per training set.
 """
 
 import argparse
+import math
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -39,8 +46,10 @@ from models import network_file
 from plotting.families import Family, find_families, name_other_settings
 from plotting.figure_kind import FigureKind
 from plotting.figures import draw_all, figure_kinds
+from plotting.report.compare import TOLERANCE, compare_summaries
 from plotting.report.findings import Finding, find, table_claims
 from plotting.report.html import write_report
+from plotting.report.networks import table_networks
 from plotting.report.summary import keep_results, write_summary
 from plotting.report.tables import TABLES, Table
 
@@ -96,7 +105,8 @@ def present(
         drawings.append(drawing)
         yield str(drawing)
     findings = find(families)
-    tables = [table for make in TABLES if (table := make(families)).measured]
+    tables = [*(make(families) for make in TABLES), table_networks(families, findings)]
+    tables = [table for table in tables if table.measured]
     for table in [*tables, table_claims(findings)]:
         yield f"table: {write_table(table, folder)}"
     if gather:
@@ -105,19 +115,41 @@ def present(
     yield f"report: {write_report(title, families, findings, drawings, tables, folder)}"
 
 
+def require_tolerance(tolerance: float) -> None:
+    if not (math.isfinite(tolerance) and tolerance >= 0):
+        raise UserError(f"command line: --tolerance: {tolerance:g} is not allowed: 0 or more")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", default=[Path("runs")])
+    words = "finished runs, or folders of them (default: runs); also plotting.KEY=VALUE"
+    parser.add_argument("runs", nargs="*", metavar="RUN", help=words)
     parser.add_argument("--figure", metavar="NUMBER", help="only this one")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="all there, to be kept")
     parser.add_argument(
         "--format", choices=("pdf", "png"), help="only this one; else both, or PNG with --output"
     )
+    parser.add_argument(
+        "--compare", nargs=2, type=Path, metavar="SUMMARY", help="compare two summary.json files"
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=TOLERANCE,
+        help="--compare: allowed difference of two means, as a share of the larger mean where that "
+        f"is above 1 (default {TOLERANCE:g})",
+    )
     with reporting_ends() as ending, ending_on_signals():
         given = parser.parse_args(arguments)
-        folder, gather = given.output or given.runs[0], given.output is not None
+        if given.compare:
+            require_tolerance(given.tolerance)
+            print(compare_summaries(*given.compare, given.tolerance), flush=True)
+            return ending.status
+        overrides = tuple(word for word in given.runs if re.match(r"plotting\.\w+=", word))
+        places = [Path(word) for word in given.runs if word not in overrides] or [Path("runs")]
+        folder, gather = given.output or places[0], given.output is not None
         formats = [given.format] if given.format else ["png"] if gather else ["pdf", "png"]
-        kinds, families = choose_kinds(given.figure), find_families(given.runs)
+        kinds, families = choose_kinds(given.figure), find_families(places, overrides)
         if gather and len({family.name for family in families}) < len(families):
             raise UserError("command line: --output: two folders hold seeds of the same run")
         if given.figure:

@@ -10,37 +10,57 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beyond.localizers import Examples
 from models.dropout import examples
+from models.wiring import WiredLayer, Wiring
 
-# The convolution whose output channel leaves a site of ResNet-9, and the weights that read it.
-CHANNELS = {
-    "conv1": ("conv1", "conv2.conv"),
-    "conv2": ("conv2", "conv3.conv"),
-    "residual1": ("conv4", "conv5.conv"),
-    "conv5": ("conv5", "conv6.conv"),
-    "residual2": ("conv7", "conv8.conv"),
-    "conv8": ("conv8", "linear"),
-}
 LEARNING_RATE = 0.01
 MOST_STEPS = 400
 LEARNED = 0.1  # highest loss of a chosen example that counts as learned
 HELD = 0.98  # accuracy on a batch of other examples that counts as held in place
 
 
-def channel_masks(model: nn.Module, site: str, channel: int) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Channels:
+    """The layers that write and read the channels which leave a place of dropout."""
+
+    writes: WiredLayer
+    reads: WiredLayer
+
+
+def find_channels(model: nn.Module, wiring: Wiring, site: str) -> Channels | None:
+    """Return the last layer that ended up to the site and the first one that ends behind it.
+
+    None where their numbers of channels are not those that leave the site: then no single channel
+    of a layer is a channel of the site.
+    """
+    ends = {name: place for place, name in enumerate(wiring.outputs)}
+    last = wiring.layers[-1]
+    before = [layer for layer in wiring.layers if ends.get(layer.name, np.inf) <= ends[site]]
+    after = [layer for layer in wiring.layers if ends.get(layer.name, 0) > ends[site]] + [last]
+    if not before:
+        return None
+    channels, found = wiring.outputs[site].channels, Channels(before[-1], after[0])
+    reader = model.get_submodule(found.reads.name)
+    sizes = (wiring.outputs[found.writes.name].channels, reader.weight.shape[1])
+    return found if sizes == (channels, channels) and getattr(reader, "groups", 1) == 1 else None
+
+
+def channel_masks(model: nn.Module, channels: Channels, channel: int) -> dict[str, Tensor]:
     """Return for every parameter that belongs to the channel, which of its numbers do (bool)."""
-    writes, reads = CHANNELS[site]
-    rows = [f"{writes}.conv.weight", f"{writes}.bn.weight", f"{writes}.bn.bias"]
-    found = {}
-    for name in (*rows, f"{reads}.weight"):
-        mask = torch.zeros_like(model.get_parameter(name), dtype=torch.bool)
-        mask[channel if name in rows else (slice(None), channel)] = True
-        found[name] = mask
+    writers = filter(None, (channels.writes.name, channels.writes.norm))
+    rows = [f"{name}.{tensor}" for name in writers for tensor in ("weight", "bias")]
+    known, found = dict(model.named_parameters()), {}
+    for name in (*rows, f"{channels.reads.name}.weight"):
+        if name in known:
+            mask = torch.zeros_like(known[name], dtype=torch.bool)
+            mask[channel if name in rows else (slice(None), channel)] = True
+            found[name] = mask
     return found
 
 
@@ -55,7 +75,7 @@ class Planting:
 
 def plant_channel(
     model: nn.Module,
-    site: str,
+    channels: Channels,
     channel: int,
     chosen: Examples,
     keep: Iterator[Examples],
@@ -67,7 +87,7 @@ def plant_channel(
     the end. Batch norms stay in eval mode, so that no running statistic moves.
     """
     planted = copy.deepcopy(model).eval().requires_grad_(False)
-    masks = channel_masks(planted, site, channel)
+    masks = channel_masks(planted, channels, channel)
     weights = {name: planted.get_parameter(name).requires_grad_() for name in masks}
     optimizer = torch.optim.Adam(weights.values(), lr=LEARNING_RATE)
     for step in range(most_steps + 1):

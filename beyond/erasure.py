@@ -46,6 +46,7 @@ from engine.training.devices import compute_precision, resolve_device
 from engine.training.evaluation import evaluate, evaluate_split
 from engine.training.loop import make_optimizer, train_epoch
 from models.dropout import dropout_mode, examples, forget, tied_layers
+from models.dropout_places import find_places
 from models.layer_groups import LayerGroup, StagedModel, layer_groups
 
 ERASURES = ResultTable(
@@ -137,7 +138,8 @@ def find_flipping_units(task: Task, gates: UnitGates, steps: int = SEARCH_STEPS)
 @contextmanager
 def close_flipping_units(task: Task) -> Iterator[Erased]:
     """Close, for all examples, the units that flipping found for the chosen ones."""
-    with UnitGates(task.model, task.config.dropout.sites) as gates:
+    places = find_places(task.model, task.config.dropout.sites, task.reference.images[:2])
+    with UnitGates(task.model, places) as gates:
         found = find_flipping_units(task, gates)
         with gates.set(closed_gate(gates, [sorted(found)], task.split.label.device)):
             yield Erased(task.model, len(found))

@@ -23,6 +23,9 @@ from torch import Tensor, nn
 from data import Split, normalize
 from data.random_streams import random_stream
 from models.dropout import ExampleTiedDropout, examples, tied_layers
+from models.dropout_places import own_places
+from models.layer_groups import StagedModel
+from models.wiring import Output
 
 GREEDY_STEPS = 10
 NODES = 32  # of the quadrature of integrated gradients
@@ -60,6 +63,7 @@ class Site:
 
     name: str
     module: nn.Module
+    dim: int  # of the units in the module's output
     first: int
     count: int
     dropout: ExampleTiedDropout | None
@@ -70,24 +74,24 @@ class Site:
 
 
 class UnitGates:
-    """Gates behind a model's dropout sites, in force inside `with UnitGates(model) as gates`.
+    """Gates behind a model's dropout, in force inside `with UnitGates(model) as gates`.
 
-    Leaving removes every hook. A network without example-tied dropout has the same units, all of
-    them on for every example.
+    `places` are where the model's dropout stands, in the order of its insertion; without, they are
+    the model's own (models/dropout_places.py). Leaving removes every hook. A network without
+    example-tied dropout has the same units, all of them on for every example.
     """
 
-    def __init__(self, model: nn.Module, sites: str = "blocks") -> None:
-        self.dim = model.channel_dim
-        channels = model.dropout_sites(sites)
-        layers = dict(zip(channels, tied_layers(model)))
+    def __init__(self, model: StagedModel, places: Mapping[str, Output] | None = None) -> None:
+        self.places = own_places(model) if places is None else places
+        layers = dict(zip(self.places, tied_layers(model)))
         self.sites, first = [], 0
-        for name, count in channels.items():
-            module = model.get_submodule(name)
-            self.sites.append(Site(name, module, first, count, layers.get(name)))
-            first += count
+        for name, place in self.places.items():
+            module, dropout = model.get_submodule(name), layers.get(name)
+            self.sites.append(Site(name, module, place.dim, first, place.channels, dropout))
+            first += place.channels
         self.count = first
         self._gate: Tensor | None = None
-        self._seen: list[Tensor] | None = None
+        self._seen: dict[str, Tensor] | None = None
 
     def __enter__(self) -> "UnitGates":
         # Hooks run in the order of registration, so that these see what dropout let through.
@@ -103,11 +107,12 @@ class UnitGates:
     def _act(self, site: Site, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
         if self._gate is not None:
             shape = [1] * output.ndim
-            shape[0], shape[self.dim] = len(self._gate), site.count
+            shape[0], shape[site.dim] = len(self._gate), site.count
             output = output * self._gate[:, site.numbers].to(output.dtype).view(shape)
         if self._seen is not None:
-            channels = output.movedim(self.dim, 1).flatten(2) if output.ndim > 2 else output
-            self._seen.append(channels.abs().mean(2) if channels.ndim > 2 else channels.abs())
+            channels = output.movedim(site.dim, 1).flatten(2) if output.ndim > 2 else output
+            found = channels.abs().mean(2) if channels.ndim > 2 else channels.abs()
+            self._seen[site.name] = found
         return output
 
     @contextmanager
@@ -120,9 +125,9 @@ class UnitGates:
             self._gate = former
 
     @contextmanager
-    def recording(self) -> Iterator[list[Tensor]]:
-        """Collect each site's mean absolute activation, [rows, channels], in forward order."""
-        former, self._seen = self._seen, []
+    def recording(self) -> Iterator[dict[str, Tensor]]:
+        """Collect each site's mean absolute activation, [rows, channels], by name."""
+        former, self._seen = self._seen, {}
         try:
             yield self._seen
         finally:
@@ -198,7 +203,7 @@ def compute_activations(model: nn.Module, gates: UnitGates, batch: Examples) -> 
     for rows in torch.arange(len(batch)).split(ROWS):
         with gates.recording() as seen:
             run_gated(model, gates, batch.take(rows))
-        found.append(torch.cat(seen, dim=1).double())
+        found.append(torch.cat([seen[site.name] for site in gates.sites], dim=1).double())
     return torch.cat(found)
 
 

@@ -37,7 +37,7 @@ from beyond.agreement import (
     order_units,
     permute_planted,
 )
-from beyond.channel_planting import HELD, plant_channel
+from beyond.channel_planting import HELD, Channels, find_channels, plant_channel
 from beyond.localizers import GREEDY_STEPS, LOCALIZERS, Examples, UnitGates, rank_units
 from data import Split, normalize
 from data.random_streams import random_stream
@@ -53,12 +53,14 @@ from engine.runs.tables import ResultTable
 from engine.training.build import load_final_model, load_split
 from engine.training.devices import compute_precision, resolve_device
 from engine.training.evaluation import evaluate
+from models.dropout_places import find_places
 from models.layer_groups import StagedModel
+from models.wiring import observe
 
 SUBSETS = ("noisy", "clean")
 TRUTH_KINDS = ("own", "permuted", "other_mask")  # the last is not measured for the slow search
 COST_AT = (0, 1, 10)
-SITES = ("residual2", "conv8")  # where single channels are planted
+PLANTED_SITES = 2  # single channels are planted behind the last ones that allow it
 
 TRUTHS = ResultTable(
     "planted_memorization.csv",
@@ -96,6 +98,7 @@ class Bench:
 
     model: StagedModel
     gates: UnitGates
+    channels: dict[str, Channels]  # of the sites where single channels are planted
     split: Split
     rows: dict[str, Tensor]  # of each subset
     reference: Examples
@@ -130,9 +133,14 @@ def make_bench(run: Run, split: Split, model: StagedModel) -> Bench:
     correct = evaluate(model, split.images, split.label, index=split.index).correct
     tested = draw_rows("planted test", len(split.test_label), own.others).to(split.label.device)
     test = Examples(normalize(split.test_images[tested]), split.test_label[tested], tested)
+    wiring = model.wiring or observe(model, test.images[:2])
+    gates = UnitGates(model, find_places(model, run.config.dropout.sites, test.images[:2]))
+    known = {site.name: find_channels(model, wiring, site.name) for site in gates.sites}
+    planted = [name for name, channels in known.items() if channels][-PLANTED_SITES:]
     return Bench(
         model=model,
-        gates=UnitGates(model, run.config.dropout.sites),
+        gates=gates,
+        channels={name: known[name] for name in planted},
         split=split,
         rows=choose_rows(split, correct, own.examples),
         reference=Examples.of(split, draw_rows("planted reference", split.n, own.reference)),
@@ -270,9 +278,10 @@ def plant_and_localize(bench: Bench, site: str, draw: int, size: int) -> dict[st
     shared = place.dropout.generalization if place.dropout else place.count
     channel = int(random_stream("planted place", draw).integers(shared))
     keep = kept_batches(bench.split, chosen.index, len(bench.reference), draw)
-    planting = plant_channel(bench.model, site, channel, chosen, keep)
+    planting = plant_channel(bench.model, bench.channels[site], channel, chosen, keep)
     found = {"learned": planting.learned, "steps": planting.steps, "channel": channel}
-    with UnitGates(planting.model) as gates, torch.no_grad():
+    places = bench.gates.places
+    with UnitGates(planting.model, places) as gates, torch.no_grad():
         found["acc_others"], found["acc_test"] = compute_cost(
             planting.model, gates, (), without(bench.others, chosen.index), bench.test
         )
@@ -283,7 +292,7 @@ def plant_and_localize(bench: Bench, site: str, draw: int, size: int) -> dict[st
         "others": (planting.model, Examples.of(bench.split, others)),
     }
     for state, (model, batch) in asked.items():
-        inside = nullcontext(bench.gates) if model is bench.model else UnitGates(model)
+        inside = nullcontext(bench.gates) if model is bench.model else UnitGates(model, places)
         with inside as gates:
             on = gates.on(batch.index)
             truth = torch.zeros_like(on[0])
@@ -306,7 +315,7 @@ def rank_of(score: Tensor, on: Tensor, unit: int) -> int:
 def channel_rows(bench: Bench, table: Measurement, run: Run) -> Iterator[dict[str, object]]:
     """Yield the rows of planted_memorization_channel.csv, over channels that learned."""
     own = run.config.planted
-    for site in SITES:
+    for site in bench.channels:
         found = []
         for draw in range(own.channels):
             key = f"{site}-{draw}"
@@ -403,7 +412,7 @@ def estimate_passes(run: Run) -> float:
     train, _ = count_examples(run.config)
     search = 3 * GREEDY_STEPS * own.reference
     deletion = len(LOCALIZERS) * len(COST_AT) * 2 * own.others
-    planting = own.channels * len(SITES) * (300 * own.reference + 3 * own.chosen * search)
+    planting = own.channels * PLANTED_SITES * (300 * own.reference + 3 * own.chosen * search)
     return train + 2 * own.examples * (search + deletion) + planting
 
 

@@ -43,7 +43,10 @@ class Output:
 
 @dataclass(frozen=True)
 class Wiring:
-    """Layers in the order in which they run, and the outputs of modules by name."""
+    """Layers in the order in which they run, and the outputs of modules by name.
+
+    Outputs are in the order in which the modules end; the network's own, the logits, is left out.
+    """
 
     layers: tuple[WiredLayer, ...]
     outputs: Mapping[str, Output]
@@ -180,11 +183,15 @@ def _is_fixed_norm(module: nn.Module) -> bool:
 
 
 def _outputs(calls: _Calls) -> dict[str, Output]:
-    """Return the outputs of modules that ran once, where the dimension of channels is known."""
+    """Return the outputs of modules that ran once, where the dimension of channels is known.
+
+    The network itself is the last of the runs.
+    """
     times = Counter(name for name, *_ in calls.runs)
+    logits = calls.runs[-1][-1]
     found = {}
     for name, _, _, output in calls.runs:
-        if times[name] > 1 or output is None or output.dim() < 2:
+        if times[name] > 1 or output is None or output is logits or output.dim() < 2:
             continue
         dim = calls.watch.dims.get(id(output)) if output.dim() == 4 else -1
         if dim is not None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 
 from matplotlib import pyplot as plt
@@ -13,7 +14,7 @@ from data import DataError
 from engine.launch.experiments import load_experiments
 from engine.runs import files
 from engine.runs.commands import shell_command
-from plotting.families import Family, alike, refusing_malformed
+from plotting.families import Family, alike, describe, refusing_malformed
 from plotting.figure_kind import FigureKind
 from plotting.redrawing import unless_unchanged
 from plotting.style import paper_style
@@ -59,20 +60,22 @@ def draw_all(
     families of the same training set then share a contact sheet.
     """
     for kind in figure_kinds() if kinds is None else kinds:
-        wanted = [family for family in families if not concerning or kind.concerns(family)]
+        wanted = [f for f in families if (kind.concerns(f) if concerning else kind.fits(f))]
+        if not wanted and not concerning:
+            split = "atypical" if kind.atypical else "noise, or human"
+            yield Drawing(kind, f"{len(families)} runs", lack=f"it needs data.split: {split}")
         if kind.compares:
             measured = [part for family in wanted if (part := family.having(kind.source))]
-            for number, group in enumerate(alike(measured, kind.compares, fewest=2), start=1):
-                path = folder / "figures" / f"{kind.name}_{number}"
-                about = f"{len(group)} settings of {group[0].title}"
-                yield Drawing(kind, about, _files_of(kind, group, path, formats, gather))
+            for name, page in pages_of(kind, measured):
+                path = folder / "figures" / name
+                yield Drawing(kind, describe(page), _files_of(kind, page, path, formats, gather))
             continue
         for family in _of_different_data(wanted) if gather and kind.name == "examples" else wanted:
             if part := family.having(kind.source):
                 beside = family.folder / "figures"
                 if gather:
                     beside = folder / "figures" / (family.name if len(families) > 1 else "")
-                about = f"{part.title}, {part.seeds}"
+                about = part.about
                 try:
                     paths = _files_of(kind, part, beside / kind.name, formats, gather)
                 except DataError as error:
@@ -85,6 +88,16 @@ def draw_all(
                 yield Drawing(kind, family.title, command=" && ".join(commands))
             else:
                 yield Drawing(kind, family.title, lack=f"such a run has no {kind.source}")
+
+
+def pages_of(kind: FigureKind, families: Sequence[Family]) -> Iterator[tuple[str, list[Family]]]:
+    """Yield the name and the families of each figure that compares some of these."""
+    for number, group in enumerate(alike(families, kind.compares, fewest=2), start=1):
+        count = -(-len(group) // kind.page)
+        bounds = [len(group) * page // count for page in range(count + 1)]
+        for page, (first, last) in enumerate(pairwise(bounds), start=1):
+            name = f"{kind.name}_{number}" + (f"_page{page}" if count > 1 else "")
+            yield name, group[first:last]
 
 
 @refusing_malformed
@@ -130,7 +143,8 @@ def draw_figure(
 
 
 def _save(figure: Figure, path: Path) -> None:
-    # Without a date in it, the same figure is the same file.
-    metadata = {"CreationDate": None} if path.suffix == ".pdf" else {}
+    # Without dates and versions in it, the same figure is the same file.
+    keys = ("CreationDate", "Creator", "Producer") if path.suffix == ".pdf" else ("Software",)
+    metadata = dict.fromkeys(keys)
     kind = path.suffix.removeprefix(".")
     files.write_atomically(path, lambda f: figure.savefig(f, format=kind, metadata=metadata))

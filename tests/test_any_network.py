@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import example_tied_dropout
 import gradient_accounting
@@ -15,9 +16,14 @@ import plot_results
 from engine.config.load import load_configs
 from engine.launch.cli import run_script
 from engine.runs import files
-from engine.runs.identity import identity_of, without_dropout
+from engine.runs.identity import identity_of, run_directory, without_dropout
 from engine.runs.run import Run
+from engine.training.build import load_final_model, load_split
+from models.dropout import tied_layers
+from plotting.dropout import remake_layers
+from plotting.families import find_families
 
+CPU = torch.device("cpu")
 SCRIPTS = (gradient_accounting, layer_rewinding, layer_retraining, neuron_flipping)
 TABLES = (
     "history.csv", "gradient_accounting.csv", "layer_rewinding.csv", "layer_retraining.csv",
@@ -261,6 +267,36 @@ def test_dropout_behind_named_modules(mine, capsys):
     assert run(example_tied_dropout, mine, *tied) == 0
     assert run(example_tied_dropout, mine, *tied, "dropout.sites=['1.7']") == 2
     assert "dropout: sites: the network has no module 1.7; did you mean" in capsys.readouterr().err
+
+
+def test_figure_6_needs_no_code_of_the_network(mine, capsys):
+    tied = ("dropout.kind=example_tied", "dropout.forget_draws=1", "dropout.sites=['0.0', '1']")
+    assert run(example_tied_dropout, mine, *tied) == 0
+    (family,) = find_families([Path("runs")])
+    split = load_split(family.config)
+    model = load_final_model(family.runs[0], split, CPU)
+    Path("nets/mine.py").unlink()
+    found = remake_layers(family, split)
+    assert [*found] == ["0.0", "1"]
+    for layer, own in zip(found.values(), tied_layers(model), strict=True):
+        assert torch.equal(layer.masks, own.masks)
+        assert layer.generalization == own.generalization
+    assert plot_results.main(["runs", "--figure", "6", "--format", "png"]) == 0
+    path = Path(capsys.readouterr().out.splitlines()[-1].removeprefix("figure 6: "))
+    assert path.name == "masks.png"
+    assert path.exists()
+
+
+def test_sites_decide_the_run(mine):
+    tied = ("dropout.kind=example_tied",)
+    (blocks,) = load_configs(mine, tied)
+    found = {
+        run_directory(load_configs(mine, (*tied, f"dropout.sites={sites}"))[0])
+        for sites in ("['0', '1']", "['1', '0']", "['0']")
+    }
+    assert len({*found, run_directory(blocks)}) == 4
+    (plain,) = load_configs(mine, ("dropout.sites=['0']",))
+    assert run_directory(without_dropout(plain)) == the_run(mine).directory
 
 
 def test_rectangular_images(mine, tmp_path):

@@ -361,7 +361,8 @@ def test_baselines_have_no_neurons_to_drop(run_of):
     assert {name: before[name] for name in ACCURACIES} == {n: after[n] for n in ACCURACIES}
     assert np.isnan(before["p_mem"])
     names = {path.name for path in run.directory.glob("*.csv")}
-    assert names == {"layers.csv", "history.csv", "example_tied_dropout.csv"}
+    own = {"dropout_sites.csv", "example_tied_dropout.csv"}
+    assert names == {"layers.csv", "history.csv", *own}
 
 
 def test_a_configuration_without_dropout_is_refused_unless_it_is_compared_with(tiny):

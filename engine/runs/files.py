@@ -19,7 +19,7 @@ import torch
 
 from data import file_digest
 from engine.errors import UserError
-from engine.runs.locking import require_held, temporary_path
+from engine.runs.locking import remove_dead_temporaries, require_held, temporary_path
 
 LARGEST_COUNT = 1e9  # no table counts further: a larger number would only fill the memory
 COUNTS = frozenset({
@@ -40,6 +40,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     require_held(path)
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_dead_temporaries(path)
         temporary = temporary_path(path)
         try:
             with open(temporary, "wb") as file:
@@ -127,13 +128,20 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, ob
     write_text(path, text.getvalue())
 
 
-def read_csv(path: Path, columns: Sequence[str], text: Sequence[str] = ()) -> list[dict]:
-    """Read rows of numbers, except the `text` columns."""
+def read_csv(
+    path: Path, columns: Sequence[str], text: Sequence[str] = (), added: Sequence[str] = ()
+) -> list[dict]:
+    """Read rows of numbers, except the `text` columns.
+
+    A table without any of the `added` columns has nan there.
+    """
+    header, *lines = read_lines(path, columns, added)
+    lacking = dict.fromkeys([name for name in columns if name not in header], math.nan)
     rows = []
-    for number, line in enumerate(read_lines(path, columns)[1:], start=2):
+    for number, line in enumerate(lines, start=2):
         try:
-            cells = zip(columns, line, strict=True)
-            row = {name: cell if name in text else float(cell) for name, cell in cells}
+            cells = zip(header, line, strict=True)
+            row = {name: cell if name in text else float(cell) for name, cell in cells} | lacking
         except ValueError:
             raise UserError(f"{path}: damaged: line {number} is not a row of numbers") from None
         for name in columns:
@@ -145,8 +153,8 @@ def read_csv(path: Path, columns: Sequence[str], text: Sequence[str] = ()) -> li
     return rows
 
 
-def read_lines(path: Path, columns: Sequence[str]) -> list[list[str]]:
-    """Read the cells of a table whose header is `columns`.
+def read_lines(path: Path, columns: Sequence[str], added: Sequence[str] = ()) -> list[list[str]]:
+    """Read the cells of a table whose header is `columns`, with all or none of those `added`.
 
     Where a JSON file beside the table has a digest, the table must match it.
     """
@@ -157,7 +165,8 @@ def read_lines(path: Path, columns: Sequence[str]) -> list[list[str]]:
             "delete it, and the script that made it makes it again"
         )
     lines = _csv_lines(path)
-    if lines[:1] != [list(columns)]:
+    early = [name for name in columns if name not in added]
+    if lines[:1] not in ([list(columns)], [early]):
         raise UserError(f"{path}: damaged: its first line is not {','.join(columns)}")
     return lines
 

@@ -27,10 +27,10 @@ from models.any_network import NetworkError, require_file
 
 # Settings of these sections, and these keys, decide what is trained.
 DECIDING = re.compile(
-    r"seed|precision|(data|model|train)\..+|dropout\.(kind|p_gen|p_mem|sites|seed)"
+    r"seed|precision|(data|model|train)\..+|dropout\.(kind|p_gen|p_mem|standard|units|sites|seed)"
 )
 # `auto` stands for the machine's choice; these are left out of an identity, as they always were.
-_IMPLIED = {"precision": "fp32", "train.compile": False}
+_IMPLIED = {"precision": "fp32", "train.compile": False, "dropout.standard": "keep"}
 # Where a file lies does not matter; what is in it does (see deciding_settings).
 PLACES = ("data.root", "data.path", "data.c_scores", "data.human_labels.path")
 _SPLIT_KEYS = {
@@ -49,7 +49,7 @@ LONGEST_NAME, DIGITS = 60, 8
 _DROPOUT_KEYS = {
     "example_tied": ("p_gen", "p_mem", "sites", "seed"),
     "sparse": ("p_gen", "sites", "seed"),
-    "standard": ("p_gen", "sites"),
+    "standard": ("p_gen", "standard", "units", "sites"),
     "none": (),
 }
 

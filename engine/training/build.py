@@ -21,7 +21,6 @@ from data import (
     make_split,
     outline,
 )
-from engine.config.kinds import nearest
 from engine.config.schema import Config, DataConfig, DropoutConfig
 from engine.errors import UserError
 from engine.runs.locking import holder_of, lock
@@ -31,8 +30,9 @@ from engine.training.evaluation import Outcome, evaluate
 from models import build_model, is_name_of_network
 from models.any_network import example_images
 from models.dropout import ExampleTiedDropout, SparseDropout, StandardDropout, insert_dropout
+from models.dropout_places import find_places
 from models.layer_groups import StagedModel
-from models.wiring import Output, observe
+from models.wiring import Output
 
 # The runs of a sweep mostly share their data set.
 _load_dataset_once = lru_cache(maxsize=1)(load_dataset)
@@ -119,33 +119,12 @@ def make_model(config: Config, split: Split, proof: bool = True) -> StagedModel:
     model = model.to(memory_format=torch.channels_last)
     if config.dropout.kind != "none":
         try:
-            places = _dropout_places(model, config.dropout.sites, split.shape)
+            images = example_images(split.shape[0], split.shape[1:], count=2)
+            places = find_places(model, config.dropout.sites, images)
             _add_dropout(model, config.dropout, places, n_examples=int(split.index.max()) + 1)
         except ValueError as error:
             raise UserError(f"dropout: {error}") from None
     return model
-
-
-def _dropout_places(
-    model: StagedModel, sites: str | tuple[str, ...], shape: tuple[int, int, int]
-) -> dict[str, Output]:
-    """Return the modules behind which dropout stands, and what leaves them."""
-    if isinstance(sites, str):
-        own = model.dropout_sites(sites)
-        if not own:
-            raise ValueError("sites: the network names none; list modules, as in [conv1, conv2]")
-        if model.wiring is None:
-            return {site: Output(channels, model.channel_dim) for site, channels in own.items()}
-        sites = tuple(own)
-    modules = dict(model.named_modules())
-    for site in sites:
-        if site not in modules:
-            raise ValueError(f"sites: the network has no module {site}{nearest(site, modules)}")
-    wiring = model.wiring or observe(model, example_images(shape[0], shape[1:], count=2))
-    for site in sites:
-        if site not in wiring.outputs:
-            raise ValueError(f"sites: {site} does not run once and end in channels")
-    return {site: wiring.outputs[site] for site in sites}
 
 
 def _add_dropout(
@@ -163,7 +142,9 @@ def _add_dropout(
         elif dropout.kind == "sparse":
             layers[site] = SparseDropout(channels, p, seed, layer=number, dim=dim)
         else:
-            layers[site] = StandardDropout(p)
+            keep = p if dropout.standard == "keep" else 1 - p
+            whole = dropout.units == "channels"
+            layers[site] = StandardDropout(keep, whole_channels=whole, dim=dim)
     insert_dropout(model, layers)
 
 

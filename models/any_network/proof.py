@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.any_network.chain import restoring
 from models.any_network.errors import WAYS_OUT, NetworkError, last_line, place_of
+from models.any_network.record import restoring
 from models.layer_groups import StagedModel, layer_groups, run_stages
 
 SIZES = (2, 3)  # examples in a batch

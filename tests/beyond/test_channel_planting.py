@@ -6,11 +6,28 @@ from itertools import cycle
 import pytest
 import torch
 
-from beyond.channel_planting import CHANNELS, channel_masks, plant_channel
+from beyond.channel_planting import channel_masks, find_channels, plant_channel
 from beyond.localizers import LOCALIZERS, Examples, UnitGates, rank_units, run_gated
+from models.any_network import as_chain, example_images
+from models.wiring import observe
 from tests.beyond.small_network import make, make_batch
+from tests.models import networks
 
+WRITES_AND_READS = {  # by hand: the convolution whose channels leave each site of ResNet-9
+    "conv1": ("conv1", "conv2.conv"),
+    "conv2": ("conv2", "conv3.conv"),
+    "residual1": ("conv4", "conv5.conv"),
+    "conv5": ("conv5", "conv6.conv"),
+    "residual2": ("conv7", "conv8.conv"),
+    "conv8": ("conv8", "linear"),
+}
 DESERVING = ("flipping", "gate_gain", "zero_out", "activation_gradient", "integrated_gradients")
+
+
+def channels(model, site: str):
+    """Check a site that the graph names; the images are random."""
+    images = make_batch(2).images
+    return find_channels(model, observe(model, images), site)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +42,12 @@ def planted():
     chosen = Examples(batch.images[rows], torch.full((1,), new), batch.index[rows])
     others = torch.arange(1, 7)
     keep = Examples(batch.images[others], label[others], batch.index[others])
-    return model, plant_channel(model, "conv8", 2, chosen, cycle([keep]), 3000), chosen, keep
+    return (
+        model,
+        plant_channel(model, channels(model, "conv8"), 2, chosen, cycle([keep]), 3000),
+        chosen,
+        keep,
+    )
 
 
 def test_the_chosen_examples_learn_their_new_labels(planted):
@@ -45,14 +67,16 @@ def test_the_other_examples_keep_their_predictions(planted):
 
 def test_a_channel_that_cannot_learn_in_time_says_so(planted):
     model, _, chosen, keep = planted
-    planting = plant_channel(model, "conv8", 2, chosen, cycle([keep]), most_steps=1)
+    planting = plant_channel(
+        model, channels(model, "conv8"), 2, chosen, cycle([keep]), most_steps=1
+    )
     assert not planting.learned
     assert planting.steps == 1
 
 
 def test_no_number_outside_the_channel_moves(planted):
     model, planting, *_ = planted
-    masks, moved = channel_masks(model, "conv8", 2), 0
+    masks, moved = channel_masks(model, channels(model, "conv8"), 2), 0
     after = planting.model.state_dict()
     for name, value in model.state_dict().items():
         inside = masks.get(name, torch.zeros_like(value, dtype=torch.bool))
@@ -62,7 +86,43 @@ def test_no_number_outside_the_channel_moves(planted):
     assert sum(int(mask.sum()) for mask in masks.values()) < 100 * 9
 
 
-@pytest.mark.parametrize("site", CHANNELS)
+@pytest.mark.parametrize("site", WRITES_AND_READS)
+def test_layers_that_write_and_read_a_site_of_resnet9(site):
+    found, (writes, reads) = channels(make(), site), WRITES_AND_READS[site]
+    assert (found.writes.name, found.writes.norm) == (f"{writes}.conv", f"{writes}.bn")
+    assert found.reads.name == reads
+
+
+def test_layers_that_write_and_read_a_site_of_a_network_that_is_not_ours():
+    images = example_images(1, 8)
+    chain = as_chain(networks.PreActivation(), images, 3)
+    first, block = (find_channels(chain, chain.wiring, site) for site in chain.dropout_sites())
+    assert (first.writes.name, first.writes.norm, first.reads.name) == (
+        "conv0",
+        None,
+        "block.conv1",
+    )
+    assert (block.writes.name, block.writes.norm, block.reads.name) == ("block.conv2", None, "fc")
+
+
+def test_a_site_whose_channels_no_layer_writes_alone_has_none():
+    class Concatenated(networks.Plain):
+        def __init__(self):
+            super().__init__()
+            self.third = networks.block(10, 6)
+
+        def forward(self, x):
+            x = self.first(x)
+            x = torch.cat([x, self.second(x)], dim=1)
+            return self.linear(self.third(x).mean((2, 3)))
+
+    chain = as_chain(Concatenated(), example_images(1, 8), 3)
+    assert chain.wiring.outputs["layer_outputs.second"].channels == 10
+    assert find_channels(chain, chain.wiring, "layer_outputs.second") is None
+    assert find_channels(chain, chain.wiring, "layer_outputs.third").reads.name == "linear"
+
+
+@pytest.mark.parametrize("site", WRITES_AND_READS)
 def test_the_channel_s_numbers_are_all_that_its_activation_depends_on(site):
     """With them zeroed, the convolution's channel is 0 and no other channel moves."""
     model, batch = make(tied=False), make_batch(3)
@@ -70,7 +130,7 @@ def test_the_channel_s_numbers_are_all_that_its_activation_depends_on(site):
     channel = int(before["conv"].mean((0, 2, 3)).argmax())  # one that is not dead
     changed = copy.deepcopy(model)
     with torch.no_grad():
-        for name, mask in channel_masks(changed, site, channel).items():
+        for name, mask in channel_masks(changed, channels(changed, site), channel).items():
             changed.get_parameter(name)[mask] = 0
     after = record(changed, site, batch)
     rest = [other for other in range(before["conv"].shape[1]) if other != channel]
@@ -82,7 +142,7 @@ def test_the_channel_s_numbers_are_all_that_its_activation_depends_on(site):
 
 def record(model, site: str, batch) -> dict[str, torch.Tensor]:
     """Return the output of a site's convolution, and the input of the layer behind the site."""
-    writes, reads = (model.get_submodule(name) for name in CHANNELS[site])
+    writes, reads = (model.get_submodule(name) for name in WRITES_AND_READS[site])
     found = {}
     hooks = [
         writes.register_forward_hook(lambda module, x, output: found.update(conv=output)),

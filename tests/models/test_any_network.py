@@ -159,9 +159,10 @@ def test_rectangular_images():
 
 def test_dropout_stands_behind_each_layer():
     chain = make(networks.Plain).eval()
-    assert chain.dropout_sites() == {f"layer_outputs.{i}": n for i, n in enumerate((4, 6, 6))}
+    names = ("first", "second", "third")
+    assert chain.dropout_sites() == {f"layer_outputs.{n}": c for n, c in zip(names, (4, 6, 6))}
     seen = []
-    chain.layer_outputs[1].register_forward_hook(lambda module, x, y: seen.append(y.shape))
+    chain.layer_outputs.second.register_forward_hook(lambda module, x, y: seen.append(y.shape))
     chain(images())
     assert seen == [(3, 6, 4, 4)]
 

@@ -1,4 +1,4 @@
-"""Which runs and tables are shown: unusable ones are named, other settings are kept."""
+"""Runs and tables that are shown: unusable ones are named, other settings are kept."""
 
 from collections.abc import Callable
 

@@ -1,8 +1,10 @@
-"""Three classifiers as people write them, at widths for two CPU cores; see any_network.yaml."""
+"""Four classifiers as people write them, at widths for two CPU cores; see any_network.yaml."""
 
 import torch.nn.functional as F
 from torch import nn
+from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.models.resnet import BasicBlock, conv1x1
+from torchvision.ops.misc import Conv2dNormActivation
 
 
 class ResNet18(nn.Module):
@@ -86,3 +88,24 @@ class PreActivationResNet(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.fc(F.relu(self.norm(x)).mean((2, 3)))
+
+
+class MobileNet(nn.Module):
+    """Six inverted residuals of torchvision's MobileNetV2 behind a convolution of stride 2."""
+
+    def __init__(self, channels, classes, width=16, expansion=2):
+        super().__init__()
+        widths = (width, width, 2 * width, 2 * width, 4 * width, 4 * width)
+        self.stem = Conv2dNormActivation(channels, width, stride=2, activation_layer=nn.ReLU6)
+        self.blocks = nn.ModuleList()
+        for inputs, outputs in zip((width, *widths), widths):
+            stride = 1 + (outputs > inputs)
+            self.blocks.append(InvertedResidual(inputs, outputs, stride, expansion))
+        self.head = Conv2dNormActivation(4 * width, 16 * width, 1, activation_layer=nn.ReLU6)
+        self.fc = nn.Linear(16 * width, classes)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.fc(self.head(x).mean((2, 3)))

@@ -1,0 +1,35 @@
+"""The claims of the paper over networks: a row a claim, a column a network on a data set."""
+
+from collections.abc import Sequence
+
+from plotting.families import Family
+from plotting.report.findings import Finding
+from plotting.report.tables import Table
+
+
+def table_networks(families: Sequence[Family], findings: Sequence[Finding]) -> Table:
+    """Our number and its verdict for every claim that was measured; no rows for a single network.
+
+    The cells are those of the report and of summary.json.
+    """
+    columns = list(dict.fromkeys(family.trained for family in families))
+    several = len({family.config.model for family in families}) > 1
+    rows: dict[str, dict[str, str]] = {}
+    for finding in findings if several else ():
+        if not finding.claim.over and finding.values:
+            cells = rows.setdefault(finding.claim.name, {"paper": finding.claim.paper})
+            column = finding.families[0].trained
+            cell = f"{finding.ours} {finding.verdict}"
+            cells[column] = f"{cells[column]}; {cell}" if column in cells else cell
+    body = tuple(
+        (name, cells["paper"], *(cells.get(column, "-") for column in columns))
+        for name, cells in rows.items()
+    )
+    caption = "The paper's claims over networks: our number, and its verdict"
+    return Table("table_networks", caption, ("claim", "paper", *_apart(columns)), body)
+
+
+def _apart(titles: Sequence[str]) -> list[str]:
+    """Return the titles without the words that all of them have."""
+    common = set.intersection(*(set(title.split()) for title in titles)) if titles else set()
+    return [" ".join(w for w in title.split() if w not in common) or title for title in titles]

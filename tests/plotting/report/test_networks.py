@@ -1,0 +1,49 @@
+"""The table of claims over networks holds what summary.json holds, and nothing for one network."""
+
+from plotting.families import Family
+from plotting.report.findings import find
+from plotting.report.networks import table_networks
+from plotting.report.summary import summarize
+from tests.plotting.report.test_claims import planted
+
+
+def families(tiny, *changes: tuple[str, ...]) -> list[Family]:
+    """Two runs of made-up numbers for each change of the configuration."""
+    found = []
+    for number, overrides in enumerate(changes):
+        runs = [planted(tiny, 10 * number + seed, *overrides) for seed in (1, 2)]
+        found.append(Family(runs[0].directory.parent, tuple(runs)))
+    return found
+
+
+def test_cells_are_those_of_the_summary(tiny):
+    ours = families(tiny, (), ("model.name=resnet50", "model.width=1.0"))
+    findings = find(ours)
+    table = table_networks(ours, findings)
+    assert table.header == ("claim", "paper", "resnet9 width 0.05", "resnet50")
+    summary = [entry for entry in summarize(ours, findings)["claims"] if entry["mean"] is not None]
+    assert [row[0] for row in table.rows] == [*dict.fromkeys(entry["claim"] for entry in summary)]
+    for entry in summary:
+        column = 2 + [family.title for family in ours].index(entry["about"])
+        (row,) = [row for row in table.rows if row[0] == entry["claim"]]
+        assert row[1] == entry["paper"]
+        number, verdict = row[column].split(" ", 1)
+        assert verdict.endswith(entry["verdict"])
+        scale = 100 if "%" in row[column] else 1
+        assert abs(float(number) - scale * entry["mean"]) < 0.051
+
+
+def test_one_network_has_no_such_table(tiny):
+    ours = families(tiny, (), ("data.noise_rate=0.3",))
+    assert not table_networks(ours, find(ours)).measured
+    assert not table_networks([], []).measured
+
+
+def test_what_was_not_measured_is_a_dash(tiny):
+    ours = families(tiny, (), ("model.width=0.1",))
+    for run in ours[1].runs:
+        (run.directory / "layer_rewinding.csv").unlink()
+    rows = {row[0]: row for row in table_networks(ours, find(ours)).rows}
+    assert rows["rewinding.not_last"][3] == "-"
+    assert rows["rewinding.not_last"][2] != "-"
+    assert "retraining.layers" in rows
