@@ -183,23 +183,24 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.slow(reason="four commands on three hosts")
 def test_a_host_that_loses_power_is_replaced_by_another(tmp_path):
     """One host dies within a training; the other, whose clock is ten minutes behind, resumes it."""
     config, whole, shared = (
-        CONFIG.replace("epochs: 2", "epochs: 100"),
+        CONFIG.replace("epochs: 2", "epochs: 40"),
         tmp_path / "a",
         tmp_path / "b",
     )
     for folder in (whole, shared):
         folder.mkdir()
         (folder / "config.yaml").write_text(config)
-    subprocess.run(COMMAND, cwd=whole, check=True, capture_output=True, timeout=280)
+    subprocess.run(COMMAND, cwd=whole, check=True, capture_output=True, timeout=560)
     first = subprocess.Popen(
         [*another_host("node1"), *COMMAND], cwd=shared, stderr=subprocess.DEVNULL
     )
     try:
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 560
         while not list(shared.rglob("resume/epoch_002.pt")):
             assert first.poll() is None
             assert time.monotonic() < deadline
@@ -216,12 +217,12 @@ def test_a_host_that_loses_power_is_replaced_by_another(tmp_path):
         "-600",
         *COMMAND[1:],
     ]
-    asked = subprocess.run(second, cwd=shared, capture_output=True, text=True, timeout=280)
+    asked = subprocess.run(second, cwd=shared, capture_output=True, text=True, timeout=560)
     assert asked.returncode == 1, asked.stderr
     assert "held by process 1 on node1" in asked.stderr.splitlines()[-1]
     long_ago = time.time() - 200
     os.utime(claim, (long_ago, long_ago))
-    done = subprocess.run(second, cwd=shared, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(second, cwd=shared, capture_output=True, text=True, timeout=560)
     assert done.returncode == 0, done.stderr
     assert tables(shared) == tables(whole)
     assert not list(shared.rglob("claim.json*"))
