@@ -22,6 +22,7 @@ from engine.training.build import load_final_model, load_split
 from models.dropout import tied_layers
 from plotting.dropout import remake_layers
 from plotting.families import find_families
+from tests.conftest import complaints
 
 CPU = torch.device("cpu")
 SCRIPTS = (gradient_accounting, layer_rewinding, layer_retraining, neuron_flipping)
@@ -129,6 +130,28 @@ def make(channels, classes, image_size, width=4):
         nn.Flatten(),
         nn.Linear(6, classes),
     )
+"""
+
+OTHERS = """
+class Spare(nn.Module):
+    def __init__(self, network):
+        super().__init__()
+        self.network, self.spare = network, nn.Parameter(network[4].bias.detach())
+
+    def forward(self, images):
+        return self.network(images)
+
+def wide(channels, classes, image_size):
+    return make(channels, classes + 1, image_size)
+
+def number(**arguments):
+    return 3
+
+def fails(**arguments):
+    raise ValueError("a first line, and\\nits last line")
+
+def spare(**arguments):
+    return Spare(make(**arguments))
 """
 
 
@@ -247,11 +270,21 @@ def test_an_interrupted_run_with_a_trusted_network_resumes_as_itself(mine):
         ("model.options={depth: 3}", "unexpected keyword argument 'depth'"),
         ("model.options=[1]", "names and plain values, such as {groups: 4}, or null"),
         ("model.width=0.5", "only resnet9 takes it, not nets/mine.py:make"),
+        ("model.name=nets/other.py:wide", "its output for 2 images is 2 x 11, not 2 x 10"),
+        ("model.name=nets/other.py:number", "returns an object of type int, not a torch.nn.Module"),
+        ("model.name=nets/other.py:fails", "ValueError: its last line"),
+        ("model.name=nets/broken.py:make", "broken.py: cannot be run: NameError: name 'x' is not"),
+        ("model.layers=['4', '0']", "layers: 0 runs before 4; in forward order they are [0, 4]"),
+        ("model.layers=['0', '0.0']", "layer 0.0: lies inside of layer 0; name one of the two"),
+        ("model.name=nets/other.py:spare", "spare: the network's forward pass does not use this"),
     ],
 )
 def test_bad_input_gets_one_line(mine, capsys, override, message):
+    Path("nets/other.py").write_text(FILE + OTHERS)
+    Path("nets/broken.py").write_text("x + 1\n")
     assert run(gradient_accounting, mine, override) == 2
-    assert message in capsys.readouterr().err
+    (line,) = complaints(capsys.readouterr().err)
+    assert message in line
 
 
 def test_our_networks_take_no_layers(tiny_file, capsys):
@@ -304,6 +337,11 @@ def test_rectangular_images(mine, tmp_path):
     label = np.arange(60) % 3
     arrays = {"x_train": images, "y_train": label, "x_test": images[:9], "y_test": label[:9]}
     np.savez(tmp_path / "wide.npz", **arrays)
-    wide = ("data.name=npz", "data.path=wide.npz", "data.train_size=null", "data.test_size=null")
-    for script in (gradient_accounting, layer_rewinding):
+    wide = (
+        "data.name=npz", "data.path=wide.npz", "data.train_size=null", "data.test_size=null", *QUICK
+    )  # fmt: skip
+    for script in SCRIPTS:
         assert run(script, mine, *wide) == 0
+    assert run(example_tied_dropout, mine, *wide, "dropout.kind=example_tied") == 0
+    found = {path.name for path in Path("runs").glob("*/seed0/*.csv")}
+    assert found >= {*TABLES, *DROPOUT_TABLES} - {"mislabel_detection.csv"}

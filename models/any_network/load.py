@@ -46,7 +46,8 @@ def load_network(
     arguments = {"channels": channels, "classes": classes, "image_size": image_size}
     network = _call(name, made, _taken(made, arguments) | dict(options))
     if not isinstance(network, nn.Module):
-        raise NetworkError(f"{name}: returns a {type(network).__name__}, not a torch.nn.Module")
+        kind = type(network).__name__
+        raise NetworkError(f"{name}: returns an object of type {kind}, not a torch.nn.Module")
     return network.train()
 
 

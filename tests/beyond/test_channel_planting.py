@@ -25,7 +25,7 @@ DESERVING = ("flipping", "gate_gain", "zero_out", "activation_gradient", "integr
 
 
 def channels(model, site: str):
-    """Check a site that the graph names; the images are random."""
+    """Find the layers of a site by the graph; the images are random."""
     images = make_batch(2).images
     return find_channels(model, observe(model, images), site)
 

@@ -150,6 +150,19 @@ def test_what_cannot_be_traced_may_be_left_whole():
         make(Outer, ["inner.first", "inner.second", "scale"])
 
 
+@pytest.mark.parametrize("size", [(5, 5), (8, 14), (21, 4), (33, 33)])
+@pytest.mark.parametrize("name", sorted({*CUTTABLE} - {"mlp", "sized"}))
+def test_images_of_any_size_that_the_network_takes(name, size):
+    """Also of other sizes than those that it was cut with."""
+    network = CUTTABLE[name]()
+    for own in (size, (12, 9)):
+        chain = as_chain(copy.deepcopy(network), images(own), CLASSES)
+        for training in (True, False):
+            expected = step(network, images(size), training, staged=False)
+            for one, other in zip(expected, step(chain, images(size), training, staged=True)):
+                assert torch.equal(one, other)
+
+
 def test_rectangular_images():
     chain = make(networks.Plain, size=(8, 14))
     assert chain(images((8, 14))).shape == (3, 3)

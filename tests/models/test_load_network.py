@@ -86,7 +86,7 @@ def test_the_proof_changes_no_weight_and_no_random_number(file):
         ("{folder}/mime.py:make", "mime.py: no such file; did you mean mine.py?"),
         ("{file}:mak", "mine.py: has no callable 'mak'; did you mean make?"),
         ("{file}:x", "has no callable 'x'; it has Net, make, number, fails"),
-        ("{file}:number", "mine.py:number: returns a int, not a torch.nn.Module"),
+        ("{file}:number", "mine.py:number: returns an object of type int, not a torch.nn.Module"),
         (
             "{file}:fails",
             "called with channels=1, classes=3, image_size=8: RuntimeError: "
