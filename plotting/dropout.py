@@ -11,9 +11,10 @@ from matplotlib.ticker import MaxNLocator
 
 from data import DataError, Split
 from engine.runs.tables import DROPOUT_SITES
-from engine.training.build import load_split_at_hand
+from engine.training.build import load_split_at_hand, make_model
 from example_tied_dropout import FORGOTTEN
-from models.dropout import ExampleTiedDropout
+from models import network_file
+from models.dropout import ExampleTiedDropout, tied_layers
 from plotting.examples import draw_sheets
 from plotting.families import Family
 from plotting.figure_kind import FigureKind
@@ -24,10 +25,16 @@ ACROSS, DOWN = 6, 4
 
 
 def remake_layers(family: Family, split: Split) -> dict[str, ExampleTiedDropout]:
-    """Return the dropout layers of the first run by site, made without the network's code."""
+    """Return the dropout layers of the first run by site, made without the network's code.
+
+    A run of an earlier version has no table of sites: its network is built, unless it is a file.
+    """
     directory, own = family.runs[0].directory, family.config.dropout
     if not DROPOUT_SITES.path(directory).exists():
-        raise DataError(f"{directory}: has no {DROPOUT_SITES.name}, as of an earlier version")
+        if network_file(family.config.model.name) is not None:
+            raise DataError(f"{directory}: has no {DROPOUT_SITES.name}, as of an earlier version")
+        model = make_model(family.config, split, proof=False)
+        return dict(zip(model.dropout_sites(own.sites), tied_layers(model)))
     n = int(split.index.max()) + 1
     return {
         row["site"]: ExampleTiedDropout(
