@@ -96,6 +96,12 @@ class Command:
         self.process.start()
         self.began = time.monotonic()
 
+    def wait_for_lock(self, folder: Path) -> None:
+        """Wait until a run below a folder is locked, or the process has ended; time from there."""
+        while self.process.is_alive() and not any(folder.rglob("claim.json")):
+            time.sleep(0.005)
+        self.began = time.monotonic()
+
     def finish(self) -> tuple[int, str]:
         """Return its exit status and what it wrote on stderr."""
         self.process.join(LONGEST)
