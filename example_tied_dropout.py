@@ -52,7 +52,7 @@ from engine.training.build import (
 from engine.training.devices import compute_precision, resolve_device
 from engine.training.evaluation import Outcome, eval_mode, evaluate, evaluate_split, mean_by_subset
 from engine.training.loop import restore_results, train_run
-from models.dropout import dropout_mode, forget, tied_layers
+from models.dropout import StandardDropout, dropout_mode, forget, tied_layers
 from models.dropout_places import find_places
 
 ACCURACIES = ("acc_clean", "acc_noisy", "acc_test")
@@ -104,12 +104,17 @@ def recalibrated(model: nn.Module, images: Tensor, batch_size: int = 500) -> Ite
 
 @contextmanager
 def dropped(model: nn.Module, split: Split, rescale: str, batchnorm: str) -> Iterator[None]:
-    """Drop the memorization neurons of the model, if it has any."""
+    """Drop the memorization neurons of the model, if it has any.
+
+    Standard dropout changes the statistics of activations between training and evaluation, so that
+    recalibrated statistics matter there too.
+    """
+    standard = any(isinstance(module, StandardDropout) for module in model.modules())
     with ExitStack() as stack:
         if tied_layers(model):
             stack.enter_context(dropout_mode(model, "drop", rescale=rescale == "paper"))
-            if batchnorm == "recalibrated":
-                stack.enter_context(recalibrated(model, split.images))
+        if batchnorm == "recalibrated" and (tied_layers(model) or standard):
+            stack.enter_context(recalibrated(model, split.images))
         yield
 
 

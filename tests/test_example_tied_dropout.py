@@ -355,7 +355,7 @@ def test_unlearning_measures_the_chosen_the_others_and_test(finished):
 
 
 def test_baselines_have_no_neurons_to_drop(run_of):
-    run = run_of("dropout.kind=standard", "dropout.batchnorm=recalibrated", "train.epochs=1")
+    run = run_of("dropout.kind=sparse", "dropout.batchnorm=recalibrated", "train.epochs=1")
     example_tied_dropout.EXPERIMENT.main(run)
     before, after = states(run).values()
     assert {name: before[name] for name in ACCURACIES} == {n: after[n] for n in ACCURACIES}

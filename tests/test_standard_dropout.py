@@ -1,13 +1,18 @@
 """Both readings of Table 3's standard dropout: settings, identity, and the network built."""
 
+import copy
+
 import pytest
+import torch
 
 import example_tied_dropout
+from data import normalize
 from engine.config.load import load_configs
 from engine.errors import UserError
 from engine.runs.identity import deciding_settings
 from engine.runs.run import Run
-from engine.training.build import load_split, make_model
+from engine.training.build import load_final_model, load_split, make_model
+from engine.training.evaluation import evaluate
 from models.dropout import StandardDropout
 
 STANDARD = "dropout.kind=standard"
@@ -39,6 +44,33 @@ def test_each_reading_is_another_run_and_has_a_title_of_its_own(tiny):
     for kind in ("example_tied", "sparse", "none"):
         runs = [Run.of(tiny(f"dropout.kind={kind}", f"dropout.{c}")) for c in changes]
         assert len({run.directory for run in runs}) == 1
+
+
+def test_recalibrated_statistics_are_a_measurement_of_their_own(tiny):
+    """'before' has the statistics of training, 'after' those of a pass without dropout."""
+    given = (STANDARD, "dropout.batchnorm=recalibrated", "train.epochs=6", "train.peak_lr=0.05")
+    run = Run.of(example_tied_dropout.without_accounting(tiny(*given)))
+    example_tied_dropout.EXPERIMENT.main(run)
+    before, after = example_tied_dropout.DROPOUT.read(run.directory)
+    split = load_split(run.config)
+    model = load_final_model(run, split, torch.device("cpu"))
+    trained = copy.deepcopy(model.state_dict())
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    model.eval()
+    for norm in norms:
+        norm.train()
+    with torch.no_grad():
+        model(normalize(split.images))
+    model.eval()
+    assert not torch.equal(
+        model.state_dict()["conv1.bn.running_var"], trained["conv1.bn.running_var"]
+    )
+    correct = evaluate(model, split.images, split.label).correct
+    assert after["acc_clean"] == pytest.approx(correct[~split.memorized].double().mean().item())
+    assert after != before | {"state": "after"}
 
 
 def test_dropping_all_is_refused(tiny_file):
