@@ -6,7 +6,8 @@ percent, at little cost to clean accuracy (Table 1; over p_gen and p_mem, Table 
 sparse networks without such ties fit the wrong labels (Table 3); (iii) the clean examples that are
 forgotten on dropping are atypical (Figure 7).
 
-    python example_tied_dropout.py configs/paper/table_2.yaml
+    python example_tied_dropout.py configs/quickstart.yaml      # minutes on two CPU cores
+    python example_tied_dropout.py configs/paper/table_2.yaml   # the paper's size: a GPU
 
 Trains a run with the configured dropout for every combination of the sweep, and measures it before
 and after dropping. Beyond the paper: the effect of rescaling and of new batch-norm statistics after
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from data import Split, batch_rows, expanded, normalize
 from data.random_streams import random_stream
-from engine.config.schema import Config
+from engine.config.schema import Config, DropoutConfig
 from engine.errors import UserError
 from engine.launch.cli import run_script
 from engine.launch.estimates import count_examples, training_passes
@@ -315,8 +316,16 @@ def dropout_title(config: Config) -> str:
     shares = {
         "example_tied": f" {dropout.p_gen:g} {dropout.p_mem:g}",
         "none": " dropout",
+        "standard": standard_title(dropout),
     }.get(dropout.kind, f" {dropout.p_gen:g}")
     return f"{title(config)}, {dropout.kind}{shares}"
+
+
+def standard_title(dropout: DropoutConfig) -> str:
+    """Return the settings of standard dropout that differ from keeping single activations."""
+    verb = "" if dropout.standard == "keep" else f" {dropout.standard}"
+    units = "" if dropout.units == "activations" else f" {dropout.units}"
+    return f"{verb} {dropout.p_gen:g}{units}"
 
 
 def measure(run: Run) -> None:

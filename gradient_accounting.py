@@ -4,7 +4,8 @@ Claims: (i) in every layer, the 10% noisy examples contribute as much gradient n
 examples together (Figures 1, 10-14); (ii) the two gradients point in opposite directions, with
 cosines below -0.75 while the noisy examples are learned (Figure 2).
 
-    python gradient_accounting.py configs/paper/figures_1_2_10.yaml
+    python gradient_accounting.py configs/quickstart.yaml             # minutes on two CPU cores
+    python gradient_accounting.py configs/paper/figures_1_2_10.yaml   # the paper's size: a GPU
 
 Trains a run for every combination of the sweep, with a checkpoint after every epoch for the other
 scripts, and writes gradient_accounting.csv beside them. Accounting takes a second backward pass at

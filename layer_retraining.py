@@ -5,7 +5,8 @@ only: noisy examples, which it never sees, become correct too, at least at some 
 18, 19). A high peak shows that the layer is redundant for memorization; a low peak shows nothing.
 Both the peak and the end are reported.
 
-    python layer_retraining.py configs/paper/figure_4.yaml
+    python layer_retraining.py configs/quickstart.yaml       # minutes on two CPU cores
+    python layer_retraining.py configs/paper/figure_4.yaml   # the paper's size: a GPU
 
 Reads finished runs and writes layer_retraining.csv into each. Cost per layer: 20 epochs, forward
 through the whole network and backward from its end to the layer.

@@ -5,7 +5,8 @@ the noisy examples remain correct, so they are not memorized there; the critical
 elsewhere, differ between networks and data sets, and are critical for clean examples too (Figures
 3, 15-17).
 
-    python layer_rewinding.py configs/paper/figure_3.yaml
+    python layer_rewinding.py configs/quickstart.yaml       # minutes on two CPU cores
+    python layer_rewinding.py configs/paper/figure_3.yaml   # the paper's size: a GPU
 
 Reads the checkpoints of finished runs and writes layer_rewinding.csv into each: accuracies on the
 training set of the final network with one layer's weights from an earlier epoch. Only this layer

@@ -3,7 +3,9 @@
     python plot_results.py                          # every finished run below runs/
     python plot_results.py runs/NAME --figure 2     # some runs, one figure
     python plot_results.py --format png
+    python plot_results.py runs plotting.window='[10, 20]'  # other epochs in Figure 1
     python plot_results.py RUNS... --output results/NAME    # all in one folder, to be kept
+    python plot_results.py RUNS... --output results/NAME --figure 3 --format pdf    # one as PDF
 
 Runs that differ in nothing but the seed share a figure: lines are means over seeds, bands a
 standard deviation. Such a figure lies in figures/ beside its seeds' folders; one that compares
@@ -16,14 +18,23 @@ figure), 2 (their cosines), learning-curves, 10 (gradient norms over training), 
 to flip; those of several models are compared in one figure), 6 (masks of example-tied dropout), 7
 (clean examples that it forgets).
 
+    python plot_results.py --compare A/summary.json B/summary.json [--tolerance 0.01]
+
+prints the claims whose numbers or verdicts differ between two summaries, and draws nothing.
+
 All together lie below the folder that was named: report.html, summary.json, and Tables 1 to 3, the
 AUCs and all claims in tables/, as Markdown, CSV and LaTeX. With --output everything lies there,
-with copies of the runs' own tables and provenance.json, which says where each came from.
+with copies of the runs' own tables and provenance.json, which says where each came from; figures
+are then PNG unless --format says PDF, in figures/ itself where all runs differ in nothing but the
+seed, and one contact sheet per training set.
 """
 
 import argparse
+import math
+import re
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 from engine.config.kinds import nearest
@@ -32,9 +43,10 @@ from engine.launch.cli import Parser, reporting_ends
 from engine.runs import files
 from engine.runs.stopping import ending_on_signals
 from models import network_file
-from plotting.families import Family, find_families
+from plotting.families import Family, find_families, name_other_settings
 from plotting.figure_kind import FigureKind
 from plotting.figures import draw_all, figure_kinds
+from plotting.report.compare import TOLERANCE, compare_summaries
 from plotting.report.findings import Finding, find, table_claims
 from plotting.report.html import write_report
 from plotting.report.networks import table_networks
@@ -57,7 +69,7 @@ def write_table(table: Table, folder: Path) -> Path:
     forms = {"csv": table.csv(), "tex": table.latex(), "md": table.markdown()}
     for suffix, text in forms.items():
         path = folder / "tables" / f"{table.name}.{suffix}"
-        files.write_text(path, text)
+        files.update_text(path, text)
     return path
 
 
@@ -87,6 +99,7 @@ def present(
 ) -> Iterator[str]:
     """Everything that the runs allow, the report last; a line for each."""
     yield from name_lost_networks(families)
+    yield from name_other_settings(families)
     drawings = []
     for drawing in draw_all(families, folder, formats=formats, gather=gather):
         drawings.append(drawing)
@@ -102,21 +115,46 @@ def present(
     yield f"report: {write_report(title, families, findings, drawings, tables, folder)}"
 
 
+def require_tolerance(tolerance: float) -> None:
+    if not (math.isfinite(tolerance) and tolerance >= 0):
+        raise UserError(f"command line: --tolerance: {tolerance:g} is not allowed: 0 or more")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", default=[Path("runs")])
+    words = "finished runs, or folders of them (default: runs); also plotting.KEY=VALUE"
+    parser.add_argument("runs", nargs="*", metavar="RUN", help=words)
     parser.add_argument("--figure", metavar="NUMBER", help="only this one")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="all there, to be kept")
-    parser.add_argument("--format", choices=("pdf", "png"), help="only this one; else both")
+    parser.add_argument(
+        "--format", choices=("pdf", "png"), help="only this one; else both, or PNG with --output"
+    )
+    parser.add_argument(
+        "--compare", nargs=2, type=Path, metavar="SUMMARY", help="compare two summary.json files"
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=TOLERANCE,
+        help="--compare: allowed difference of two means, as a share of the larger mean where that "
+        f"is above 1 (default {TOLERANCE:g})",
+    )
     with reporting_ends() as ending, ending_on_signals():
         given = parser.parse_args(arguments)
-        formats = [given.format] if given.format else ["pdf", "png"]
-        kinds, families = choose_kinds(given.figure), find_families(given.runs)
-        folder, gather = given.output or given.runs[0], given.output is not None
+        if given.compare:
+            require_tolerance(given.tolerance)
+            print(compare_summaries(*given.compare, given.tolerance), flush=True)
+            return ending.status
+        overrides = tuple(word for word in given.runs if re.match(r"plotting\.\w+=", word))
+        places = [Path(word) for word in given.runs if word not in overrides] or [Path("runs")]
+        folder, gather = given.output or places[0], given.output is not None
+        formats = [given.format] if given.format else ["png"] if gather else ["pdf", "png"]
+        kinds, families = choose_kinds(given.figure), find_families(places, overrides)
         if gather and len({family.name for family in families}) < len(families):
             raise UserError("command line: --output: two folders hold seeds of the same run")
         if given.figure:
-            lines = draw_all(families, folder, kinds, formats, concerning=False, gather=gather)
+            drawings = draw_all(families, folder, kinds, formats, concerning=False, gather=gather)
+            lines = chain(name_other_settings(families), drawings)
         else:
             lines = present(families, folder, formats, gather=gather)
         for line in lines:

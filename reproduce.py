@@ -49,7 +49,7 @@ from engine.runs.experiment import Experiment
 from engine.runs.run import Run, each_once
 from engine.runs.stopping import OutOfTime, ending_on_signals, time_budget
 from engine.training.build import load_split
-from plotting.families import find_families
+from plotting.families import find_families, plotting_overrides
 
 QUICKSTART = Path(__file__).resolve().parent / "configs" / "quickstart.yaml"
 REPORTED = "report.json"  # in a report's folder: the runs that it is about
@@ -171,7 +171,8 @@ def conclude(jobs: Sequence[Job], folder: Path, title: str) -> None:
             print(f"{result}  {place}")
     directories = list(dict.fromkeys(job.run.directory for job in jobs))
     if directories:
-        *_, summary, report = plot_results.present(find_families(directories), folder, title=title)
+        families = find_families(directories, plotting_overrides(jobs[0].run.config))
+        *_, summary, report = plot_results.present(families, folder, title=title)
         print(summary, report, sep="\n")
 
 
@@ -238,7 +239,7 @@ def report_folder(folder: Path, jobs: Sequence[Job]) -> Path:
     if not _holds_only(folder, runs):
         digest = hashlib.sha256("\n".join(runs).encode()).hexdigest()[:8]
         folder = folder.with_name(f"{folder.name}-{digest}")
-    files.write_json(folder / REPORTED, {"runs": runs})
+    files.update_json(folder / REPORTED, {"runs": runs})
     return folder
 
 

@@ -1,12 +1,13 @@
 """Search of many examples at once against the slow, obvious way, in one process.
 
+    python benchmarks/flipping.py --full-width data.root=FOLDER [--examples 6] [--slow 3]
     python benchmarks/flipping.py [key.path=value ...] [--examples 60] [--slow 2]
 
 Trains a run in a temporary folder (or takes the run whose directory `--run` names), searches
-`--examples` memorized and as many clean examples with the settings of the configuration, and the
-first `--slow` of each in the slow way: a fresh copy of the model for each, one forward and backward
-pass of the whole model for every neuron, and an accuracy on all remaining examples at the end. The
-slow examples take turns with the fast ones. README.md beside this file says how to read it.
+`--examples` memorized and as many clean examples exactly and approximately, and the first `--slow`
+of each in the slow way: a fresh copy of the model for each, one forward and backward pass of the
+whole model for every neuron, and an accuracy on all remaining examples at the end. The three take
+turns. README.md beside this file says how to read it.
 """
 
 import copy
@@ -16,6 +17,8 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +44,10 @@ from neuron_flipping import (
 )
 
 BATCH = 500  # images in one pass of the slow way
+FULL_WIDTH = [
+    "data.name=mnist", "data.train_size=4000", "model.width=1.0", "train.account_gradients=false",
+    "flipping.reference_batch=512", "flipping.noise_copies=5", "flipping.remaining=null",
+]  # fmt: skip
 
 
 class SlowSearch:
@@ -138,6 +145,21 @@ class Clock:
         return timed
 
 
+APPROXIMATE = {"reference_copies": 1, "reference_rows": 128, "remaining": 5000}
+
+
+def timed_searches(run: Run, split: Split, model: nn.Module, rows: list[int], clock: Clock) -> dict:
+    """Return a function for each kind of search that searches the next example."""
+    searches = {}
+    for kind, changed in (("exact", {}), ("approximate", APPROXIMATE)):
+        settings = replace(run.config.flipping, **changed)
+        if settings.remaining is not None:
+            settings = replace(settings, remaining=min(settings.remaining, split.n))
+        found = compute_flipping(Run.of(replace(run.config, flipping=settings)), split, model, rows)
+        searches[kind] = clock.around(kind, partial(next, found))
+    return searches
+
+
 def measure(run: Run, count: int, slow_count: int) -> None:
     device = resolve_device(run.config)
     split = load_split(run.config).to(device)
@@ -147,54 +169,51 @@ def measure(run: Run, count: int, slow_count: int) -> None:
     half, clock = len(rows) // 2, Clock(device)
     every = max(1, half // slow_count)
     slow_rows = [*rows[:half:every][:slow_count], *rows[half::every][:slow_count]]
+    searches = timed_searches(run, split, model, rows, clock)
     slow_search = clock.around("slow", SlowSearch(run, split, model).search)
-    for name in ("ReferenceGradient", "Correctness"):
-        owner = getattr(cached_passes, name)
-        owner._compute = clock.around(name, owner._compute)
-
     turns = {round(len(rows) * (k + 1) / (len(slow_rows) + 1)): r for k, r in enumerate(slow_rows)}
-    neurons, slow_neurons = {}, {}
-    fast = compute_flipping(run, split, model, rows)
-    search_next = clock.around("fast", lambda: next(fast))
+    neurons = {kind: {} for kind in [*searches, "slow"]}
     for done in range(len(rows)):
-        result = search_next()
-        neurons[result["example"]] = result["neurons"]
+        for kind, search_next in searches.items():
+            result = search_next()
+            neurons[kind][result["example"]] = result["neurons"]
         if done in turns:
-            slow_neurons[int(split.index[turns[done]])] = slow_search(turns[done])
-    fast_each, slow_each = clock.seconds["fast"] / len(rows), clock.seconds["slow"] / len(slow_rows)
+            neurons["slow"][int(split.index[turns[done]])] = slow_search(turns[done])
+
     print(f"{describe_device(device)}, torch {torch.__version__}, {run.config.flipping}")
-    print(f"fast: {len(rows)} examples of {statistics.mean(neurons.values()):.2f} neurons")
-    print(
-        f"slow: {len(slow_rows)} of them, of {statistics.mean(slow_neurons.values()):.2f} neurons"
-    )
-    print(f"fast {fast_each:.2f} s an example, slow {slow_each:.2f} s: {slow_each / fast_each:.1f}")
-    fast_each /= statistics.mean(neurons.values())
-    slow_each /= statistics.mean(slow_neurons.values())
-    print(f"fast {fast_each:.2f} s a neuron, slow {slow_each:.2f} s: {slow_each / fast_each:.1f}")
-    for name in ("ReferenceGradient", "Correctness"):
-        share = clock.seconds[name] / clock.seconds["fast"]
-        print(f"  {name}: computed {clock.calls[name]} times, {share:.0%} of the fast time")
-    differing = {
-        example: (neurons[example], number)
-        for example, number in slow_neurons.items()
-        if neurons[example] != number
-    }
-    print(
-        f"the same numbers of neurons: {len(slow_neurons) - len(differing)} of {len(slow_neurons)}"
-    )
+    print(f"approximate: {APPROXIMATE}")
+    for kind, found in neurons.items():
+        seconds, mean = clock.seconds[kind] / len(found), statistics.mean(found.values())
+        print(
+            f"{kind}: {len(found)} examples of {mean:.2f} neurons, {seconds:.2f} s an example, "
+            f"{seconds / mean:.2f} s a neuron"
+        )
+    slow = neurons.pop("slow")
+    slow_seconds, slow_neurons = clock.seconds["slow"] / len(slow), statistics.mean(slow.values())
+    for kind, found in neurons.items():
+        seconds, mean = clock.seconds[kind] / len(found), statistics.mean(found.values())
+        same = sum(found[example] == number for example, number in slow.items())
+        print(
+            f"{kind}: {slow_seconds / seconds:.1f} times as fast as the slow way an example, "
+            f"{slow_seconds / slow_neurons / (seconds / mean):.1f} times a neuron; as many neurons "
+            f"for {same} of {len(slow)} examples"
+        )
+    differing = {e: (neurons["exact"][e], n) for e, n in slow.items() if neurons["exact"][e] != n}
     if differing:
-        sys.exit(f"other numbers of neurons, fast and slow, by example: {differing}")
+        sys.exit(f"other numbers of neurons, exact and slow, by example: {differing}")
 
 
 def main() -> None:
     parser = make_parser(__doc__, rounds=None)
     parser.add_argument("--run", help="the directory of a finished run")
+    parser.add_argument("--full-width", action="store_true", help="4,000 MNIST images, width 1.0")
     parser.add_argument("--examples", type=int, default=60)
     parser.add_argument("--slow", type=int, default=2)
     given = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as folder:
         quickstart = str(REPOSITORY / "configs" / "quickstart.yaml")
-        trained = [quickstart, [f"output_dir={folder}", *given.overrides]]
+        case = FULL_WIDTH if given.full_width else []
+        trained = [quickstart, [f"output_dir={folder}", *case, *given.overrides]]
         (run,) = find_runs(*([given.run, given.overrides] if given.run else trained))
         if not given.run:
             gradient_accounting.EXPERIMENT.main(run)

@@ -4,7 +4,8 @@ The memorization of an example is the accuracy on it of networks that trained on
 networks that did not. Many networks are trained, each on a random half of the training set with the
 run's own schedule and with an initialization and batch order of its own.
 
-    python -m beyond.counterfactual configs/beyond/counterfactual_glyphs.yaml
+    python -m beyond.counterfactual configs/quickstart.yaml counterfactual.trainings=9  # minutes
+    python -m beyond.counterfactual configs/beyond/counterfactual_glyphs.yaml   # 200 trainings
 
 Reads finished runs. Does `counterfactual.trainings` trainings for each, and writes
 counterfactual.csv: the yardstick for the scores of beyond/example_scores.py. Each training is saved

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from data.dataset import UNREADABLE, DataError, Dataset, expanded, file_digest, reason
+from data.npz import require_room
 
 NETWORK_TIMEOUT = 30  # seconds
 
@@ -144,6 +145,7 @@ def _download(source: _Published, path: Path) -> None:
 def _read_npz(path: Path, label: np.ndarray) -> np.ndarray:
     """Read scores in the data set's order, verified by the labels in the file."""
     try:
+        require_room(path)
         with np.load(path, allow_pickle=False) as file:
             labels, scores = file["labels"], file["scores"]
     except (KeyError, TypeError, AttributeError, *UNREADABLE) as error:

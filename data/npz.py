@@ -18,6 +18,9 @@ from data.dataset import UNREADABLE, DataError, Dataset, expanded, reason
 
 REQUIRED = ("x_train", "y_train", "x_test", "y_test")
 OPTIONAL = ("noisy_label", "c_score")
+# Images shrink by far less than MOST_PACKED; zeros, as in an archive made to fill memory, by 1,000.
+MOST_PACKED = 100
+UNPACKED_FREELY = 5 * 10**8  # bytes
 
 
 def load_npz(path: str | Path) -> Dataset:
@@ -59,32 +62,35 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     if not zipfile.is_zipfile(path):
         raise DataError(f"{path}: not an .npz file, or cut off; write it with np.savez")
     arrays, name = {}, "table of contents"
-    _require_room(path)
+    try:
+        require_room(path)
+    except UNREADABLE as error:
+        raise _error(path, name, reason(error), "an .npz file") from None
     try:
         with np.load(path, allow_pickle=False) as file:
             names = file.files
             for name in [known for known in REQUIRED + OPTIONAL if known in names]:
                 arrays[name] = file[name]
-    except UNREADABLE as error:
+    except (MemoryError, *UNREADABLE) as error:  # a header may claim any size
         found = f"something unreadable ({reason(error)})"
         raise _error(path, name, found, "a plain numeric array") from None
     _check_names(path, names)
     return arrays
 
 
-def _require_room(path: Path) -> None:
-    """Refuse arrays that unpack to more than the machine's memory, before they fill it."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            size = sum(entry.file_size for entry in archive.infolist())
-    except UNREADABLE as error:
-        raise _error(path, "table of contents", reason(error), "an .npz file") from None
+def require_room(path: Path) -> None:
+    """Refuse arrays that unpack to more than the memory, or far further than images do."""
+    with zipfile.ZipFile(path) as archive:
+        size = sum(entry.file_size for entry in archive.infolist())
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    found, packed = f"arrays of {size / 1e9:,.1f} GB", path.stat().st_size
     if size > memory:
-        found = f"arrays of {size / 1e9:,.1f} GB"
         raise _error(
             path, "size", found, f"less than this machine's memory, {memory / 1e9:,.1f} GB"
         )
+    if size > max(UNPACKED_FREELY, MOST_PACKED * packed):
+        found = f"{found} in a file of {packed / 1e6:,.1f} MB"
+        raise _error(path, "size", found, f"{MOST_PACKED} times the file; write it with np.savez")
 
 
 def _check_names(path: Path, names: list[str]) -> None:

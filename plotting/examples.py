@@ -12,9 +12,9 @@ from data import Split
 from engine.training.build import load_split_at_hand
 from plotting.families import Family
 from plotting.figure_kind import FigureKind
-from plotting.style import PAGE
+from plotting.style import PAGE, SMALL, entitle
 
-ACROSS, DOWN = 12, 3  # images on each half of a sheet
+ACROSS, DOWN = 8, 3  # images on each half of a sheet
 PITCH, ROOM = 1.15, 0.5  # in images: from one to the next, and for a caption above it
 
 
@@ -43,17 +43,30 @@ def plot_examples(family: Family) -> Figure:
     """The sheet of a run's training set; it is the same for every seed."""
     split = load_split_at_hand(family.config)
     halves = choose_shown(split, family.config.data.split)
-    figure, panels = plt.subplots(2, 1, figsize=(PAGE, 5.6))
-    for axes, (heading, rows) in zip(panels, halves):
+    sheets = []
+    for heading, rows in halves:
         captions = [_caption(split, row, family.config.data.split) for row in rows]
-        draw_sheet(axes, split.images[rows.tolist()], captions, ACROSS, size=5.5)
+        sheets.append((heading, split.images[rows.tolist()], captions))
+    figure = draw_sheets(sheets, ACROSS)
+    entitle(figure, "Training examples", family.title)
+    return figure
+
+
+def draw_sheets(sheets: Sequence[tuple[str, Tensor, Sequence[str]]], across: int) -> Figure:
+    """Sheets above one another, each with its heading, its images and their captions."""
+    rows = [max(1, -(-len(captions) // across)) for _, _, captions in sheets]
+    inches = PAGE / (across * PITCH)  # of an image
+    height = inches * (PITCH + ROOM) * sum(rows) + 0.25 * len(sheets)
+    figure, panels = plt.subplots(
+        len(sheets), 1, figsize=(PAGE, height), height_ratios=rows, squeeze=False
+    )
+    for axes, (heading, images, captions) in zip(panels.flat, sheets):
+        draw_sheet(axes, images, captions, across)
         axes.set_title(heading, loc="left")
     return figure
 
 
-def draw_sheet(
-    axes: Axes, images: Tensor, captions: Sequence[str], across: int, size: float
-) -> None:
+def draw_sheet(axes: Axes, images: Tensor, captions: Sequence[str], across: int) -> None:
     """Images [n, channels, height, width] in rows of `across`, each below its caption."""
     axes.set_axis_off()
     axes.set_aspect("equal")
@@ -67,7 +80,7 @@ def draw_sheet(
             cmap="gray", vmin=0, vmax=255, interpolation="nearest",
             extent=(left, left + 1, top + 1, top),
         )  # fmt: skip
-        axes.text(left + 0.5, top - 0.05, caption, fontsize=size, ha="center", va="bottom")
+        axes.text(left + 0.5, top - 0.05, caption, fontsize=SMALL, ha="center", va="bottom")
 
 
 def _caption(split: Split, row: int, kind: str) -> str:
@@ -79,7 +92,7 @@ def _caption(split: Split, row: int, kind: str) -> str:
 
 FIGURES = (
     FigureKind(
-        ("examples",), "examples", "gradients", "split.npz", plot_examples,
+        ("examples",), "examples", "gradients", "split.npz", plot_examples, "Training examples.",
         "What there is to memorize: judge for yourself whether a person would give these labels.",
     ),
 )  # fmt: skip

@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
@@ -17,14 +17,17 @@ from engine.config.schema import Config
 from engine.errors import UserError
 from engine.launch.experiments import load_experiments
 from engine.runs import files
-from engine.runs.identity import title
+from engine.runs.commands import printable
+from engine.runs.identity import run_name, short_name, title
+from engine.runs.measurement import KeptTable
 from engine.runs.run import Run
-from engine.runs.tables import ResultTable
+from engine.runs.tables import LAYERS, ResultTable
+from example_tied_dropout import standard_title
 
 # With these, another quantity is measured than the paper's, and every title says so.
 REDEFINING = {
     "rewinding.batchnorm", "flipping.ablate", "flipping.refresh_reference",
-    "flipping.reference_copies", "dropout.rescale", "dropout.batchnorm",
+    "flipping.reference_copies", "flipping.reference_rows", "dropout.rescale", "dropout.batchnorm",
 }  # fmt: skip
 
 
@@ -77,7 +80,8 @@ class Family:
 
     @property
     def name(self) -> str:
-        return self.folder.resolve().name
+        """The name that this version gives to the folder of such runs."""
+        return run_name(self.config, self.runs[0].settings)
 
     @property
     def trained(self) -> str:
@@ -89,6 +93,8 @@ class Family:
         dropout = self.config.dropout
         if dropout.kind == "example_tied":
             return self._title_with(f", example-tied {dropout.p_gen:g}, {dropout.p_mem:g}")
+        if dropout.kind == "standard":
+            return self._title_with(f", standard{standard_title(dropout)}")
         if dropout.kind != "none":
             return self._title_with(f", {dropout.kind} {dropout.p_gen:g}")
         return self.trained
@@ -99,7 +105,39 @@ class Family:
     @property
     def seeds(self) -> str:
         """Number of runs of a figure, as its caption says it."""
-        return f"n = {len(self.runs)} seed{'s' if len(self.runs) > 1 else ''}"
+        return count_seeds([self])
+
+    @property
+    def about(self) -> str:
+        """The runs of a figure in small letters."""
+        return f"{self.title}, {self.seeds}"
+
+    @property
+    def data(self) -> str:
+        """The data set, and the number of training images where it is not all of them."""
+        return title(self.config).partition(f" {short_name(self.config.model.name)}")[0]
+
+    @property
+    def model(self) -> str:
+        """The network, with its width where that is not 1."""
+        model = self.config.model
+        width = model.arguments.get("width", 1)
+        return short_name(model.name) + ("" if width == 1 else f" width {width:g}")
+
+    @property
+    def split(self) -> str:
+        """The kind of memorized examples, or the share of noisy ones."""
+        data = self.config.data
+        if data.split == "noise":
+            return f"{100 * data.noise_rate:g}% noise"
+        return "atypical" if data.split == "atypical" else data.human_labels.column
+
+    @property
+    def layers(self) -> list[tuple[int, str]]:
+        """Numbers and names of the layers; empty for a run of an earlier version."""
+        run = self.runs[0]
+        rows = LAYERS.read(run.directory) if LAYERS.path(run.directory).exists() else []
+        return [(int(row["layer"]), row["name"]) for row in rows]
 
     @property
     def devices(self) -> list[str]:
@@ -142,11 +180,23 @@ class Family:
 
 
 @refusing_malformed
-def find_families(places: Sequence[Path]) -> list[Family]:
-    """The finished runs at or below the given folders, sweeps in the order of their values."""
-    runs = [run for run in map(Run.at, _find_directories(places)) if run.finished]
-    for run in runs:
-        run.require_undamaged()
+def find_families(places: Sequence[Path], overrides: tuple[str, ...] = ()) -> list[Family]:
+    """The finished runs at or below the given folders, sweeps in the order of their values.
+
+    A run that is named itself must be usable; of those below a folder, each that is not usable is
+    named on stderr with the reason. Overrides are settings of figures, such as
+    plotting.windows=[0,10,20].
+    """
+    named = {place.resolve() for place in places}
+    runs = []
+    for directory in _find_directories(places):
+        try:
+            runs.append(_finished_run(directory, overrides))
+        except UserError as error:
+            if directory.resolve() in named:
+                raise
+            where = "" if str(directory) in str(error) else f"{directory}: "
+            print(printable(f"left out: {where}{error}"), file=sys.stderr)
     if not runs:
         raise UserError(f"{', '.join(map(str, places))}: no finished run there")
     together: dict[Path, list[Run]] = {}
@@ -156,6 +206,42 @@ def find_families(places: Sequence[Path]) -> list[Family]:
     for family in families:
         _name_left_out(family)
     return sorted(_told_apart(families), key=lambda family: by_numbers(family.title))
+
+
+@refusing_malformed
+def _finished_run(directory: Path, overrides: tuple[str, ...]) -> Run:
+    """Return the run in this directory, whose training is finished and whose tables are whole."""
+    run = Run.at(directory, overrides)
+    if not run.finished:
+        raise UserError(f"{directory}: no finished run there: its training is {run.state}")
+    run.require_undamaged()
+    for table in {t for experiment in load_experiments().values() for t in experiment.tables}:
+        if table.path(directory).exists():
+            table.require_whole(directory)
+    return run
+
+
+def name_other_settings(families: Sequence[Family]) -> Iterator[str]:
+    """Yield a line for each table that was measured with other settings than the one shown."""
+    for run in (run for family in families for run in family.runs):
+        for kept in KeptTable.below(run.directory):
+            shown = measured(run, kept.path.name)
+            if words := _in_words(kept.differences(shown)):
+                instead = _in_words({k: (shown or {}).get(k) for k in kept.differences(shown)})
+                yield (
+                    f"{run.directory / kept.path.name}: shown with {instead}; "
+                    f"also measured, with {words}: {kept.path}"
+                )
+
+
+def _in_words(settings: Mapping[str, object]) -> str:
+    return ", ".join(f"{key}={value!s:.60}" for key, value in settings.items())
+
+
+def plotting_overrides(config: Config) -> tuple[str, ...]:
+    """Return the settings of figures in a configuration, for runs that were trained with others."""
+    values = {k: v for k, v in flatten(config).items() if k.startswith("plotting.")}
+    return tuple(f"{k}={list(v) if v else 'null'}" for k, v in values.items())
 
 
 def by_numbers(words: str) -> list[str | float]:
@@ -226,6 +312,53 @@ def differing(families: Sequence[Family]) -> list[str]:
     settings = [family.settings for family in families]
     keys = dict.fromkeys(key for of in settings for key in of)
     return [key for key in keys if len({repr(of.get(key)) for of in settings}) > 1]
+
+
+def count_seeds(families: Sequence[Family]) -> str:
+    """Return the number of seeds of these families, as a caption says it: 'n = 1 to 3 seeds'."""
+    counts = sorted({len(family.runs) for family in families})
+    return f"n = {' to '.join(map(str, counts[:1] + counts[1:][-1:]))} " + (
+        "seed" if counts == [1] else "seeds"
+    )
+
+
+def name_models(families: Sequence[Family]) -> list[str]:
+    """Name each family's model and what tells it from others: 'resnet9 width 0.25, peak_lr 0.1'."""
+    names = []
+    for family in families:
+        name, values = family.config.model.name, flatten(family.config)
+        keys = differing([other for other in families if other.config.model.name == name])
+        apart = [
+            f"{key.partition('.')[2]} {values[key]}"
+            for key in keys
+            if key.startswith(("model.", "train.")) and key != "model.width"
+        ]
+        names.append(", ".join([family.model, *apart]))
+    return names
+
+
+def place_in_grid(families: Sequence[Family]) -> list[tuple[int, int]]:
+    """Return a row and a column for each family: its noise rate and its model, as in the paper.
+
+    Families of a single model fill three columns, row by row.
+    """
+    names = name_models(families)
+    models = list(dict.fromkeys(names))
+    if len(models) == 1:
+        return [divmod(number, min(3, len(families))) for number in range(len(families))]
+    splits = list(dict.fromkeys(sorted((f.split for f in families), key=by_numbers)))
+    return [(splits.index(f.split), models.index(name)) for f, name in zip(families, names)]
+
+
+def describe(families: Sequence[Family]) -> str:
+    """Return what several families have in common: data sets, models, splits, and seeds."""
+    each = (
+        [family.data for family in families],
+        name_models(families),
+        [family.split for family in families],
+    )
+    common = [", ".join(dict.fromkeys(words)) for words in each]
+    return "; ".join([*common, count_seeds(families)])
 
 
 def setting_of(family: Family, key: str) -> float:

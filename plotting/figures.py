@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 
 from matplotlib import pyplot as plt
@@ -13,8 +14,9 @@ from data import DataError
 from engine.launch.experiments import load_experiments
 from engine.runs import files
 from engine.runs.commands import shell_command
-from plotting.families import Family, alike, refusing_malformed
+from plotting.families import Family, alike, describe, refusing_malformed
 from plotting.figure_kind import FigureKind
+from plotting.redrawing import unless_unchanged
 from plotting.style import paper_style
 
 
@@ -54,23 +56,28 @@ def draw_all(
 ) -> Iterator[Drawing]:
     """Every figure, each beside its runs; those that compare several families in `folder`.
 
-    With `gather` all lie in `folder`, those of a family in a folder with its name.
+    With `gather` all lie in `folder`, those of one of several families in a folder with its name;
+    families of the same training set then share a contact sheet.
     """
     for kind in figure_kinds() if kinds is None else kinds:
-        wanted = [family for family in families if not concerning or kind.concerns(family)]
+        wanted = [f for f in families if (kind.concerns(f) if concerning else kind.fits(f))]
+        if not wanted and not concerning:
+            split = "atypical" if kind.atypical else "noise, or human"
+            yield Drawing(kind, f"{len(families)} runs", lack=f"it needs data.split: {split}")
         if kind.compares:
             measured = [part for family in wanted if (part := family.having(kind.source))]
-            for number, group in enumerate(alike(measured, kind.compares, fewest=2), start=1):
-                path = folder / "figures" / f"{kind.name}_{number}"
-                about = f"{len(group)} settings of {group[0].title}"
-                yield Drawing(kind, about, draw_figure(kind.plot, group, path, formats))
+            for name, page in pages_of(kind, measured):
+                path = folder / "figures" / name
+                yield Drawing(kind, describe(page), _files_of(kind, page, path, formats, gather))
             continue
-        for family in wanted:
+        for family in _of_different_data(wanted) if gather and kind.name == "examples" else wanted:
             if part := family.having(kind.source):
-                beside = folder / "figures" / family.name if gather else family.folder / "figures"
-                about = f"{part.title}, {part.seeds}"
+                beside = family.folder / "figures"
+                if gather:
+                    beside = folder / "figures" / (family.name if len(families) > 1 else "")
+                about = part.about
                 try:
-                    paths = draw_figure(kind.plot, part, beside / kind.name, formats)
+                    paths = _files_of(kind, part, beside / kind.name, formats, gather)
                 except DataError as error:
                     yield Drawing(kind, about, lack=str(error))
                 else:
@@ -81,6 +88,39 @@ def draw_all(
                 yield Drawing(kind, family.title, command=" && ".join(commands))
             else:
                 yield Drawing(kind, family.title, lack=f"such a run has no {kind.source}")
+
+
+def pages_of(kind: FigureKind, families: Sequence[Family]) -> Iterator[tuple[str, list[Family]]]:
+    """Yield the name and the families of each figure that compares some of these."""
+    for number, group in enumerate(alike(families, kind.compares, fewest=2), start=1):
+        count = -(-len(group) // kind.page)
+        bounds = [len(group) * page // count for page in range(count + 1)]
+        for page, (first, last) in enumerate(pairwise(bounds), start=1):
+            name = f"{kind.name}_{number}" + (f"_page{page}" if count > 1 else "")
+            yield name, group[first:last]
+
+
+@refusing_malformed
+def _files_of(
+    kind: FigureKind,
+    subject: Family | list[Family],
+    path: Path,
+    formats: Sequence[str],
+    gather: bool,
+) -> tuple[Path, ...]:
+    """Return the files of a figure; unchanged ones are not drawn again, except to be kept."""
+    draw = partial(draw_figure, kind.plot, subject, path, formats)
+    paths = [path.with_name(f"{path.name}.{suffix}") for suffix in formats]
+    return draw() if gather else unless_unchanged(draw, subject, paths)
+
+
+def _of_different_data(families: Sequence[Family]) -> list[Family]:
+    """The first family of each training set."""
+    found: dict[str, Family] = {}
+    for family in families:
+        of_data = {k: v for k, v in family.settings.items() if k.startswith("data.")}
+        found.setdefault(repr(sorted(of_data.items())), family)
+    return list(found.values())
 
 
 @refusing_malformed
@@ -103,7 +143,8 @@ def draw_figure(
 
 
 def _save(figure: Figure, path: Path) -> None:
-    # Without a date in it, the same figure is the same file.
-    metadata = {"CreationDate": None} if path.suffix == ".pdf" else {}
+    # Without dates and versions in it, the same figure is the same file.
+    keys = ("CreationDate", "Creator", "Producer") if path.suffix == ".pdf" else ("Software",)
+    metadata = dict.fromkeys(keys)
     kind = path.suffix.removeprefix(".")
     files.write_atomically(path, lambda f: figure.savefig(f, format=kind, metadata=metadata))

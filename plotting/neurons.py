@@ -11,14 +11,13 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from data import DataError
 from engine.config.schema import ModelConfig
 from engine.runs import files
-from engine.runs.identity import short_name
 from engine.runs.run import Run
 from engine.stats import count_neurons
-from models import MODELS, model_options
+from models import MODELS
 from neuron_flipping import FLIPPING
-from plotting.families import Family
+from plotting.families import Family, describe, name_models
 from plotting.figure_kind import FigureKind
-from plotting.style import COLORS, DASHES, PAGE, names_of, wrapped
+from plotting.style import COLORS, DASHES, PAGE, SMALL, entitle, names_of, wrapped
 
 
 def read_searched(run: Run) -> list[dict]:
@@ -38,9 +37,27 @@ def _of_both_kinds(rows: list[dict]) -> Iterator[tuple[str, list[dict]]]:
         yield kind, [row for row in rows if row["memorized"] == memorized]
 
 
-def _histogram(axes: Axes, values: list[float], bins: np.ndarray, kind: str, name: str) -> None:
-    weights = np.full(len(values), 1 / max(1, len(values)))
-    axes.hist(values, bins, weights=weights, alpha=0.55, color=COLORS[kind], label=name)
+def _draw_shares(
+    axes: Axes, values: dict[str, list[float]], bins: np.ndarray, names: dict[str, str]
+) -> None:
+    """Histograms of both kinds, each adding up to 1, with dashed lines at their means.
+
+    The outermost bars count what lies beyond them.
+    """
+    for kind, own in values.items():
+        weights = np.full(len(own), 1 / max(1, len(own)))
+        inside = np.clip(own, (bins[0] + bins[1]) / 2, (bins[-2] + bins[-1]) / 2)
+        axes.hist(inside, bins, weights=weights, alpha=0.55, color=COLORS[kind], label=names[kind])
+        _draw_average(axes, own, kind)
+    beyond = sum(not bins[0] <= value <= bins[-1] for own in values.values() for value in own)
+    if beyond:
+        axes.text(0.5, 1, f"{beyond} beyond the axis", transform=axes.transAxes, size=SMALL,
+                  ha="center", va="bottom")  # fmt: skip
+
+
+def _draw_average(axes: Axes, values: Sequence[float], kind: str) -> None:
+    if len(values):
+        axes.axvline(np.mean(values), color=COLORS[kind], ls="--", lw=0.8)
 
 
 def plot_flipping(family: Family) -> Figure:
@@ -49,44 +66,46 @@ def plot_flipping(family: Family) -> Figure:
     if not rows:
         raise DataError("no example was searched")
     names = names_of(family.config.data.split)
-    figure, (counts, after, layers) = plt.subplots(1, 3, figsize=(PAGE, 2.3))
-    most = int(max(row["neurons"] for row in rows))
-    steps = np.arange(-0.5, most + 1.5, max(1, most // 30))
-    lowest = min(row["acc_remaining_after"] for row in rows)
-    groups = [int(g) for row in rows for g in row["groups"].split()]
-    for kind, chosen in _of_both_kinds(rows):
-        neurons = [row["neurons"] for row in chosen]
-        _histogram(counts, neurons, np.append(steps, most + 1.5), kind, names[kind])
-        if chosen:
-            counts.axvline(np.mean(neurons), color=COLORS[kind], ls="--", lw=0.8)
-        remaining = [row["acc_remaining_after"] for row in chosen]
-        _histogram(after, remaining, np.linspace(lowest, 1, 21), kind, names[kind])
-        own = [int(g) for row in chosen for g in row["groups"].split()]
-        share = np.bincount(own, minlength=max(groups, default=0) + 1) / max(1, len(own))
+    figure, (counts, after, layers) = plt.subplots(1, 3, figsize=(PAGE, 2))
+    by_kind = dict(_of_both_kinds(rows))
+
+    def of_kind(column: str) -> dict[str, list[float]]:
+        return {kind: [row[column] for row in own] for kind, own in by_kind.items()}
+
+    most = np.ceil(np.quantile([row["neurons"] for row in rows], 0.99))
+    step = max(1, -(-most // 30))
+    _draw_shares(counts, of_kind("neurons"), np.arange(-0.5, most + step, step), names)
+    lowest = min(np.quantile([row["acc_remaining_after"] for row in rows], 0.01), 0.95)
+    _draw_shares(after, of_kind("acc_remaining_after"), np.linspace(lowest, 1, 21), names)
+    for kind, own in of_kind("groups").items():
+        chosen = [int(group) for groups in own for group in groups.split()]
+        share = np.bincount(chosen, minlength=1) / max(1, len(chosen))
         place = np.arange(len(share)) + (0.2 if kind == "noisy" else -0.2)
         layers.bar(place, share, 0.4, color=COLORS[kind], label=names[kind])
+        _draw_average(layers, chosen, kind)
     counts.set(xlabel="neurons zeroed to flip it", ylabel="share of examples")
-    after.set(xlabel="accuracy on the remaining set")
+    after.set(xlabel="accuracy on the\nremaining set")
     layers.set(xlabel="layer", ylabel="share of neurons")
-    after.xaxis.set_major_formatter(PercentFormatter(1))
+    after.xaxis.set_major_locator(MaxNLocator(4))
+    after.xaxis.set_major_formatter(PercentFormatter(1, decimals=0 if lowest < 0.9 else 1))
     for axes in (counts, after, layers):
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        axes.legend()
-    layers.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in (counts, layers):
+        axes.xaxis.set_major_locator(MaxNLocator(9, integer=True))
+    layers.legend()
     unflipped = sum(row["flipped"] == 0 for row in rows)
     more = f", {unflipped} of {len(rows)} never flipped" if unflipped else ""
-    words = f"{family.title} ({family.seeds}{more}; dashed: means)"
-    figure.suptitle(wrapped(words, PAGE), fontsize=8)
+    about = f"{family.about}{more}; dashed: means"
+    entitle(figure, "Neurons that hold an example, and their layers", about)
     return figure
 
 
 def plot_flipping_compared(families: Sequence[Family]) -> Figure:
     """Neurons to flip, and accuracy on the rest afterwards, for models of several sizes."""
     families = sorted(families, key=lambda family: _size(family.config.model))
-    models = [family.config.model for family in families]
-    seeds = [len(family.runs) for family in families]
-    figure, (counts, after) = plt.subplots(1, 2, figsize=(PAGE, 2.3))
+    figure, (counts, after) = plt.subplots(1, 2, figsize=(PAGE, 2.2))
     names = names_of(families[0].config.data.split)
+    joined = len({family.config.model.name for family in families}) == 1
     for axes, column in ((counts, "neurons"), (after, "acc_remaining_after")):
         for kind, place in (("clean", -0.05), ("noisy", 0.05)):
             of_seeds = [
@@ -98,30 +117,24 @@ def plot_flipping_compared(families: Sequence[Family]) -> Figure:
                 [np.mean(values) for values in of_seeds],
                 [np.std(values, ddof=1) if len(values) > 1 else 0 for values in of_seeds],
                 fmt="o" if kind == "clean" else "s", color=COLORS[kind],
-                ls=DASHES[kind] if len({model.name for model in models}) == 1 else "none",
-                capsize=2, label=names[kind],
+                ls=DASHES[kind] if joined else "none", capsize=2, label=names[kind],
             )  # fmt: skip
-        axes.set_xticks(range(len(models)), [_model_label(model) for model in models])
+        words = [wrapped(name, PAGE / 2.8 / len(families), 7) for name in name_models(families)]
+        axes.set_xticks(range(len(words)), words)
         axes.margins(x=0.25)
-        axes.legend()
+    counts.legend()
     counts.set(ylabel="neurons zeroed to flip it, mean", ylim=(0, None))
     after.set(ylabel="accuracy on the remaining set")
     after.yaxis.set_major_formatter(PercentFormatter(1))
-    data = families[0].title.partition(f" {models[0].name}")[0]
-    n = families[0].seeds if len(set(seeds)) == 1 else f"n = {', '.join(map(str, seeds))} seeds"
-    bars = "; bars: a standard deviation" if max(seeds) > 1 else ""
-    figure.suptitle(f"{data} ({n}{bars})", fontsize=8)
+    bars = (
+        "; bars: a standard deviation over seeds" if max(len(f.runs) for f in families) > 1 else ""
+    )
+    entitle(figure, "Neurons that hold an example, by network", describe(families) + bars)
     return figure
 
 
 def _size(model: ModelConfig) -> tuple[float, int]:
     return model.width, [*MODELS, model.name].index(model.name)
-
-
-def _model_label(model: ModelConfig) -> str:
-    return short_name(model.name) + (
-        f"\nwidth {model.width:g}" if "width" in model_options(model.name) else ""
-    )
 
 
 def _each_seed(family: Family, kind: str) -> list[list[dict]]:
@@ -131,11 +144,13 @@ def _each_seed(family: Family, kind: str) -> list[list[dict]]:
 FIGURES = (
     FigureKind(
         ("5",), "neurons", "flipping", FLIPPING.name, plot_flipping,
+        "Neurons that hold an example, and their layers.",
         "Memorized examples flip with fewer neurons, their removal costs the others less, and the "
         "neurons lie in several layers.",
     ),
     FigureKind(
         ("5",), "neurons_compared", "flipping", FLIPPING.name, plot_flipping_compared,
+        "Neurons that hold an example, by network.",
         "How the number of neurons that hold an example grows with the network.",
         compares=r"model\..+",
     ),

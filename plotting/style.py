@@ -1,4 +1,4 @@
-"""Style of all figures: sized for a printed column, readable without colour vision."""
+"""Style of all figures: one text size, readable in print, on a phone, and without colour vision."""
 
 import textwrap
 from collections.abc import Iterator
@@ -7,9 +7,12 @@ from contextlib import contextmanager
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-COLUMN, PAGE = 3.3, 6.9  # inches: one column, and both
-CHARACTER = 0.066  # inches, of a title
+COLUMN, PAGE = 3.3, 5.5  # inches: one column, and the width of a page
+SMALL = 6.5  # points: the smallest text, readable where a page is 400 pixels wide
+CHARACTER = 0.0083  # inches of a letter for each point of its size
+LINE = 0.0175  # inches of a line for each point of its size
 
 # From the palette of Okabe and Ito, which keeps its differences for colour-blind readers.
 CLEAN, NOISY, TOTAL, TEST = "#0072B2", "#D55E00", "#444444", "#009E73"
@@ -20,7 +23,10 @@ SETTINGS = {
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.labelsize": 8,
+    "figure.labelsize": 8,
+    "figure.titlesize": 8,
     "legend.fontsize": 7,
+    "legend.title_fontsize": 7,
     "xtick.labelsize": 7,
     "ytick.labelsize": 7,
     "axes.spines.top": False,
@@ -37,15 +43,36 @@ SETTINGS = {
 
 @contextmanager
 def paper_style() -> Iterator[None]:
-    """The settings above for what is drawn inside; no window is ever opened."""
+    """Apply the settings above to figures drawn inside; never open a window."""
     matplotlib.use("Agg")
     with matplotlib.rc_context(SETTINGS):
         yield
 
 
-def wrapped(title: str, inches: float) -> str:
-    """A title in lines that are no wider than its figure."""
-    return "\n".join(textwrap.wrap(title, int(inches / CHARACTER), break_on_hyphens=False))
+def wrapped(text: str, inches: float, points: float = 8) -> str:
+    """Break a text into lines that are no wider than this."""
+    characters = int(inches / (CHARACTER * points))
+    return "\n".join(textwrap.wrap(text, characters, break_on_hyphens=False))
+
+
+def entitle(figure: Figure, subject: str, about: str) -> None:
+    """Write the subject above a figure and, in small letters, the runs that it shows.
+
+    The figure grows by the height of these lines.
+    """
+    width, height = figure.get_size_inches()
+    texts = [
+        (wrapped(subject, width, 8), {"size": 8}),
+        (wrapped(about, width, SMALL), {"size": SMALL, "color": "#555555"}),
+    ]
+    sizes = [(text.count("\n") + 1) * LINE * style["size"] for text, style in texts]
+    whole = height + sum(sizes) + 0.06
+    figure.set_size_inches(width, whole)
+    top = 0.02
+    for (text, style), size in zip(texts, sizes):
+        figure.text(0.06 / width, 1 - top / whole, text, va="top", linespacing=1.15, **style)
+        top += size
+    figure.get_layout_engine().set(rect=(0, 0, 1, height / whole))
 
 
 def names_of(split: str) -> dict[str, str]:
@@ -55,9 +82,15 @@ def names_of(split: str) -> dict[str, str]:
     return {name: name for name in COLORS}
 
 
+def draw_mean(axes: Axes, x: np.ndarray, values: np.ndarray, style: str, **settings) -> None:
+    """Draw the mean over the first axis (seeds) as a line, and a standard deviation around it."""
+    mean = values.mean(0)
+    (line,) = axes.plot(x, mean, style, **settings)
+    if len(values) > 1:
+        spread = values.std(0, ddof=1)
+        axes.fill_between(x, mean - spread, mean + spread, color=line.get_color(), alpha=0.2, lw=0)
+
+
 def draw_band(axes: Axes, x: np.ndarray, values: np.ndarray, kind: str, label: str) -> None:
-    """The mean over the first axis (seeds) as a line, and a standard deviation around it."""
-    mean, spread = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else None
-    axes.plot(x, mean, DASHES[kind], color=COLORS[kind], label=label)
-    if spread is not None:
-        axes.fill_between(x, mean - spread, mean + spread, color=COLORS[kind], alpha=0.2, lw=0)
+    """Draw mean and spread over seeds in the line style of a kind of examples."""
+    draw_mean(axes, x, values, DASHES[kind], color=COLORS[kind], label=label)

@@ -184,6 +184,21 @@ def test_a_search_that_gives_up_is_neither_dropped_nor_called_flipped(run_of):
     assert all(means[row["example"]] == 2 for row in gave_up)
 
 
+def test_a_sampled_reference_is_reproducible_and_close_to_the_exact_search(run_of):
+    exact = run_of(*SMALL)
+    neuron_flipping.EXPERIMENT.main(exact)
+    first = [row["neurons_ids"].split()[:1] for row in results(exact)]
+    run = run_of(*SMALL, "flipping.reference_rows=15")
+    neuron_flipping.EXPERIMENT.main(run)
+    expected = FLIPPING.path(run.directory).read_bytes()
+    shutil.rmtree(run.directory / "parts")
+    FLIPPING.path(run.directory).unlink()
+    neuron_flipping.EXPERIMENT.main(run)
+    assert FLIPPING.path(run.directory).read_bytes() == expected
+    found = [row["neurons_ids"].split()[:1] for row in results(run)]
+    assert sum(a == b for a, b in zip(first, found)) >= 6, "of 8, by three quarters of the batch"
+
+
 def test_noise_that_flips_an_example_is_said(run_of):
     line = neuron_flipping.EXPERIMENT.main(run_of(*SMALL, "flipping.noise_ratio=5"))
     assert "misclassified under noise alone" in line

@@ -154,7 +154,7 @@ def test_the_caption_of_the_readme_s_figure_is_that_of_the_kept_tables():
     text = README.read_text(encoding="utf-8")
     (figure,) = re.findall(r"!\[.*?\]\((.*?)\)", text)
     caption = " ".join(text.partition("**Layer rewinding on all")[2].partition("##")[0].split())
-    run = RESULTS / Path(figure).parts[1] / "tables" / Path(figure).parts[3] / "seed0"
+    (run,) = (RESULTS / Path(figure).parts[1] / "tables").glob("*/seed0")
     epoch = re.search(r"At epoch (\d+) the", caption).group(1)
     history = {row["epoch"]: row for row in csv.DictReader((run / "history.csv").open())}
     assert f"predicts {float(history[epoch]['acc_noisy']):.0%} of the wrong labels" in caption
@@ -212,6 +212,28 @@ def test_every_kept_folder_is_described():
         if path.is_dir()
     }
     assert described == folders
+
+
+def test_kept_results_are_small():
+    """Below 30 MB in all; no figure twice, and as PDF only where a page shows it."""
+    kept = [path for path in RESULTS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in kept) < 30e6
+    pictures = [path.read_bytes() for path in kept if path.suffix == ".png"]
+    assert len(set(pictures)) == len(pictures) > 50
+    shown = {
+        (page.parent / target).resolve()
+        for page in PAGES
+        for target in re.findall(r"\]\(([^)]+\.png)\)", page.read_text(encoding="utf-8"))
+    }
+    assert shown
+    for path in kept:
+        assert path.suffix != ".pdf" or path.with_suffix(".png").resolve() in shown, path
+
+
+def test_kept_runs_have_short_names():
+    folders = [path.parent for path in RESULTS.rglob("seed*") if path.is_dir()]
+    assert len(folders) > 30
+    assert max(len(folder.name) for folder in folders) <= 60
 
 
 # ---------------------------------------------------------------- every page

@@ -173,6 +173,19 @@ def integers(least: int) -> Kind:
     return Kind(f"a list of different whole numbers, {least} or more each", parse)
 
 
+def bounds(most: int | None = None) -> Kind:
+    """Allow ascending whole numbers, kept as a tuple: the bounds of windows side by side."""
+
+    def parse(value: object) -> tuple[int, ...]:
+        _require(isinstance(value, (list, tuple)) and 2 <= len(value) <= (most or len(value)))
+        _require(all(type(item) is int and item >= 0 for item in value))
+        _require(all(a < b for a, b in pairwise(value)))
+        return tuple(value)
+
+    example = "two ascending epochs such as [15, 20]"
+    return Kind(example if most == 2 else "a list of ascending epochs such as [0, 5, 10]", parse)
+
+
 def names(*words: str) -> Kind:
     """One of the words, or a list of different names, kept as a tuple in its order."""
 

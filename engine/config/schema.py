@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from engine.config.kinds import (
+    bounds,
     epochs,
     flag,
     integer,
@@ -172,13 +173,18 @@ class FlippingConfig:
         "activation", one_of("activation", "weight"), "quantity that a closed gate multiplies by 0"
     )
     remaining: int | None = option(
-        None, optional(integer(2)), "examples for the accuracy after removal; null: all others"
+        None,
+        optional(integer(2)),
+        "number of training and of test examples for the accuracy after removal; null: all others",
     )
     refresh_reference: int = option(
         1, integer(1), "approximate above 1: steps between gradients of the reference batch"
     )
     reference_copies: int | None = option(
         None, optional(integer(1)), "approximate: noisy copies of the reference batch; null: exact"
+    )
+    reference_rows: int | None = option(
+        None, optional(integer(1)), "approximate: examples in a sample of the batch; null: exact"
     )
     second_split: bool = option(
         False, flag(), "measure forgetting times: train on one half, then on the other"
@@ -214,6 +220,14 @@ class DropoutConfig:
     )
     p_mem: float = option(
         0.2, number(0, 1), "example_tied: probability that another neuron is on for an example"
+    )
+    standard: str = option(
+        "keep", one_of("keep", "drop"), "standard: p_gen is the probability to keep, or to drop"
+    )
+    units: str = option(
+        "activations",
+        one_of("activations", "channels"),
+        "standard: what is drawn, single activations or whole channels",
     )
     sites: str | tuple[str, ...] = option(
         "blocks",
@@ -262,6 +276,20 @@ class ErasureConfig:
     ascent_steps: int = option(500, integer(1), "gradient ascent: steps at most")
     fine_tuning_lr: float = option(0.01, number(above=0), "fine-tuning: peak learning rate")
     fine_tuning_epochs: int = option(5, integer(1), "fine-tuning: passes over the other examples")
+
+
+@dataclass(frozen=True)
+class PlottingConfig:
+    window: tuple[int, ...] | None = option(
+        None,
+        optional(bounds(most=2)),
+        "epochs of Figures 1 and 8; null: 30% to 40% of the training (15 to 20 of 50)",
+    )
+    windows: tuple[int, ...] | None = option(
+        None,
+        optional(bounds()),
+        "bounds of the windows of Figure 10; null: 9 of 10% of the training (0, 5, ..., 45 of 50)",
+    )
 
 
 @dataclass(frozen=True)
@@ -320,6 +348,7 @@ class Config:
     erasure: ErasureConfig = dataclasses.field(default_factory=ErasureConfig)
     scores: ScoresConfig = dataclasses.field(default_factory=ScoresConfig)
     counterfactual: CounterfactualConfig = dataclasses.field(default_factory=CounterfactualConfig)
+    plotting: PlottingConfig = dataclasses.field(default_factory=PlottingConfig)
     slurm: SlurmConfig = dataclasses.field(default_factory=SlurmConfig)
 
 
@@ -366,6 +395,9 @@ def impossible(config: Config) -> tuple[str, str] | None:
         return "dropout.sites", (
             f"'layers' is not allowed: {model.name} takes dropout behind its blocks only"
         )
+    dropout = config.dropout
+    if (dropout.kind, dropout.standard, dropout.p_gen) == ("standard", "drop", 1):
+        return "dropout.p_gen", "1 is not allowed: with dropout.standard drop nothing is kept"
     own_keys = set().union(*map(model_options, (*MODELS, OTHER)))
     for key in sorted(own_keys - model_options(model.name)):
         if getattr(model, key) != getattr(ModelConfig, key):

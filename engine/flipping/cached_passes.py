@@ -24,7 +24,8 @@ from models.layer_groups import StagedModel, State, layer_groups, run_stages
 ROWS = {"cpu": 80, "cuda": 2048}
 PASS_BYTES = {"cpu": 1 << 31, "cuda": 1 << 32}
 CACHE_BYTES = 1 << 28
-SAVED_PER_TAP = 4  # tensors that autograd keeps for each gated layer, at the most
+# Of samples of the reference batch: closed gates between draws, and the share drawn evenly.
+REDRAW, EVEN = 4, 0.1
 
 
 def mean_output(logits: Tensor, copies: int) -> Tensor:
@@ -39,11 +40,45 @@ def _tensors(state: State) -> tuple[Tensor, ...]:
     return state if isinstance(state, tuple) else (state,)
 
 
+class GraphBytes:
+    """Count the bytes that autograd and the taps keep of the passes inside of `with`.
+
+    Each storage counts once, however many tensors share it; the model's own do not count.
+    """
+
+    def __init__(self, model: StagedModel) -> None:
+        self._known = {tensor.data_ptr() for tensor in model.state_dict().values()}
+        self._storages: dict[int, int] = {}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self.add, lambda tensor: tensor)
+
+    def add(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._known:
+            self._storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def __enter__(self) -> "GraphBytes":
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.__exit__(*error)
+
+    def total(self, taps: Sequence[Tap]) -> int:
+        """Return the bytes, with those of the taps' tensors, which must still be alive."""
+        for tap in taps:
+            self.add(tap.value)
+            self.add(tap.output)
+        return sum(self._storages.values())
+
+
 def bytes_each(model: StagedModel, gates: Gates, images: Tensor) -> int:
-    """Estimate the bytes that autograd keeps of a pass of these images."""
+    """Return the bytes that a pass of these images keeps for its backward pass."""
     gates.close([()])
-    model(images)
-    return SAVED_PER_TAP * sum(tap.value.nbytes for tap in gates.take_taps())
+    with GraphBytes(model) as kept:
+        output = model(images)  # keeps the graph alive while it is counted
+        kept.add(output)
+    return kept.total(gates.take_taps())
 
 
 def rows_at_once(model: StagedModel, gates: Gates, images: Tensor) -> int:
@@ -52,7 +87,7 @@ def rows_at_once(model: StagedModel, gates: Gates, images: Tensor) -> int:
     return max(1, min(ROWS[kind], PASS_BYTES[kind] // bytes_each(model, gates, images[:1])))
 
 
-def _remembering(method: Callable[[frozenset[int]], Tensor], most: int) -> Callable:
+def _remembering(method: Callable, most: int) -> Callable:
     """A method that knows its latest results, and does not keep alive whose method it is.
 
     What it computes with may fill a GPU, which is not to wait for Python's garbage collector.
@@ -85,10 +120,6 @@ class _Graph:
     states: list[State]
     taps: list[Tap]
 
-    @property
-    def nbytes(self) -> int:
-        return SAVED_PER_TAP * sum(tap.value.nbytes for tap in self.taps)
-
 
 class ReferenceGradient:
     """d/dm of the reference batch's mean loss, for any set of closed gates.
@@ -118,14 +149,16 @@ class ReferenceGradient:
         self.graphs: list[_Graph] = []
         gates.close([()])
         for (batch, _), rows in zip(self.batches, self.index):
-            with examples(model, rows):
+            with examples(model, rows), GraphBytes(model) as kept:
                 graph = self._open_graph(batch.flatten(0, 1))
-            memory -= graph.nbytes
+            memory -= kept.total(graph.taps)
             if memory < 0:
                 break
             self.graphs.append(graph)
-        known = max(64, CACHE_BYTES // (4 * gates.count))
-        self.of = _remembering(self._compute, known)
+        self._known = _remembering(self._compute, max(64, CACHE_BYTES // (4 * gates.count)))
+
+    def of(self, closed: Sequence[int]) -> Tensor:
+        return self._known(frozenset(closed))
 
     def _open_graph(self, images: Tensor) -> _Graph:
         states: list[State] = [images]
@@ -164,32 +197,33 @@ class ReferenceGradient:
         return found[0]
 
 
-class Correctness:
-    """Correctness of many images for any set of closed gates; no noise is added."""
+class Logits:
+    """Logits of a fixed set of images for any set of closed gates."""
 
     def __init__(
         self,
         model: StagedModel,
         gates: Gates,
         images: Tensor,
-        label: Tensor,
         memory: float,
         index: Tensor | None = None,
+        prepare: Callable[[Tensor], Tensor] = normalize,
     ) -> None:
+        """`prepare` makes the network's input of a batch of images."""
         self.model, self.groups, self.gates = model, layer_groups(model), gates
-        rows = rows_at_once(model, gates, normalize(images[:1]))
-        self.batches = list(zip(images.split(rows), label.split(rows)))
+        self.prepare = prepare
+        rows = rows_at_once(model, gates, prepare(images[:1]))
+        self.batches = images.split(rows)
         self.index = _split_index(index, rows, len(self.batches))
         gates.close([()])
         with torch.no_grad():
             sizes = [_nbytes(state) for state in self._states(0, 0)]
             self.lowest = self._lowest_stored([len(self.batches) * size for size in sizes], memory)
             self.states = [self._states(i, self.lowest) for i in range(len(self.batches))]
-        self.of = _remembering(self._compute, 64)
 
     def _states(self, batch: int, lowest: int) -> list[State]:
         """The states in front of the groups lowest, lowest + 1, ..., and the logits."""
-        state, states = normalize(self.batches[batch][0]), []
+        state, states = self.prepare(self.batches[batch]), []
         with examples(self.model, self.index[batch]):
             for group in self.groups:
                 states.append(state)
@@ -205,15 +239,93 @@ class Correctness:
         return lowest
 
     @torch.no_grad()
-    def _compute(self, closed: frozenset[int]) -> Tensor:
+    def of(self, closed: frozenset[int]) -> Tensor:
         self.gates.close([closed])
         start = self.gates.first_group(closed, default=len(self.groups))
-        correct = []
-        for (images, label), rows, states in zip(self.batches, self.index, self.states):
+        logits = []
+        for images, rows, states in zip(self.batches, self.index, self.states):
             with examples(self.model, rows):
                 if start >= self.lowest:
-                    logits = run_stages(self.groups, states[start - self.lowest], start)
+                    logits.append(run_stages(self.groups, states[start - self.lowest], start))
                 else:
-                    logits = run_stages(self.groups, normalize(images))
-            correct.append(logits.argmax(1) == label)
-        return torch.cat(correct)
+                    logits.append(run_stages(self.groups, self.prepare(images)))
+        return torch.cat(logits)
+
+
+class Correctness:
+    """Correctness of many images for any set of closed gates; no noise is added."""
+
+    def __init__(
+        self,
+        model: StagedModel,
+        gates: Gates,
+        images: Tensor,
+        label: Tensor,
+        memory: float,
+        index: Tensor | None = None,
+    ) -> None:
+        self.logits, self.label = Logits(model, gates, images, memory, index), label
+        self.of = _remembering(self._compute, 64)
+
+    def _compute(self, closed: frozenset[int]) -> Tensor:
+        return self.logits.of(closed).argmax(1) == self.label
+
+
+class SampledGradient:
+    """Estimate the reference batch's gradient from a sample of it, drawn by the examples' errors.
+
+    An example's gradient is about as large as its error, the L1 distance of its softmax output from
+    its label, and few examples have a large one. Drawn in proportion to it, `rows` examples
+    with weights give an unbiased estimate with less noise than as many drawn evenly. The errors are
+    those of the first 0, REDRAW, 2 * REDRAW, ... closed gates; a sample is drawn by them without
+    randomness, at even steps through their cumulative sum.
+    """
+
+    def __init__(
+        self,
+        model: StagedModel,
+        gates: Gates,
+        images: Tensor,
+        label: Tensor,
+        memory: float,
+        index: Tensor | None = None,
+        rows: int = 128,
+    ) -> None:
+        """Images are normalized and noisy, [n, copies, channels, height, width]."""
+        self.model, self.gates, self.images, self.label = model, gates, images, label
+        self.index, self.rows, self.copies = index, rows, images.shape[1]
+        repeated = index if index is None else index.repeat_interleave(self.copies)
+        self.logits = Logits(model, gates, images.flatten(0, 1), memory, repeated, lambda x: x)
+        self.each = max(1, rows_at_once(model, gates, images[0]) // self.copies)
+        self._sample = _remembering(self._draw, 64)
+        self._known = _remembering(self._compute, max(64, CACHE_BYTES // (4 * gates.count)))
+
+    def of(self, closed: Sequence[int]) -> Tensor:
+        return self._known((frozenset(closed[: len(closed) // REDRAW * REDRAW]), frozenset(closed)))
+
+    def _draw(self, closed: frozenset[int]) -> tuple[Tensor, Tensor]:
+        """Return the sampled rows and their weights, which sum up to about 1."""
+        output = mean_output(self.logits.of(closed), self.copies)
+        error = (output.softmax(1) - F.one_hot(self.label, output.shape[1])).abs().sum(1)
+        share = (1 - EVEN) * error / error.sum().clamp(min=1e-300) + EVEN / len(error)
+        share = share / share.sum()
+        steps = (torch.arange(self.rows, dtype=share.dtype, device=share.device) + 0.5) / self.rows
+        drawn = torch.searchsorted(share.cumsum(0), steps).clamp(max=len(share) - 1)
+        rows, times = drawn.unique(return_counts=True)
+        return rows, times / (self.rows * share[rows] * len(share))
+
+    def _compute(self, sets: tuple[frozenset[int], frozenset[int]]) -> Tensor:
+        drawn_at, closed = sets
+        rows, weight = self._sample(drawn_at)
+        self.gates.close([closed])
+        total = torch.zeros(self.gates.count, device=weight.device)
+        for part, own in zip(rows.split(self.each), weight.split(self.each)):
+            index = None if self.index is None else self.index[part].repeat_interleave(self.copies)
+            with examples(self.model, index):
+                logits = self.model(self.images[part].flatten(0, 1))
+            taps = self.gates.take_taps()
+            output = mean_output(logits, self.copies)
+            loss = (own * F.cross_entropy(output, self.label[part], reduction="none")).sum()
+            gradients = torch.autograd.grad(loss, [tap.output for tap in taps])
+            total += self.gates.gradients(taps, gradients, 1)[0]
+        return total

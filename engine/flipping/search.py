@@ -8,7 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.flipping.cached_passes import ReferenceGradient, bytes_each, mean_output
+from engine.flipping.cached_passes import (
+    ReferenceGradient,
+    SampledGradient,
+    bytes_each,
+    mean_output,
+)
 from engine.flipping.gates import Gates
 from engine.training.devices import free_memory
 from models.dropout import examples
@@ -43,7 +48,7 @@ def best_gates(score: Tensor, closed: Sequence[Sequence[int]]) -> list[int]:
 def search(
     model: StagedModel,
     gates: Gates,
-    reference: ReferenceGradient,
+    reference: ReferenceGradient | SampledGradient,
     candidates: Iterable[Candidate],
     chunk: int,
     max_neurons: int,
@@ -77,7 +82,7 @@ def search(
         own, active = own[still], [active[row] for row in still]
         if active:
             sets = [candidate.closed for candidate in active]
-            common = [reference.of(frozenset(s[: len(s) // refresh * refresh])) for s in sets]
+            common = [reference.of(s[: len(s) // refresh * refresh]) for s in sets]
             for candidate, gate in zip(active, best_gates(torch.stack(common) - own, sets)):
                 candidate.closed.append(gate)
 

@@ -51,6 +51,9 @@ class Experiment:
         """Measure one run unless that is done; return its results in one line."""
         if not self.trains:
             run.require_finished()
+        if run.finished and not self.shared:
+            for measurement in self.measurements(run):
+                measurement.restore()
         if self.trains or not self.is_done(run):
             self.measure(run)
         return self.summarize(run)

@@ -10,6 +10,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,13 +19,15 @@ import torch
 
 from data import file_digest
 from engine.errors import UserError
-from engine.runs.locking import require_held, temporary_path
+from engine.runs.locking import remove_dead_temporaries, require_held, temporary_path
 
 LARGEST_COUNT = 1e9  # no table counts further: a larger number would only fill the memory
 COUNTS = frozenset({
     "epoch", "group", "layer", "example", "index", "label", "true_label", "prediction_after",
     "memorized", "neurons", "flipped", "forgotten", "kept", "examples", "draw", "runs",
 })  # fmt: skip
+
+_reads: ContextVar[set[Path] | None] = ContextVar("reads", default=None)
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -37,6 +40,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     require_held(path)
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_dead_temporaries(path)
         temporary = temporary_path(path)
         try:
             with open(temporary, "wb") as file:
@@ -65,8 +69,21 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
+@contextmanager
+def recording_reads() -> Iterator[set[Path]]:
+    """Collect the paths of all result files that are read inside."""
+    read: set[Path] = set()
+    token = _reads.set(read)
+    try:
+        yield read
+    finally:
+        _reads.reset(token)
+
+
 def require_regular(path: Path) -> None:
     """Refuse a path that is no plain file: opening a named pipe may never return."""
+    if (reads := _reads.get()) is not None:
+        reads.add(path)
     with suppress(OSError):  # the read that follows says what is wrong
         if not stat.S_ISREG(path.stat().st_mode):
             raise UserError(f"{path}: is not a regular file")
@@ -76,6 +93,13 @@ def write_text(path: Path, text: str) -> None:
     """Write UTF-8; bytes of file names that are not text become escapes, also valid in JSON."""
     content = text.encode("utf-8", "backslashreplace")
     write_atomically(path, lambda file: file.write(content))
+
+
+def update_text(path: Path, text: str) -> None:
+    """Write a file unless it holds this text already."""
+    content = text.encode("utf-8", "backslashreplace")
+    if not (path.is_file() and path.read_bytes() == content):
+        write_text(path, text)
 
 
 def read_text(path: Path) -> str:
@@ -104,25 +128,20 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, ob
     write_text(path, text.getvalue())
 
 
-def read_csv(path: Path, columns: Sequence[str], text: Sequence[str] = ()) -> list[dict]:
-    """Read rows of numbers, except the `text` columns; the header must be `columns`.
+def read_csv(
+    path: Path, columns: Sequence[str], text: Sequence[str] = (), added: Sequence[str] = ()
+) -> list[dict]:
+    """Read rows of numbers, except the `text` columns.
 
-    Where a JSON file beside the table has a digest, the table must match it.
+    A table without any of the `added` columns has nan there.
     """
-    lines = _csv_lines(path)
-    source = path.with_suffix(".json")
-    if source.exists() and read_json(source).get("sha256") not in (None, file_digest(path)):
-        raise UserError(
-            f"{path}: is not what {source.name} describes: damaged, or another run's; "
-            "delete it, and the script that made it makes it again"
-        )
-    if not lines or lines[0] != list(columns):
-        raise UserError(f"{path}: damaged: its first line is not {','.join(columns)}")
+    header, *lines = read_lines(path, columns, added)
+    lacking = dict.fromkeys([name for name in columns if name not in header], math.nan)
     rows = []
-    for number, line in enumerate(lines[1:], start=2):
+    for number, line in enumerate(lines, start=2):
         try:
-            cells = zip(columns, line, strict=True)
-            row = {name: cell if name in text else float(cell) for name, cell in cells}
+            cells = zip(header, line, strict=True)
+            row = {name: cell if name in text else float(cell) for name, cell in cells} | lacking
         except ValueError:
             raise UserError(f"{path}: damaged: line {number} is not a row of numbers") from None
         for name in columns:
@@ -132,6 +151,24 @@ def read_csv(path: Path, columns: Sequence[str], text: Sequence[str] = ()) -> li
                 )
         rows.append(row)
     return rows
+
+
+def read_lines(path: Path, columns: Sequence[str], added: Sequence[str] = ()) -> list[list[str]]:
+    """Read the cells of a table whose header is `columns`, with all or none of those `added`.
+
+    Where a JSON file beside the table has a digest, the table must match it.
+    """
+    source = path.with_suffix(".json")
+    if source.exists() and read_json(source).get("sha256") not in (None, file_digest(path)):
+        raise UserError(
+            f"{path}: is not what {source.name} describes: damaged, or another run's; "
+            "delete it, and the script that made it makes it again"
+        )
+    lines = _csv_lines(path)
+    early = [name for name in columns if name not in added]
+    if lines[:1] not in ([list(columns)], [early]):
+        raise UserError(f"{path}: damaged: its first line is not {','.join(columns)}")
+    return lines
 
 
 def _csv_lines(path: Path) -> list[list[str]]:
@@ -158,7 +195,16 @@ def _allowed(column: str) -> str:
 
 
 def write_json(path: Path, content: Mapping) -> None:
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, _as_json(content))
+
+
+def update_json(path: Path, content: Mapping) -> None:
+    """Write a file unless it holds this content already."""
+    update_text(path, _as_json(content))
+
+
+def _as_json(content: Mapping) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_json(path: Path) -> dict:

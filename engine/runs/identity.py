@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -26,10 +27,10 @@ from models.any_network import NetworkError, require_file
 
 # Settings of these sections, and these keys, decide what is trained.
 DECIDING = re.compile(
-    r"seed|precision|(data|model|train)\..+|dropout\.(kind|p_gen|p_mem|sites|seed)"
+    r"seed|precision|(data|model|train)\..+|dropout\.(kind|p_gen|p_mem|standard|units|sites|seed)"
 )
 # `auto` stands for the machine's choice; these are left out of an identity, as they always were.
-_IMPLIED = {"precision": "fp32", "train.compile": False}
+_IMPLIED = {"precision": "fp32", "train.compile": False, "dropout.standard": "keep"}
 # Where a file lies does not matter; what is in it does (see deciding_settings).
 PLACES = ("data.root", "data.path", "data.c_scores", "data.human_labels.path")
 _SPLIT_KEYS = {
@@ -37,10 +38,18 @@ _SPLIT_KEYS = {
     "human": ("data.human_labels.column",),
     "atypical": ("data.c_score_threshold",),
 }
+# Settings in the name of a run's directory, those that matter most first.
+_NAMED = {
+    "dropout.p_gen": "gen", "dropout.p_mem": "mem", "data.train_size": "n", "model.width": "width",
+    "precision": "", "train.epochs": "epochs", "train.peak_lr": "lr", "train.batch_size": "batch",
+    "train.weight_decay": "wd", "train.schedule": "", "data.augment": "augment",
+    "data.noise_seed": "noise_seed", "dropout.sites": "sites", "dropout.seed": "mask_seed",
+}  # fmt: skip
+LONGEST_NAME, DIGITS = 60, 8
 _DROPOUT_KEYS = {
     "example_tied": ("p_gen", "p_mem", "sites", "seed"),
     "sparse": ("p_gen", "sites", "seed"),
-    "standard": ("p_gen", "sites"),
+    "standard": ("p_gen", "standard", "units", "sites"),
     "none": (),
 }
 
@@ -189,30 +198,44 @@ def _digest(settings: dict[str, object]) -> str:
 
 
 def run_directory(config: Config) -> Path:
-    """output_dir/<data>-<model>-<split>-<what differs from the defaults>-<digest>/seed<k>
+    """Return output_dir/<name>/seed<k>, where the name is `run_name` or that of an earlier version.
 
-    Dropout of a kind comes right behind the split.
+    Every version ended the name with the digest of the settings, by which its runs are found.
     """
     settings = deciding_settings(config)
-    settings.pop("seed", None)
+    name, seed = run_name(config, settings), f"seed{config.seed}"
+    output_dir = expanded(config.output_dir)
+    if (output_dir / name / seed).exists():
+        return output_dir / name / seed
+    earlier = sorted(path for path in output_dir.glob(f"*-{name[-DIGITS:]}") if path.is_dir())
+    trained = [folder for folder in earlier if (folder / seed).is_dir()]
+    # Seeds share a folder, so that they share figures.
+    folder = next(iter([*trained, *earlier]), output_dir / name)
+    return folder / seed
+
+
+def run_name(config: Config, settings: Mapping[str, object]) -> str:
+    """Return <data>-<model>-<split>[-<dropout>][-<settings>]-<digest>, at most 60 characters.
+
+    Settings that differ from the defaults follow in the order of `_NAMED`, as far as there is room.
+    """
     data = Path(config.data.path).stem if config.data.path else config.data.name
     split = {
         "noise": f"noise{config.data.noise_rate:g}",
         "human": config.data.human_labels.column,
         "atypical": f"atypical{config.data.c_score_threshold:g}",
     }[config.data.split]
-    dropout = [] if config.dropout.kind == "none" else [config.dropout.kind]
-    named = {"data.name", "model.name", "model.layers", "data.split", "dropout.kind"}
-    named |= {*_SPLIT_KEYS[config.data.split][:1]}
-    changed = [
-        f"{key.rpartition('.')[2]}{value}"
-        for key, value in settings.items()
-        if key not in named and not key.endswith(".sha256")
-    ]
-    readable = "-".join([data, settings["model.name"], split, *dropout, *changed])
-    readable = re.sub(r"[^A-Za-z0-9._-]+", "_", readable).strip(".")[:150]
-    folder = expanded(config.output_dir) / f"{readable}-{_digest(settings)[:8]}"
-    return folder / f"seed{config.seed}"
+    dropout = {"none": [], "example_tied": ["tied"]}
+    words = [data[:16], str(settings["model.name"])[:20], split]
+    words += dropout.get(config.dropout.kind, [config.dropout.kind])
+    room = LONGEST_NAME - DIGITS - 1
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(words)).strip(".-")[:room]
+    for key, word in _NAMED.items():
+        if key in settings:
+            more = re.sub(r"[^A-Za-z0-9._-]+", "_", f"-{word}{settings[key]}")
+            name += more if len(name + more) <= room else ""
+    apart = {key: value for key, value in settings.items() if key != "seed"}
+    return f"{name}-{_digest(apart)[:DIGITS]}"
 
 
 def without_accounting(config: Config) -> Config:

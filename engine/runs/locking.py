@@ -7,6 +7,7 @@ machine the holder's pid tells, from another host a file that was long not touch
 """
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -163,10 +164,28 @@ def is_held(directory: Path) -> bool:
 
 
 def temporary_path(path: Path) -> Path:
-    """Name the temporary file that becomes `path`, after the lock under which it is written."""
+    """Name the temporary file that becomes `path`, after the lock or the process that writes it."""
     held = _lock_over(path)
-    token = held[1].token if held else uuid.uuid4().hex
-    return path.with_name(f".{path.name}.{token[:TOKEN_SHOWN]}.tmp")
+    token = held[1].token[:TOKEN_SHOWN] if held else _process_token(Holder.me())
+    return path.with_name(f".{path.name}.{token}.tmp")
+
+
+def remove_dead_temporaries(path: Path) -> None:
+    """Remove what dead processes of this machine left of `path` when they wrote without a lock."""
+    if _lock_over(path):  # taking the lock removed them
+        return
+    me = re.escape(_process_token(Holder(machine=_machine())).partition("-")[0])
+    left = re.compile(rf"\.{re.escape(path.name)}\.{me}-(\d{{1,9}})-(\d*)\.tmp")
+    for name in os.listdir(path.parent):
+        if (found := left.fullmatch(name)) and _birth(int(found[1])) not in (found[2], ""):
+            with suppress(OSError):
+                path.with_name(name).unlink()
+
+
+def _process_token(process: "Holder") -> str:
+    """Name a process in a temporary file, so that others can tell whether it is dead."""
+    machine = hashlib.sha256(process.machine.encode()).hexdigest()[:TOKEN_SHOWN]
+    return f"{machine}-{process.pid}-{process.birth}"
 
 
 def require_held(path: Path) -> None:
@@ -225,6 +244,7 @@ def _try(path: Path, own: Holder) -> Holder | None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             own.write(path)
+            _remove_dead_guard(path)
             return None
         except FileNotFoundError:  # another process removed the folder, which was empty
             continue
@@ -245,13 +265,11 @@ def _bury(path: Path, dead: Holder) -> None:
 
     Before it removes the lock, a process creates a file that only one process can create.
     """
-    guard = path.with_name(f"{path.name}.burial")
+    guard = _guard(path)
     try:
         Holder.me().write(guard)
     except FileExistsError:
-        undertaker = Holder.of(guard)
-        if undertaker and not undertaker.alive(path.parent):
-            guard.unlink(missing_ok=True)
+        _remove_dead_guard(path)
         time.sleep(0.02)
         return
     try:
@@ -259,6 +277,18 @@ def _bury(path: Path, dead: Holder) -> None:
             _remove_leftovers(path.parent, dead)
             path.unlink()
     finally:
+        guard.unlink(missing_ok=True)
+
+
+def _guard(path: Path) -> Path:
+    return path.with_name(f"{path.name}.burial")
+
+
+def _remove_dead_guard(path: Path) -> None:
+    """Remove the file of a process that died while it removed a lock."""
+    guard = _guard(path)
+    maker = Holder.of(guard)
+    if maker and not maker.alive(path.parent):
         guard.unlink(missing_ok=True)
 
 

@@ -5,13 +5,18 @@ as soon as each is measured, and stay: a killed measurement resumes with the nex
 to earlier settings measures nothing again. The table (`<name>.csv`) is made from the parts. The
 source (`<name>.json`) names the settings, code and machine of the table; it is written last and
 holds the table's digest, so that a table without its own source never counts as finished.
+
+The table in the run's directory is of the settings asked for last. Before one of other settings
+replaces it, table and source are copied to `other_settings/<name>-<digest>/`, and come back from
+there when their settings are asked for again.
 """
 
 import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,6 +27,50 @@ from engine.runs import files, provenance
 from engine.runs.run import Run
 from engine.runs.stopping import safe_point
 from engine.runs.tables import ResultTable
+
+OTHER_SETTINGS = "other_settings"
+
+
+@dataclass(frozen=True)
+class KeptTable:
+    """A table of settings other than those of the table in its run's directory."""
+
+    path: Path
+    settings: dict[str, object]
+
+    @classmethod
+    def below(cls, directory: Path) -> Iterator["KeptTable"]:
+        """Yield the kept tables of a run."""
+        for source in sorted((directory / OTHER_SETTINGS).glob("*/*.json")):
+            settings = files.read_json(source).get("settings")
+            if isinstance(settings, dict):
+                yield cls(source.with_suffix(".csv"), settings)
+
+    def differences(self, current: Mapping[str, object] | None) -> dict[str, object]:
+        """Return the settings that `current` does not have, or has with another value."""
+        absent = object()
+        current = current or {}
+        return {k: v for k, v in self.settings.items() if current.get(k, absent) != v}
+
+
+def keep_aside(source: Path, settings: Mapping[str, object], *tables: Path) -> None:
+    """Copy tables and their source to other_settings/ unless they are of these settings."""
+    if not all(path.exists() for path in (source, *tables)):
+        return
+    before = files.read_json(source).get("settings")
+    if isinstance(before, dict) and before != settings:
+        for path in (*tables, source):
+            _copy(path, _folder_aside(source, before) / path.name)
+
+
+def _folder_aside(source: Path, settings: Mapping[str, object]) -> Path:
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return source.parent / OTHER_SETTINGS / f"{source.stem}-{digest[:8]}"
+
+
+def _copy(path: Path, to: Path) -> None:
+    content = path.read_bytes()
+    files.write_atomically(to, lambda file: file.write(content))
 
 
 class Measurement:
@@ -50,22 +99,39 @@ class Measurement:
     @property
     def finished(self) -> bool:
         """Return whether the table is complete, undamaged, and from this run and these settings."""
-        return self._state() == "finished"
+        return self._state(self.source_path) == "finished"
 
-    def _state(self) -> str:
-        """Return 'finished', 'to do', or a message about damaged files."""
-        if not (self.source_path.exists() and self.path.exists()):
+    def _state(self, source_path: Path) -> str:
+        """Return 'finished', 'to do', 'other settings', or a message about damaged files."""
+        path = source_path.with_suffix(".csv")
+        if not (source_path.exists() and path.exists()):
             return "to do"
         try:
-            source = files.read_json(self.source_path)
+            source = files.read_json(source_path)
         except UserError as error:
             return str(error)
         if source.get("identity") != self.run.identity:
-            return f"{self.source_path}: belongs to another run"
-        if source.get("settings") != self.settings:
-            return "to do"
-        whole = source.get("sha256") == file_digest(self.path)
-        return "finished" if whole else f"{self.path}: damaged, or another run's"
+            return f"{source_path}: belongs to another run"
+        if source.get("sha256") != file_digest(path):
+            return f"{path}: damaged, or another run's"
+        return "finished" if source.get("settings") == self.settings else "other settings"
+
+    def restore(self) -> None:
+        """Put the table of these settings back in its place if it was kept aside."""
+        kept = _folder_aside(self.source_path, self.settings) / self.source_path.name
+        if self.finished or self._state(kept) != "finished":
+            return
+        self._make_room()
+        for path, to in ((kept.with_suffix(".csv"), self.path), (kept, self.source_path)):
+            _copy(path, to)
+
+    def _make_room(self) -> None:
+        """Keep a table of other settings; name a damaged one."""
+        state = self._state(self.source_path)
+        if state == "other settings":
+            keep_aside(self.source_path, self.settings, self.path)
+        elif state not in ("finished", "to do"):
+            print(f"{state}; making it again from its parts", file=sys.stderr)
 
     def _part_path(self, key: str) -> Path:
         assert re.fullmatch(r"[\w.-]+", key), f"{key!r} is not a file name"
@@ -98,9 +164,8 @@ class Measurement:
         device: torch.device,
         precision: str | None = None,
     ) -> None:
-        """Write the table, then its source."""
-        if (state := self._state()) not in ("finished", "to do"):
-            print(f"{state}; making it again from its parts", file=sys.stderr)
+        """Write the table, then its source; keep a table of other settings."""
+        self._make_room()
         self.run.require_present()
         self.table.write(self.run.directory, rows)
         source = provenance.describe(device, precision or self.run.config.precision) | {

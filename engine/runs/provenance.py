@@ -5,7 +5,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import datetime, timezone
@@ -88,10 +88,13 @@ def strict(refuse: bool) -> Iterator[None]:
         _strict.reset(token)
 
 
-def code_digest() -> str:
-    """SHA-256 of the source files that decide a training; git does not see what they became."""
+def code_digest(places: Iterable[str] = CODE) -> str:
+    """SHA-256 of source files, by default of those that decide a training.
+
+    Git does not see what uncommitted files became.
+    """
     digest = hashlib.sha256()
-    for place in (REPOSITORY / name for name in CODE):
+    for place in (REPOSITORY / name for name in places):
         for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
             name = str(path.relative_to(REPOSITORY))
             digest.update(f"{name}\n".encode() + path.read_bytes())

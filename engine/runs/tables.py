@@ -9,18 +9,26 @@ from engine.runs import files
 
 @dataclass(frozen=True)
 class ResultTable:
-    """A CSV file in a run's directory: its name, its columns, and those that hold text."""
+    """A CSV file in a run's directory: its name, its columns, and those that hold text.
+
+    Tables of earlier versions lack the `added` columns, which are then read as nan.
+    """
 
     name: str
     columns: tuple[str, ...]
     text: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
 
     def path(self, folder: Path) -> Path:
         return folder / self.name
 
     def read(self, folder: Path) -> list[dict]:
         """Return the rows of the table in this folder; numbers as floats."""
-        return files.read_csv(self.path(folder), self.columns, self.text)
+        return files.read_csv(self.path(folder), self.columns, self.text, self.added)
+
+    def require_whole(self, folder: Path) -> None:
+        """Refuse a table that is damaged, another run's, or of other columns."""
+        files.read_lines(self.path(folder), self.columns, self.added)
 
     def write(self, folder: Path, rows: Iterable[Mapping[str, object]]) -> None:
         files.write_csv(self.path(folder), self.columns, rows)

@@ -142,7 +142,9 @@ def _add_dropout(
         elif dropout.kind == "sparse":
             layers[site] = SparseDropout(channels, p, seed, layer=number, dim=dim)
         else:
-            layers[site] = StandardDropout(p)
+            keep = p if dropout.standard == "keep" else 1 - p
+            whole = dropout.units == "channels"
+            layers[site] = StandardDropout(keep, whole_channels=whole, dim=dim)
     insert_dropout(model, layers)
 
 

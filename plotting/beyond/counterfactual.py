@@ -13,7 +13,7 @@ from engine.stats import rank_correlation
 from plotting.beyond.scores import Table, draw_points, read_scores, readable, rows_of_kinds
 from plotting.families import Family
 from plotting.figure_kind import FigureKind
-from plotting.style import PAGE, names_of, wrapped
+from plotting.style import PAGE, entitle, names_of
 
 
 def plot_counterfactual(family: Family) -> Figure:
@@ -24,7 +24,7 @@ def plot_counterfactual(family: Family) -> Figure:
         raise DataError(f"{EXAMPLES.name} is missing: python -m beyond.example_scores makes it")
     table = read_scores(run)
     shown = [name for name in SCORES if np.isfinite(table[name]).any() and name != "dropped"]
-    columns = 4
+    columns = 3
     lines = -(-len(shown) // columns)
     figure, panels = plt.subplots(lines, columns, figsize=(PAGE, 1.7 * lines), squeeze=False)
     for axes, name in zip(panels.flat, shown):
@@ -42,9 +42,9 @@ def plot_counterfactual(family: Family) -> Figure:
         line[0].set_ylabel("memorization")
     panels[0, 0].legend(markerscale=2)
     trained = int(memorization["trained_in"][0] + memorization["trained_out"][0])
-    words = f"{family.title}: scores (higher: more memorized) against accuracy with the example "
-    words += f"minus without it, {trained} trainings; rank correlations"
-    figure.suptitle(wrapped(words, PAGE), fontsize=8)
+    about = f"{family.title}; memorization: accuracy with minus without the example, {trained} "
+    about += "trainings; above the panels: rank correlations"
+    entitle(figure, "Scores of every example against counterfactual memorization", about)
     return figure
 
 
@@ -58,7 +58,7 @@ def _correlations(table: Table, memorization: np.ndarray, name: str) -> Sequence
 FIGURES = (
     FigureKind(
         ("counterfactual",), "counterfactual", "counterfactual", COUNTERFACTUAL.name,
-        plot_counterfactual,
+        plot_counterfactual, "Scores of every example against counterfactual memorization.",
         "A score that measures memorization rises with it among the clean examples too.",
         beyond=True,
     ),

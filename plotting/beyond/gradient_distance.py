@@ -15,7 +15,7 @@ from beyond.gradient_distance import (
 )
 from plotting.families import Family
 from plotting.figure_kind import FigureKind
-from plotting.style import COLORS, DASHES, PAGE, names_of
+from plotting.style import COLORS, DASHES, PAGE, SMALL, entitle, names_of
 
 
 def plot_gradient_distance(family: Family) -> Figure:
@@ -33,12 +33,13 @@ def plot_gradient_distance(family: Family) -> Figure:
             left.fill_between(epoch, low, high, color=COLORS[kind], alpha=0.15, lw=0)
     left.axhline(0, color="0.7", lw=0.6, zorder=0)
     left.set(xlabel="epoch", ylabel="rank correlation of\ngradient norm with distance")
-    left.set_title(f"{family.seeds}, 95% intervals")
+    left.set_title("95% intervals")
     left.legend()
     for axes, epoch in zip(panels, middle_and_last(np.unique(table["epoch"]))):
         draw_points(axes, table, epoch)
         axes.set_title(f"epoch {epoch}, seed {family.runs[0].config.seed}")
     panels[0].set_ylabel("gradient norm")
+    entitle(figure, "Gradient norms and distances to the class", family.about)
     return figure
 
 
@@ -55,14 +56,16 @@ def draw_points(axes: Axes, table: Columns, epoch: int) -> None:
     if shown.any():
         axes.set_yscale("log")
     if left_out := int((here & ~shown).sum()):
-        axes.text(0, 1, f"{left_out} not shown: 0, or no number", transform=axes.transAxes, size=6)
+        axes.text(
+            0, 1, f"{left_out} not shown: 0, or no number", transform=axes.transAxes, size=SMALL
+        )
 
 
 FIGURES = (
     FigureKind(
         ("gradient-distance",), "gradient_distance", "gradient_distance", DISTANCES.name,
-        plot_gradient_distance,
-        "Whether an example's gradient norm follows the distance to its class.",
+        plot_gradient_distance, "Gradient norms and distances to the class.",
+        "A rank correlation above 0: examples far from their class have larger gradients.",
         beyond=True,
     ),
 )  # fmt: skip

@@ -8,9 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from beyond.planted_memorization import DELETIONS, TRUTHS
-from plotting.families import Family
+from plotting.families import Family, describe
 from plotting.figure_kind import FigureKind
-from plotting.style import COLORS, PAGE, wrapped
+from plotting.style import COLORS, PAGE, entitle, wrapped
 
 # Colour, marker, and width of each line; the colours are those of Okabe and Ito.
 LINES = {
@@ -42,6 +42,7 @@ def plot_localizers(families: Sequence[Family]) -> Figure:
     panels[0, 0].set_yticks(range(len(names)), [words(name) for name in names])
     panels[0, 0].invert_yaxis()
     panels[0, 0].legend(loc="upper right")
+    entitle(figure, "Recall of planted memorization neurons by localizer", describe(families))
     return figure
 
 
@@ -83,7 +84,7 @@ def plot_deletion(family: Family) -> Figure:
         axes.set(xlabel="units closed, highest score first", title=f"{subset} examples")
     panels[0].set_ylabel("still predicted as trained")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
-    figure.suptitle(wrapped(f"{family.title}, {family.seeds}", PAGE), fontsize=8)
+    entitle(figure, "Predictions that survive closing the first ranked units", family.about)
     return figure
 
 
@@ -95,6 +96,7 @@ def plot_recall(family: Family) -> Figure:
 FIGURES = (
     FigureKind(
         ("planted-memorization",), "planted_memorization", "planted", TRUTHS.name, plot_recall,
+        "Recall of planted memorization neurons by localizer.",
         "Recall above chance for noisy examples and not for clean ones: a localizer that finds "
         "memory. Own masks alone make every memorization neuron selective.",
         beyond=True,
@@ -102,12 +104,14 @@ FIGURES = (
     FigureKind(
         ("planted-memorization-compared",), "planted_memorization_compared", "planted",
         TRUTHS.name, plot_localizers,
-        "Whether the localizers keep their order over data sets and shares of neurons.",
-        compares=r"(data|model|train|dropout)\..+", beyond=True,
+        "Recall of planted memorization neurons, by setting.",
+        "The localizers' order over data sets and shares of neurons.",
+        compares=r"(data|model|train|dropout)\..+", page=3, beyond=True,
     ),
     FigureKind(
         ("planted-memorization-deletion",), "planted_memorization_deletion", "planted",
         DELETIONS.name, plot_deletion,
+        "Predictions that survive closing the first ranked units.",
         "The planted neurons cost noisy examples their labels and clean ones nothing; ranked units "
         "cost both.",
         beyond=True,

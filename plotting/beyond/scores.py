@@ -11,7 +11,7 @@ from data import DataError
 from engine.runs.run import Run
 from plotting.families import Family
 from plotting.figure_kind import FigureKind
-from plotting.style import COLORS, PAGE, names_of, wrapped
+from plotting.style import COLORS, COLUMN, PAGE, entitle, names_of
 
 PAPER_AUC = {"neurons": 0.89, "learning_time": 0.87, "forgetting_time": 0.93}  # Section 6.1
 CURVES = ("neurons", "learning_time", "forgetting_time", "summed_loss", "aum", "prediction_depth")
@@ -49,13 +49,13 @@ def draw_points(axes: Axes, x: np.ndarray, y: np.ndarray, kind: str, name: str) 
 def plot_data_map(family: Family) -> Figure:
     """Draw confidence against variability of every example of the first seed."""
     table, names = read_scores(family.runs[0]), names_of(family.config.data.split)
-    figure, axes = plt.subplots(figsize=(PAGE * 0.6, 3))
+    figure, axes = plt.subplots(figsize=(COLUMN, 2.6))
     for kind, rows in rows_of_kinds(table).items():
         draw_points(axes, table["variability"][rows], -table["confidence"][rows], kind, names[kind])
     axes.set(xlabel="variability: standard deviation over epochs", ylim=(0, 1))
-    axes.set_ylabel("confidence: mean probability of the label")
+    axes.set_ylabel("confidence: mean probability")
     axes.legend()
-    figure.suptitle(wrapped(f"{family.title}, seed {family.config.seed}", PAGE * 0.6), fontsize=8)
+    entitle(figure, "Data map of the training examples", f"{family.title}, first seed")
     return figure
 
 
@@ -65,7 +65,7 @@ def plot_depth(family: Family) -> Figure:
     depth = np.concatenate([table["prediction_depth"] for table in tables])
     if not np.isfinite(depth).any():
         raise DataError("prediction depth was not measured (scores.neighbours: null)")
-    figure, axes = plt.subplots(figsize=(PAGE * 0.6, 2.6))
+    figure, axes = plt.subplots(figsize=(COLUMN, 2.2))
     place = np.arange(int(np.nanmax(depth)) + 1)
     for kind, shift in (("clean", -0.2), ("noisy", 0.2)):
         own = np.concatenate(
@@ -78,7 +78,7 @@ def plot_depth(family: Family) -> Figure:
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
-    figure.suptitle(wrapped(f"{family.title} ({family.seeds})", PAGE * 0.6), fontsize=8)
+    entitle(figure, "Prediction depth", family.about)
     return figure
 
 
@@ -112,7 +112,7 @@ def plot_roc(family: Family) -> Figure:
     on = "searched" if searched.any() else "all"
     curves.set_title(f"{on} examples, seed {family.config.seed}")
     _draw_areas(areas, family, on)
-    figure.suptitle(wrapped(f"{family.title} ({family.seeds})", PAGE), fontsize=8)
+    entitle(figure, "Memorized examples found by each score", family.about)
     return figure
 
 
@@ -151,43 +151,46 @@ def plot_score_correlations(family: Family) -> Figure:
         for j, other in enumerate(names[i + 1 :], start=i + 1):
             matrix[i, j] = np.mean(found[name, other, "all"])
             matrix[j, i] = np.mean(found[name, other, "clean"])
-    figure, axes = plt.subplots(figsize=(PAGE * 0.75, PAGE * 0.65))
+    figure, axes = plt.subplots(figsize=(PAGE, PAGE * 0.85))
     image = axes.imshow(matrix, vmin=-1, vmax=1, cmap="PuOr")
     for (i, j), rho in np.ndenumerate(matrix):
         if i != j and np.isfinite(rho):
             dark = {"color": "white"} if abs(rho) > 0.7 else {}
-            axes.text(j, i, f"{rho:.2f}", ha="center", va="center", size=5, **dark)
+            axes.text(j, i, f"{rho:.2f}", ha="center", va="center", size=6.5, **dark)
     words = [readable(name) for name in names]
     axes.set_xticks(range(len(names)), words, rotation=45, ha="right")
     axes.set_yticks(range(len(names)), words)
     axes.spines[:].set_visible(False)
     figure.colorbar(image, label="Spearman's rank correlation", shrink=0.8)
     about = "above the diagonal: all examples, below: clean ones"
-    figure.suptitle(wrapped(f"{family.title} ({family.seeds}; {about})", PAGE * 0.7), fontsize=8)
+    entitle(figure, "Rank correlations of scores", f"{family.about}; {about}")
     return figure
 
 
 FIGURES = (
     FigureKind(
         ("data-map",), "data_map", "scores", EXAMPLES.name, plot_data_map,
+        "Data map of the training examples.",
         "Low confidence: labels that the network does not fit until late. Left of them, and high, "
         "are the examples that it fits early and keeps.",
         beyond=True,
     ),
     FigureKind(
         ("roc",), "roc", "scores", AREAS.name, plot_roc,
+        "Memorized examples found by each score.",
         "Which score finds the memorized examples, on the same weights and examples.",
         beyond=True,
     ),
     FigureKind(
         ("score-correlations",), "score_correlations", "scores", CORRELATIONS.name,
-        plot_score_correlations,
+        plot_score_correlations, "Rank correlations of scores.",
         "Scores that agree over all examples may agree on nothing but which labels are wrong: "
         "below the diagonal only clean examples are left.",
         beyond=True,
     ),
     FigureKind(
         ("depth",), "prediction_depth", "scores", EXAMPLES.name, plot_depth,
+        "Prediction depth of clean and noisy examples.",
         "Where the noisy bars lie: by this measure the layers there decide the memorized examples. "
         "Compare rewinding of the same weights.",
         beyond=True,

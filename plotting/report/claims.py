@@ -1,8 +1,8 @@
-"""The paper's claims: what each says in numbers, and when a measured number agrees with it.
+"""The paper's claims: the measure of each, and the rule by which a measured number agrees.
 
-A claim has one measure, a number for each seed, made from result files alone; and one rule, fixed
-here and printed beside every verdict, by which such a number counts as agreeing. Words without a
-number in them ('similar', 'significantly more') had to be given one.
+A claim has one measure, a number for each seed, computed from result files alone; and one rule,
+fixed here and printed beside every verdict. Words of the paper without a number ('similar',
+'significantly more') get a number here.
 """
 
 from collections.abc import Callable
@@ -42,19 +42,20 @@ def between(low: float, high: float) -> Rule:
 
 @dataclass(frozen=True)
 class Claim:
-    """One statement of the paper that a measurement can bear out or not."""
+    """One statement of the paper that a measurement can support or contradict."""
 
-    name: str  # experiment.what, for summary.json
-    where: str  # in the paper
+    name: str  # experiment.statement, for summary.json
+    where: str  # section, figure or table of the paper
     text: str
-    paper: str  # its number, or its words
+    paper: str  # the paper's number, or its words
     source: str  # the result file that the measure reads
     measure: Callable[[Family], Values]
     rule: Rule
+    value: float | None = None  # the paper's number alone, where it gives one
     percent: bool = False
     splits: tuple[str, ...] = ("noise", "human")
-    dropout: str = "none"  # the kind of runs that it is about
-    over: str | None = None  # a setting: the claim is how the measure changes with it
+    dropout: str = "none"  # the kind of dropout of the runs
+    over: str | None = None  # a setting: the claim is the measure's rank correlation with it
 
     @property
     def experiment(self) -> str:
@@ -69,8 +70,8 @@ CLAIMS = (
     Claim(
         "gradients.norm_ratio",
         "4.1, Figure 1",
-        "Gradient norm of all mislabeled examples over that of all clean ones, while they are "
-        "learned (median over layers and epochs)",
+        "Gradient norm of the noisy examples divided by that of the clean examples, while noisy "
+        "examples are learned (median over layers and epochs)",
         "'the same', about 1",
         ACCOUNTS.name,
         headline_numbers.norm_ratio,
@@ -79,17 +80,18 @@ CLAIMS = (
     Claim(
         "gradients.norm_ratio_each",
         "4.1",
-        "The same for a single mislabeled and a single clean example",
+        "Gradient norm per noisy example divided by that per clean example, while noisy examples "
+        "are learned (median over layers and epochs)",
         "'an order of magnitude higher'",
         ACCOUNTS.name,
         headline_numbers.norm_ratio_each,
-        above(3.16, "above 3.16: nearer to ten times than to once"),
+        above(3.16, "above 3.16, closer to 10 than to 1 on a logarithmic scale"),
     ),
     Claim(
         "gradients.norm_ratio_highest",
         "4.1, Figure 1",
-        "The same ratio in the layer where it is highest: 'no layer receives significantly more' "
-        "from mislabeled examples",
+        "Norm ratio of noisy to clean gradients in the layer with the highest ratio ('no layer "
+        "receives significantly more' from noisy examples)",
         "none above clean",
         ACCOUNTS.name,
         headline_numbers.norm_ratio_highest,
@@ -98,7 +100,8 @@ CLAIMS = (
     Claim(
         "gradients.norm_ratio_last",
         "1 and 4",
-        "Norm ratio of the last layer over that of the median layer: it 'does not stand out'",
+        "Norm ratio of the last layer divided by the norm ratio of the median layer (the last "
+        "layer 'does not stand out')",
         "about 1",
         ACCOUNTS.name,
         headline_numbers.norm_ratio_last,
@@ -107,7 +110,8 @@ CLAIMS = (
     Claim(
         "gradients.norm_ratio_epochs",
         "A.1, Figure 10",
-        "Epochs in which the mislabeled examples' gradient is 'nearly as large' (at least 2/3)",
+        "Epochs in which the noisy gradient norm is 'nearly as large' as the clean one (at least "
+        "2/3)",
         "all",
         ACCOUNTS.name,
         headline_numbers.norm_ratio_epochs,
@@ -117,8 +121,8 @@ CLAIMS = (
     Claim(
         "gradients.cosine",
         "4.2, Figure 2",
-        "Cosine of clean and mislabeled gradient, while the mislabeled are learned (median over "
-        "layers and epochs)",
+        "Cosine between the clean and the noisy gradient, while noisy examples are learned "
+        "(median over layers and epochs)",
         "below -0.75",
         ACCOUNTS.name,
         headline_numbers.cosine,
@@ -127,7 +131,7 @@ CLAIMS = (
     Claim(
         "gradients.cosine_layers",
         "4.2, Figure 2",
-        "Layers whose median cosine is below -0.75 in these epochs",
+        "Layers with a median cosine below -0.75 while noisy examples are learned",
         "all",
         ACCOUNTS.name,
         headline_numbers.cosine_layers,
@@ -137,8 +141,8 @@ CLAIMS = (
     Claim(
         "gradients.over_noise_rates",
         "A.2, Figure 11",
-        "Norm ratio against noise rate: from 'slightly lower' than clean to 'very high' (rank "
-        "correlation)",
+        "Rank correlation of norm ratio and noise rate (from 'slightly lower' than clean to 'very "
+        "high')",
         "rising",
         ACCOUNTS.name,
         headline_numbers.mean_norm_ratio,
@@ -149,8 +153,8 @@ CLAIMS = (
     Claim(
         "rewinding.last_layer",
         "5.1, Figure 3",
-        "Mislabeled accuracy kept when the last layer goes back to the last epoch with less than "
-        "20% of it",
+        "Share of the final noisy accuracy kept after rewinding the last layer to the last rewound "
+        "epoch with a noisy accuracy below 20%",
         "'does not reduce', 100%",
         REWINDING.name,
         headline_numbers.kept_by_last_layer,
@@ -160,7 +164,8 @@ CLAIMS = (
     Claim(
         "rewinding.most_layers",
         "5.1, Figure 3",
-        "Layers that can go back there and keep 80% of the mislabeled accuracy",
+        "Layers that keep at least 80% of the final noisy accuracy after rewinding to the last "
+        "rewound epoch with a noisy accuracy below 20%",
         "most",
         REWINDING.name,
         headline_numbers.layers_that_keep,
@@ -170,8 +175,8 @@ CLAIMS = (
     Claim(
         "rewinding.not_last",
         "5.1, Figure 3",
-        "Mislabeled accuracy with the last layer at its initialization, less the mean over all "
-        "other layers there: memorization is not in the last layer",
+        "Noisy accuracy with the last layer at initialization minus the mean over the other "
+        "layers, each at initialization (memorization is not in the last layer)",
         "above 0",
         REWINDING.name,
         headline_numbers.last_against_others,
@@ -181,8 +186,8 @@ CLAIMS = (
     Claim(
         "rewinding.same_layers",
         "5.1, Figure 3",
-        "Rank correlation, over layers at their initialization, of clean and mislabeled accuracy: "
-        "the critical layers are 'similar'",
+        "Rank correlation over layers, each at initialization, of clean and noisy accuracy "
+        "(critical layers are 'similar')",
         "'similar'",
         REWINDING.name,
         headline_numbers.critical_layers_alike,
@@ -191,7 +196,7 @@ CLAIMS = (
     Claim(
         "retraining.layers",
         "5.2, Figure 4",
-        "Layers that reach 70% mislabeled accuracy at some epoch of training on clean ones only",
+        "Layers that reach 70% noisy accuracy after any epoch of retraining on clean examples only",
         "most",
         RETRAINING.name,
         headline_numbers.layers_that_come_back,
@@ -201,7 +206,8 @@ CLAIMS = (
     Claim(
         "retraining.last_layer",
         "5.2, Figure 4",
-        "Mislabeled accuracy that the last layer reaches so: it is redundant",
+        "Highest noisy accuracy after an epoch of retraining only the last layer (the last layer "
+        "is redundant)",
         "near 100%",
         RETRAINING.name,
         headline_numbers.last_layer_comes_back,
@@ -212,25 +218,27 @@ CLAIMS = (
     Claim(
         "flipping.neurons_noisy",
         "6.1, Figure 5a",
-        "Neurons to flip a mislabeled example (mean)",
+        "Neurons to flip a noisy example (mean)",
         "5.1",
         FLIPPING.name,
         headline_numbers.neurons_noisy,
         below(10, "below 10, the paper's 'small number'"),
+        value=5.1,
     ),
     Claim(
         "flipping.neurons_clean",
         "6.1, Figure 5a",
-        "Neurons to flip a clean example, over those for a mislabeled one (means)",
+        "Neurons to flip a clean example divided by neurons to flip a noisy example (means)",
         "15.7 / 5.1 = 3.1",
         FLIPPING.name,
         headline_numbers.neurons_ratio,
         above(1.5, "above 1.5, 'significantly larger'"),
+        value=3.1,
     ),
     Claim(
         "flipping.below_ten",
         "6.1",
-        "Mislabeled examples that flip with fewer than 10",
+        "Noisy examples that flip with fewer than 10 neurons",
         "more than 90%",
         FLIPPING.name,
         headline_numbers.flipped_below_ten,
@@ -240,18 +248,30 @@ CLAIMS = (
     Claim(
         "flipping.remaining",
         "6.1, Figure 5b",
-        "Accuracy on all other training examples after the removal for a mislabeled example, less "
-        "that for a clean one (means)",
+        "Accuracy on the remaining training examples after zeroing a noisy example's neurons minus "
+        "the accuracy after zeroing a clean example's (means)",
         "+10%",
         FLIPPING.name,
         headline_numbers.remaining_difference,
+        above(0),
+        value=0.1,
+        percent=True,
+    ),
+    Claim(
+        "flipping.test",
+        "6.2",
+        "Test accuracy after zeroing a noisy example's neurons minus the accuracy after zeroing a "
+        "clean example's (means): removal for clean examples costs more on the test set",
+        "'significantly higher cost', 'also on the test set'",
+        FLIPPING.name,
+        headline_numbers.test_difference,
         above(0),
         percent=True,
     ),
     Claim(
         "flipping.same_layers",
         "6.1, Figure 5c",
-        "Share of neurons that lie in the same layers for both (overlap of the two histograms)",
+        "Overlap of the noisy and the clean examples' histograms of neurons over layers",
         "'similar'",
         FLIPPING.name,
         headline_numbers.layers_shared,
@@ -261,7 +281,8 @@ CLAIMS = (
     Claim(
         "flipping.scattered",
         "6.1, Figure 5c",
-        "Layers that the mislabeled examples' neurons are scattered over (exp of the entropy)",
+        "Effective number of layers that contain the noisy examples' neurons (exponential of the "
+        "entropy)",
         "'multiple'",
         FLIPPING.name,
         headline_numbers.layers_effective,
@@ -271,21 +292,26 @@ CLAIMS = (
         Claim(
             f"flipping.auc_{method.replace(' ', '_')}",
             "6.1",
-            f"AUC of telling mislabeled from clean examples by {method}",
+            f"AUC of the {words} for detecting noisy examples",
             f"{PAPER_AUC[method]:g}",
             DETECTION.name,
             headline_numbers.area(method),
             above(round(PAPER_AUC[method] - 0.05, 3), f"above {PAPER_AUC[method] - 0.05:g}"),
+            value=PAPER_AUC[method],
         )
-        for method in ("neurons", "learning time", "forgetting time")
+        for method, words in (
+            ("neurons", "number of neurons"),
+            ("learning time", "learning time"),
+            ("forgetting time", "forgetting time"),
+        )
     ),
     # ------------------------------------------------------------ Section 6.2
     *(
         Claim(
             f"dropout.{state}_{kind}",
             "6.2, Table 1",
-            f"Example-tied dropout, accuracy {'with' if state == 'before' else 'without'} the "
-            f"memorization neurons: {kind} examples",
+            f"{kind.capitalize()} accuracy with example-tied dropout, {state} dropping the "
+            "memorization neurons",
             "Table 1",
             DROPOUT.name,
             headline_numbers.accuracy(state, kind),
@@ -303,20 +329,21 @@ CLAIMS = (
     Claim(
         "dropout.gap",
         "6.2, Table 1",
-        "Change of the gap between clean and test accuracy by dropping: 'lowering the "
-        "generalization gap'",
+        "Gap between clean and test accuracy after dropping minus the gap before ('lowering the "
+        "generalization gap')",
         "-12.5% (cifar10)",
         DROPOUT.name,
         headline_numbers.gap_change,
         below(0),
+        value=-0.125,
         percent=True,
         dropout="example_tied",
     ),
     Claim(
         "dropout.forgotten",
         "6.2, Figure 7",
-        "Typicality of the clean examples that dropping forgets, less that of the others (means): "
-        "they are 'ambiguous or exceptional'",
+        "Mean typicality of the clean examples forgotten by dropping minus that of the other clean "
+        "examples (forgotten ones are 'ambiguous or exceptional')",
         "below 0",
         DROPOUT.name,
         headline_numbers.forgotten_less_typical,
@@ -327,21 +354,25 @@ CLAIMS = (
         Claim(
             f"dropout.{kind}_noisy",
             "6.2, Table 3",
-            f"Mislabeled examples that a network with {words} has memorized",
+            f"Noisy accuracy of a network {words}",
             f"{PAPER_TABLE_3[kind][1]:.1%}",
             DROPOUT.name,
             headline_numbers.accuracy("after", "noisy"),
             above(0.9, "above 90%"),
+            value=PAPER_TABLE_3[kind][1],
             percent=True,
             dropout=kind,
         )
-        for kind, words in (("standard", "standard dropout"), ("sparse", "fixed sparse channels"))
+        for kind, words in (
+            ("standard", "trained with standard dropout"),
+            ("sparse", "with a fixed sparse set of channels"),
+        )
     ),
     *(
         Claim(
             f"dropout.{kind}_over_p_gen",
             "6.2, Table 2",
-            f"Accuracy on {words} examples after dropping against p_gen (rank correlation)",
+            f"Rank correlation of {kind} accuracy after dropping and p_gen",
             "rising",
             DROPOUT.name,
             headline_numbers.accuracy("after", kind),
@@ -349,14 +380,14 @@ CLAIMS = (
             dropout="example_tied",
             over="dropout.p_gen",
         )
-        for kind, words in (("clean", "clean"), ("noisy", "mislabeled"))
+        for kind in ("clean", "noisy")
     ),
     # ------------------------------------------------------------ Section 7, Appendix B.2
     Claim(
         "atypical.norm_ratio",
         "7, Figure 8",
-        "Gradient norm of all atypical examples over that of all typical ones (median over layers, "
-        "mean over epochs)",
+        "Gradient norm of the atypical examples divided by that of the typical examples (median "
+        "over layers, mean over epochs)",
         "about 1",
         ACCOUNTS.name,
         headline_numbers.mean_norm_ratio,
@@ -366,8 +397,8 @@ CLAIMS = (
     Claim(
         "atypical.rewinding",
         "7, Figure 9",
-        "Atypical accuracy with the last layer at its initialization, less the mean over all other "
-        "layers there: memorization is 'dispersed'",
+        "Atypical accuracy with the last layer at initialization minus the mean over the other "
+        "layers, each at initialization (memorization is 'dispersed')",
         "above 0",
         REWINDING.name,
         headline_numbers.last_against_others,
@@ -378,8 +409,8 @@ CLAIMS = (
     Claim(
         "atypical.retraining",
         "B.2, Figure 19",
-        "Layers that reach 70% atypical accuracy at some epoch of training on typical ones only: "
-        "'none of the layers are important'",
+        "Layers that reach 70% atypical accuracy after any epoch of retraining on typical examples "
+        "only ('none of the layers are important')",
         "all",
         RETRAINING.name,
         headline_numbers.layers_that_come_back,

@@ -22,8 +22,8 @@ class Finding:
     claim: Claim
     about: str
     families: tuple[Family, ...]
-    values: tuple[float, ...]  # one a seed; none where it was not measured
-    reason: str = ""  # why the claim does not apply to these runs, where it does not
+    values: tuple[float, ...]  # one per seed; none where it was not measured
+    reason: str = ""  # reason why the claim does not apply to these runs, or ''
 
     @property
     def n(self) -> int:
@@ -36,7 +36,7 @@ class Finding:
 
     @property
     def verdict(self) -> str:
-        """By the seeds, each on its own."""
+        """Return the verdict; each seed is judged separately."""
         if not self.values:
             return "not measured"
         if self.reason:
@@ -49,7 +49,7 @@ class Finding:
 
 @refusing_malformed
 def find(families: Sequence[Family]) -> list[Finding]:
-    """Every claim about the runs that it concerns, in the paper's order."""
+    """Judge every claim for each of the runs that it concerns, in the paper's order."""
     found = []
     for claim in CLAIMS:
         concerned = [family for family in families if claim.concerns(family.config)]
@@ -68,7 +68,7 @@ def _judge(claim: Claim, family: Family) -> Finding:
 
 
 def _trends(claim: Claim, families: Sequence[Family]) -> Iterator[Finding]:
-    """Rank correlation of the measure with the setting that it is over, for every common seed."""
+    """Yield rank correlations of the measure with the claim's setting, for every common seed."""
     measured = [part for family in families if (part := family.having(claim.source))]
     for group in families_over(claim.over, measured):
         settings = [setting_of(family, claim.over) for family in group]
@@ -87,31 +87,66 @@ def _trends(claim: Claim, families: Sequence[Family]) -> Iterator[Finding]:
 
 
 def _of_data_set(claim: Claim, config: Config) -> Claim:
-    """With the number of Table 1 for this data set, where that is the paper's number."""
+    """Return the claim with Table 1's number for this data set, if its number is in Table 1."""
     if claim.paper != "Table 1":
         return claim
     name = config.data.name if config.data.name in PAPER_TABLE_1 else "cifar10"
     state, kind = claim.name.split(".")[1].split("_")
     row = PAPER_TABLE_1[name][("before", "after").index(state)]
     number = row[("clean", "noisy", "test").index(kind)]
-    return replace(claim, paper=f"{number:.1%} ({name})")
+    return replace(claim, paper=f"{number:.1%} ({name})", value=number)
 
 
 def table_claims(findings: Sequence[Finding]) -> Table:
-    """Every claim, the paper's number, ours, of how many runs, and what they were trained on."""
+    """Every claim with the paper's number, the measured one, the verdict and its rule."""
+    header = (
+        "claim", "paper", "ours ± std", "n", "verdict", "agrees if", "data, model", "hardware",
+    )  # fmt: skip
     rows = [
         (
             finding.claim.text,
             finding.claim.paper,
             finding.ours,
             str(finding.n or "-"),
+            finding.verdict,
+            finding.claim.rule.words,
             finding.about,
             _hardware(finding.families),
         )
         for finding in findings
     ]
-    header = ("claim", "paper", "ours ± std", "n", "data, model", "hardware")
-    return Table("table_claims", "The paper's claims beside what came out", header, tuple(rows))
+    plain = (PLAIN, *map(_plain_row, findings))
+    return Table(
+        "table_claims", "The paper's claims: paper, ours, verdict", header, tuple(rows), plain
+    )
+
+
+PLAIN = (
+    "name", "claim", "paper", "paper_value", "mean", "std", "n", "verdict", "agrees_if", "reason",
+    "data_model", "hardware",
+)  # fmt: skip
+
+
+def _plain_row(finding: Finding) -> tuple[str, ...]:
+    """Return the row of the CSV file: numbers alone, shares as fractions, empty cells for none."""
+    claim, values = finding.claim, finding.values
+    numbers = (
+        claim.value,
+        np.mean(values) if values else None,
+        np.std(values, ddof=1) if len(values) > 1 else None,
+    )
+    return (
+        claim.name,
+        claim.text,
+        claim.paper,
+        *("" if number is None else f"{number:.6g}" for number in numbers),
+        str(finding.n),
+        finding.verdict,
+        claim.rule.words,
+        finding.reason,
+        finding.about,
+        _hardware(finding.families),
+    )
 
 
 def _hardware(families: Sequence[Family]) -> str:

@@ -1,13 +1,14 @@
 """Headline numbers: one for each seed, from result files alone.
 
-'While mislabeled examples are learned' means the epochs that end with a mislabeled accuracy between
-10% and 95%. A number that a run cannot give is nan.
+'While noisy examples are learned' means the epochs that end with a noisy accuracy above chance (one
+divided by the number of classes) and below 95%. A number that a run cannot give is nan.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from data import outline
 from engine.runs import files
 from engine.stats import rank_correlation
 from example_tied_dropout import DROPOUT, TYPICALITY
@@ -20,7 +21,7 @@ from plotting.layers import by_group
 from plotting.neurons import read_searched
 
 Values = Sequence[float] | np.ndarray
-LEARNING = (0.10, 0.95)
+LEARNED = 0.95
 NOT_YET_LEARNED = 0.20  # the paper's bound for 'before it is memorized'
 KEPT, HIGH = 0.8, 0.7
 OPPOSED = -0.75
@@ -29,10 +30,18 @@ OPPOSED = -0.75
 # ---------------------------------------------------------------- gradient accounting
 
 
+def count_classes(family: Family) -> int:
+    """Return the number of classes of the data set; of your own data, from the training labels."""
+    if (name := family.config.data.name) != "npz":
+        return outline(name).classes
+    arrays = files.read_arrays(family.runs[0].split_path, "label", "true_label")
+    return 1 + int(max(labels.max() for labels in arrays.values()))
+
+
 def _medians_while_learning(family: Family, values: np.ndarray) -> np.ndarray:
-    """[seeds, layers]: medians over epochs of values [seeds, epochs, layers]."""
+    """Return [seeds, layers]: medians of values [seeds, epochs, layers] over these epochs."""
     noisy = read_curves(family)["acc_noisy"][:, 1:]
-    learning = (noisy > LEARNING[0]) & (noisy < LEARNING[1])
+    learning = (noisy > 1 / count_classes(family)) & (noisy < LEARNED)
     nothing = np.full(values.shape[2], np.nan)
     return np.array(
         [np.median(v[when], axis=0) if when.any() else nothing for v, when in zip(values, learning)]
@@ -40,14 +49,13 @@ def _medians_while_learning(family: Family, values: np.ndarray) -> np.ndarray:
 
 
 def _share(values: np.ndarray, holds: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """[seeds]: of how many of values [seeds, ...] something holds; nan where one has no number."""
+    """Return [seeds]: the share of values [seeds, n] that `holds`; nan if a value is nan."""
     share = holds(values).mean(1)
     return np.where(np.isfinite(values).all(1), share, np.nan)
 
 
 def _quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Without clean examples there is nothing to divide by, without noisy ones nothing to divide:
-    no number either way."""
+    """Divide where both are positive; without clean or without noisy examples the result is nan."""
     return np.divide(a, b, out=np.full_like(a, np.nan), where=(a > 0) & (b > 0))
 
 
@@ -101,8 +109,11 @@ def _rewound(family: Family) -> dict[str, np.ndarray]:
 
 
 def _back_before_learning(family: Family) -> np.ndarray:
-    """[seeds, layers]: noisy accuracy kept, as a share of the final one, by each layer alone back
-    at the last rewound epoch before which little was learned; the initialization never counts."""
+    """Return [seeds, layers]: noisy accuracy kept after rewinding a layer, as a share of the final.
+
+    Each layer alone is rewound to the last rewound epoch with a noisy accuracy below the bound;
+    the initialization is not considered.
+    """
     curves, table = read_curves(family), _rewound(family)
     noisy, epochs = curves["acc_noisy"], table["epoch"]
     kept = []
@@ -136,14 +147,14 @@ def critical_layers_alike(family: Family) -> Values:
 
 
 def _at_initialization(family: Family, kind: str) -> np.ndarray:
-    """[seeds, layers]: accuracy with each layer alone at epoch 0; nan where none was rewound so."""
+    """Return [seeds, layers]: accuracy with each layer alone at epoch 0; nan if not measured."""
     table = _rewound(family)
     values = table[f"acc_{kind}"][:, :, 0]
     return values if table["epoch"][0] == 0 else np.full_like(values, np.nan)
 
 
 def _peaks(family: Family) -> np.ndarray:
-    """[seeds, layers]: the highest noisy accuracy after an epoch of retraining."""
+    """Return [seeds, layers]: the highest noisy accuracy after an epoch of retraining."""
     table = by_group(family, RETRAINING)
     return np.fmax.reduce(table["acc_noisy"][:, :, 1:], axis=2)
 
@@ -160,7 +171,7 @@ def last_layer_comes_back(family: Family) -> Values:
 
 
 def _of_each_seed(family: Family, memorized: int) -> list[list[dict]]:
-    """The searched examples of one kind, seed by seed."""
+    """Return the searched examples of one kind, for each seed."""
     tables = map(read_searched, family.runs)
     return [[row for row in table if row["memorized"] == memorized] for table in tables]
 
@@ -190,12 +201,24 @@ def flipped_below_ten(family: Family) -> Values:
     ]
 
 
-def remaining_difference(family: Family) -> Values:
-    noisy, clean = (
-        np.array([_mean(row["acc_remaining_after"] for row in rows) for rows in each])
-        for each in (_of_each_seed(family, 1), _of_each_seed(family, 0))
-    )
-    return noisy - clean
+def difference_after(column: str) -> Callable[[Family], Values]:
+    """Return the measure of an accuracy after removal: noisy minus clean examples' mean.
+
+    Rows without the accuracy, which an earlier version searched, are left out.
+    """
+
+    def measure(family: Family) -> Values:
+        noisy, clean = (
+            np.array([_mean(r[column] for r in rows if np.isfinite(r[column])) for rows in each])
+            for each in (_of_each_seed(family, 1), _of_each_seed(family, 0))
+        )
+        return noisy - clean
+
+    return measure
+
+
+remaining_difference = difference_after("acc_remaining_after")
+test_difference = difference_after("acc_test_after")
 
 
 def _layer_shares(rows: list[dict], layers: int) -> np.ndarray:
@@ -204,7 +227,7 @@ def _layer_shares(rows: list[dict], layers: int) -> np.ndarray:
 
 
 def layers_shared(family: Family) -> Values:
-    """One less half of the distance between the two histograms over layers."""
+    """Return the overlap of the two histograms over layers: the sum of their minima."""
     layers = 1 + max(
         (int(group) for kind in (0, 1) for rows in _of_each_seed(family, kind) for row in rows
          for group in row["groups"].split()), default=0,
@@ -229,7 +252,7 @@ def layers_effective(family: Family) -> Values:
 
 
 def area(method: str) -> Callable[[Family], Values]:
-    """The AUC of a way to tell mislabeled from clean examples, on those that were searched."""
+    """Return the measure of a score's AUC for detecting noisy examples, on the searched ones."""
 
     def measure(family: Family) -> Values:
         rows = family.rows(DETECTION)
@@ -258,7 +281,7 @@ def gap_change(family: Family) -> Values:
 
 
 def forgotten_less_typical(family: Family) -> Values:
-    """Difference of the mean typicalities; nan where nothing was forgotten or none is known."""
+    """Return differences of mean typicality; nan if nothing was forgotten or no score is known."""
     folders = [run.directory for run in family.runs]
     tables = [TYPICALITY.read(f) if TYPICALITY.path(f).exists() else [] for f in folders]
     return [table[0]["difference"] if table else np.nan for table in tables]

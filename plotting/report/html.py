@@ -7,6 +7,7 @@ import base64
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
@@ -17,13 +18,16 @@ from engine.runs.provenance import REPOSITORY
 from plotting.families import Family, refusing_malformed
 from plotting.figures import Drawing
 from plotting.report.findings import Finding
-from plotting.report.headline_numbers import LEARNING
+from plotting.report.headline_numbers import LEARNED as LEARNED_AT
 from plotting.report.tables import Table
+from plotting.style import PAGE, SETTINGS
 
 NAME = "report.html"
+UNFOLDED = 2  # families whose own figures a chapter shows without a click
+NUMBERS = r"[\d.]+( ± [\d.]+)?%?"  # of a cell that stays on one line
 LEARNED = (
-    "'While they are learned' are the epochs that end with a mislabeled accuracy between "
-    f"{LEARNING[0]:.0%} and {LEARNING[1]:.0%}."
+    "'While noisy examples are learned' means the epochs that end with a noisy accuracy above "
+    f"chance (10% with ten classes) and below {LEARNED_AT:.0%}."
 )
 PART_OF = {"atypical": "gradients"}  # claims about atypical examples have no chapter of their own
 
@@ -45,32 +49,35 @@ a { color: #0a5a94; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .875rem; margin: .75rem 0; }
 th, td { text-align: left; vertical-align: top; padding: .4rem .6rem .4rem 0;
-  border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
-th { color: var(--soft); font-weight: 600; overflow-wrap: normal; }
-td.number { white-space: nowrap; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
+  border-bottom: 1px solid var(--line); overflow-wrap: break-word; }
+th { color: var(--soft); font-weight: 600; }
+td.number { white-space: nowrap; font-variant-numeric: tabular-nums; }
 td small { color: var(--soft); display: block; }
 .verdict { font-weight: 600; white-space: nowrap; }
 .agrees { color: var(--good); } .agrees::before { content: "\\2713\\00a0"; }
 .differs { color: var(--bad); } .differs::before { content: "\\2260\\00a0"; }
 .mixed { color: var(--bad); } .mixed::before { content: "~\\00a0"; }
 .none, .inapplicable { color: var(--soft); font-weight: 400; }
-figure { margin: 1.5rem 0; break-inside: avoid; }
-figure img { max-width: 100%; height: auto; display: block; border: 1px solid var(--line); }
+figure { margin: 1.5rem 0; max-width: 46rem; break-inside: avoid; }
+figure img { height: auto; display: block; border: 1px solid var(--line); }
 figcaption { font-size: .875rem; color: var(--soft); margin-top: .4rem; }
 figcaption b { color: var(--ink); }
+figcaption small { display: block; }
 code, pre { font: .85em/1.5 ui-monospace, Menlo, Consolas, monospace; }
-pre { background: var(--tint); padding: .6rem .8rem; white-space: pre-wrap;
-  overflow-wrap: anywhere; border-radius: 4px; }
-code { overflow-wrap: anywhere; }
+pre { background: var(--tint); padding: .6rem .8rem; overflow-x: auto; border-radius: 4px; }
+code { overflow-wrap: break-word; }
 details { margin: 1rem 0; } summary { cursor: pointer; color: #0a5a94; }
 li { margin: .4rem 0; }
 footer { color: var(--soft); font-size: .85rem; padding-bottom: 3rem; }
 @media (max-width: 40rem) {
   h1 { font-size: 1.5rem; }
-  table.claims thead { display: none; }
-  table.claims tr { display: block; padding: .6rem 0; border-bottom: 1px solid var(--line); }
-  table.claims td { display: block; border: 0; padding: .1rem 0; white-space: normal; }
-  table.claims td[data-name]::before { content: attr(data-name) ": "; color: var(--soft); }
+  thead { display: none; }
+  table, tbody, tr, td { display: block; }
+  tr { padding: .6rem 0; border-bottom: 1px solid var(--line); }
+  td, td.number, .verdict { border: 0; padding: .1rem 0; white-space: normal; }
+  td.empty { display: none; }
+  td:not(:first-child):not(.verdict)::before { content: attr(data-name) ": "; color: var(--soft);
+    font-weight: 400; }
 }
 @media print {
   body { font-size: 10pt; } main, header, footer { max-width: none; padding: 0; }
@@ -122,7 +129,7 @@ def write_report(
         + "\n</body>\n</html>\n"
     )
     path = folder / NAME
-    files.write_text(path, page)
+    files.update_text(path, page)
     return path
 
 
@@ -131,13 +138,26 @@ def _chapter_of(finding: Finding) -> str:
     return PART_OF.get(experiment, experiment)
 
 
-def _table(header: Sequence[str], rows: Iterable[str], kind: str = "") -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    return (
-        f'<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>'
-        + "\n".join(rows)
-        + "</tbody></table></div>"
-    )
+@dataclass(frozen=True)
+class Cell:
+    """The HTML of a table's cell, and its classes."""
+
+    html: str
+    kind: str = ""
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
+    """A table that a narrow screen shows as a list: each cell below its column's name."""
+
+    def row_of(cells: Sequence[Cell]) -> str:
+        named = zip(cells, header)
+        tds = (f'<td data-name="{escape(n)}" class="{c.kind}">{c.html}</td>' for c, n in named)
+        return f"<tr>{''.join(tds)}</tr>"
+
+    head = "".join(f"<th>{escape(name)}</th>" for name in header)
+    body = "\n".join(map(row_of, rows))
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="scroll">{table}</div>'
 
 
 # ---------------------------------------------------------------- verdicts
@@ -182,11 +202,12 @@ def _overview(findings: Sequence[Finding], chapters: Sequence[str]) -> str:
     for name in chapters:
         words = load_experiments()[name].title
         counts = Counter(_manner(f) for f in findings if _chapter_of(f) == name)
-        cells = "".join(
-            f'<td class="number">{counts[manner] or "-"}</td>'
-            for manner in ("agrees", "differs", "mixed", "inapplicable", "none")
-        )
-        rows.append(f'<tr><td><a href="#{name}">{words}</a></td>{cells}</tr>')
+        manners = ("agrees", "differs", "mixed", "inapplicable", "none")
+        cells = [
+            Cell(str(counts[manner]), "number") if counts[manner] else Cell("-", "empty")
+            for manner in manners
+        ]
+        rows.append([Cell(f'<a href="#{name}">{words}</a>'), *cells])
     header = (
         "experiment",
         "agrees",
@@ -206,16 +227,20 @@ def _claims(findings: Sequence[Finding]) -> str:
     rows = []
     for finding in findings:
         claim = finding.claim
-        cells = (
-            f"<td>{escape(claim.text)}<small>Section {escape(claim.where)}; agrees if "
-            f"{escape(claim.rule.words)}; {escape(finding.about)}{_reason(finding)}</small></td>"
-            f'<td data-name="paper">{escape(claim.paper)}</td>'
-            f'<td data-name="ours" class="number">{escape(finding.ours)}</td>'
-            f'<td data-name="n" class="number">{finding.n or "-"}</td>'
-            f'<td class="verdict {_manner(finding)}">{escape(finding.verdict)}</td>'
+        words = (
+            f"{escape(claim.text)}<small>Section {escape(claim.where)}; agrees if "
+            f"{escape(claim.rule.words)}; {escape(finding.about)}{_reason(finding)}</small>"
         )
-        rows.append(f"<tr>{cells}</tr>")
-    return _table(("claim", "paper", "ours ± std", "n", "verdict"), rows, "claims")
+        rows.append(
+            (
+                Cell(words),
+                Cell(escape(claim.paper)),
+                Cell(escape(finding.ours), "number"),
+                Cell(str(finding.n or "-"), "number"),
+                Cell(escape(finding.verdict), f"verdict {_manner(finding)}"),
+            )
+        )
+    return _table(("claim", "paper", "ours ± std", "n", "verdict"), rows)
 
 
 # ---------------------------------------------------------------- one experiment
@@ -232,7 +257,7 @@ def _chapter(
     parts = [f'<h2 id="{name}">{experiment.title}</h2>']
     parts.append(f'<p class="lead">{experiment.question}{where}</p>')
     parts.append(_claims(findings) if findings else "<p>No run of this kind.</p>")
-    parts += [_figure(drawing) for drawing in drawings if drawing.paths]
+    parts.append(_figures([drawing for drawing in drawings if drawing.paths]))
     parts += [f"<p>{escape(str(drawing))}</p>" for drawing in drawings if drawing.lack]
     if missing := {drawing.command for drawing in drawings if drawing.command}:
         parts.append(f"<p>Not measured yet; these commands do it:</p>{_commands(missing)}")
@@ -254,17 +279,42 @@ def _commands(commands: Iterable[str]) -> str:
     return f"<pre>{escape(chr(10).join(sorted(commands)))}</pre>"
 
 
+def _figures(drawings: Sequence[Drawing]) -> str:
+    """Figures in their order; where there are many families, those of each are folded."""
+    compared = [drawing for drawing in drawings if drawing.kind.compares]
+    single: dict[str, list[Drawing]] = {}
+    for drawing in drawings:
+        if drawing not in compared:
+            single.setdefault(drawing.about, []).append(drawing)
+    if len(single) <= UNFOLDED:
+        return "\n".join(map(_figure, drawings))
+    folded = (
+        f"<details><summary>Figures of {escape(about)}</summary>"
+        + "\n".join(map(_figure, own))
+        + "</details>"
+        for about, own in single.items()
+    )
+    return "\n".join([*map(_figure, compared), *folded])
+
+
 def _figure(drawing: Drawing) -> str:
     path = next((path for path in drawing.paths if path.suffix == ".png"), None)
     if path is None:
         return ""
-    picture = base64.b64encode(path.read_bytes()).decode("ascii")
+    content = path.read_bytes()
+    picture = base64.b64encode(content).decode("ascii")
+    # As wide as its share of a page, so that text has the same size on every figure.
+    inches = int.from_bytes(content[16:20], "big") / SETTINGS["savefig.dpi"]
     numbers = [number for number in drawing.kind.numbers if number[0].isdigit()]
-    like = f" (compare Figure {', '.join(numbers)} of the paper)" if numbers else ""
-    caption = f"<b>{escape(drawing.about)}{like}.</b> What to look for: {escape(drawing.kind.see)}"
+    like = f" Compare Figure {', '.join(numbers)} of the paper." if numbers else ""
+    kind = drawing.kind
+    caption = (
+        f"<b>{escape(kind.subject)}</b> {escape(kind.see)}{like}"
+        f"<small>{escape(drawing.about)}</small>"
+    )
     return (
-        f'<figure><img alt="{escape(drawing.kind.see)}" src="data:image/png;base64,{picture}">'
-        f"<figcaption>{caption}</figcaption></figure>"
+        f'<figure><img alt="{escape(kind.subject)}" style="width: {inches / PAGE:.1%}" '
+        f'src="data:image/png;base64,{picture}"><figcaption>{caption}</figcaption></figure>'
     )
 
 
@@ -275,7 +325,7 @@ def _tables(tables: Sequence[Table]) -> str:
     parts = ['<h2 id="tables">Tables</h2>']
     for table in tables:
         rows = (
-            "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
+            [Cell(escape(cell), "number" if re.fullmatch(NUMBERS, cell) else "") for cell in row]
             for row in table.rows
         )
         parts.append(f"<h3>{escape(table.caption)}</h3>{_table(table.header, rows)}")
@@ -292,14 +342,10 @@ def _what_was_run(families: Sequence[Family]) -> str:
         devices = "; ".join(family.devices)
         seeds = ", ".join(str(run.config.seed) for run in family.runs)
         seconds = ", ".join(f"{source.get('seconds', 0):,.0f}" for source in sources)
-        rows.append(
-            f"<tr><td>{escape(family.title)}<small>{escape(words)}</small>"
-            f"<small>{escape(_measured_with(family))}</small></td>"
-            f"<td>{seeds}</td>"
-            f'<td class="number">{seconds}</td>'
-            f"<td>{escape(devices)}<small>{escape('; '.join(versions))}</small></td>"
-            "</tr>"
-        )
+        training = f"{escape(family.title)}<small>{escape(words)}</small>"
+        training += f"<small>{escape(_measured_with(family))}</small>"
+        where = f"{escape(devices)}<small>{escape('; '.join(versions))}</small>"
+        rows.append((Cell(training), Cell(seeds), Cell(seconds, "number"), Cell(where)))
     header = ("training, and its settings", "seeds", "seconds", "on what, with which versions")
     return '<h2 id="runs">What was run</h2>' + _table(header, rows)
 

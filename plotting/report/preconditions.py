@@ -1,4 +1,4 @@
-"""Preconditions of the claims: when a measurement can say something about a claim at all."""
+"""Preconditions of the claims: the conditions under which a measurement can test a claim."""
 
 from collections.abc import Callable
 
@@ -19,7 +19,7 @@ def require_fitted(run: Run) -> str:
 
 
 def require_fitted_with_dropout(run: Run) -> str:
-    """Require the same of a network with all its neurons, before any are dropped."""
+    """Require that the network with all its neurons, before dropping, predicts most labels."""
     rows = DROPOUT.read(run.directory)
     return _compare(next(row["acc_noisy"] for row in rows if row["state"] == "before"))
 

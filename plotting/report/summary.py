@@ -1,4 +1,4 @@
-"""Every headline number beside the paper's, and what is kept of runs when they are deleted."""
+"""summary.json: every headline number beside the paper's; and copies of all runs' tables."""
 
 import lzma
 import math
@@ -26,7 +26,7 @@ def _rounded(value: float) -> float | None:
 
 
 def summarize(families: Sequence[Family], findings: Sequence[Finding]) -> dict[str, object]:
-    """The same for the same results, on any machine and at any time."""
+    """Make the content of summary.json, which depends on the results alone."""
     runs = []
     for family in families:
         seeds = [run.config.seed for run in family.runs]
@@ -52,9 +52,11 @@ def _entry(finding: Finding) -> dict[str, object]:
 
 @refusing_malformed
 def keep_results(families: Sequence[Family], folder: Path) -> Path:
-    """Copies of all tables of all runs and over seeds, and of each run where it came from: settings
-    (no paths), how each table was measured, code, versions, machine. Small enough to be kept where
-    the weights are not."""
+    """Copy all tables of all runs and over seeds, with a file that says where each came from.
+
+    The file names settings (no paths), how each table was measured, code, versions and machine. The
+    copies are small enough to be kept without the weights.
+    """
     sources = {}
     for family in families:
         _require_own([*family.folder.glob("*.csv"), *family.folder.glob("*.json")])
@@ -97,5 +99,5 @@ def _pack(table: Path, path: Path) -> Path:
 @refusing_malformed
 def write_summary(families: Sequence[Family], findings: Sequence[Finding], folder: Path) -> Path:
     path = folder / NAME
-    files.write_json(path, summarize(families, findings))
+    files.update_json(path, summarize(families, findings))
     return path

@@ -11,6 +11,7 @@ from itertools import combinations
 import numpy as np
 
 from beyond.example_scores import AREAS, SCORES, WITH_NEURONS
+from engine.config.schema import DropoutConfig
 from engine.stats import compute_area, rank_correlation
 from example_tied_dropout import DROPOUT
 from neuron_flipping import DETECTION, FLIPPING
@@ -26,7 +27,7 @@ LATEX = str.maketrans(
     | {"±": r"$\pm$"}
 )
 
-# What the paper gives: Table 1 (before and after: clean, noisy, test), Table 3 (clean, noisy) and
+# The paper's numbers: Table 1 (before and after: clean, noisy, test), Table 3 (clean, noisy) and
 # Table 2 by (p_gen, p_mem), all on 10% noise; in Section 6.1 the AUCs on CIFAR-10.
 PAPER_TABLE_1 = {
     "cifar10": ((0.999, 0.993, 0.793), (0.908, 0.031, 0.827)),
@@ -45,12 +46,16 @@ PAPER_AUC = {"neurons": 0.89, "learning time": 0.87, "forgetting time": 0.93}
 
 @dataclass(frozen=True)
 class Table:
-    """A table of words, ready to be written in any form."""
+    """A table of text, ready to be written in any form.
+
+    `plain` is the content of the CSV file, its header first, where that differs from the text.
+    """
 
     name: str
     caption: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    plain: tuple[tuple[str, ...], ...] = ()
 
     @property
     def measured(self) -> bool:
@@ -66,7 +71,8 @@ class Table:
         text = io.StringIO()
         # A spreadsheet would compute a cell that begins as a formula does.
         formula = re.compile(r"^(?=[=@\t\r]|[-+](?![\d.]|$))")
-        lines = [[formula.sub("'", cell) for cell in line] for line in (self.header, *self.rows)]
+        content = self.plain or (self.header, *self.rows)
+        lines = [[formula.sub("'", cell) for cell in line] for line in content]
         csv.writer(text, lineterminator="\n").writerows(lines)
         return text.getvalue()
 
@@ -80,7 +86,7 @@ class Table:
 
 
 def spread(values: Sequence[float], digits: int = 1, percent: bool = True) -> str:
-    """Mean, and standard deviation where there are several values; a dash for none."""
+    """Return the mean, with the standard deviation of several values; a dash without any."""
     values = [value * (100 if percent else 1) for value in values if not math.isnan(value)]
     if not values:
         return "-"
@@ -92,7 +98,7 @@ def spread(values: Sequence[float], digits: int = 1, percent: bool = True) -> st
 
 
 def _dropout_rows(family: Family, state: str) -> list[dict]:
-    """One row a seed."""
+    """Return one row per seed."""
     rows = family.rows(DROPOUT)
     return [row for row in rows if row["state"] == state]
 
@@ -103,7 +109,7 @@ def _with_dropout(families: Sequence[Family], *kinds: str) -> list[Family]:
 
 
 def table_1(families: Sequence[Family]) -> Table:
-    """Accuracies before and after dropping the memorization neurons."""
+    """Table 1: accuracies before and after dropping the memorization neurons."""
     rows = []
     for family in _with_dropout(families, "example_tied"):
         cells = [family.title, str(len(family.runs))]
@@ -124,36 +130,53 @@ def table_1(families: Sequence[Family]) -> Table:
 
 
 def table_2(families: Sequence[Family]) -> Table:
-    """Clean and noisy accuracy after dropping, over p_gen and p_mem."""
-    rows = []
+    """Clean and noisy accuracy after dropping: a row for each p_mem, a column for each p_gen."""
+    cells: dict[tuple[str, float], dict[float, str]] = {}
     for family in _with_dropout(families, "example_tied"):
         p, after = family.config.dropout, _dropout_rows(family, "after")
-        ours = (spread([row[f"acc_{kind}"] for row in after]) for kind in ("clean", "noisy"))
-        paper = PAPER_TABLE_2.get((p.p_gen, p.p_mem), (math.nan, math.nan))
-        cells = (*ours, *(spread([value]) for value in paper))
-        rows.append((family.trained, f"{p.p_gen:g}", f"{p.p_mem:g}", str(len(family.runs)), *cells))
-    rows.sort(key=lambda row: (by_numbers(row[0]), float(row[2]), float(row[1])))
-    header = ("data", "p_gen", "p_mem", "n", "clean", "noisy", "paper: clean", "paper: noisy")
-    caption = "Table 2: accuracy after dropping over p_gen and p_mem (paper: CIFAR-10)"
+        cell = ", ".join(spread([row[f"acc_{kind}"] for row in after]) for kind in KINDS[:2])
+        n = f" (n = {len(after)})" if len(after) > 1 else ""
+        cells.setdefault((family.trained, p.p_mem), {})[p.p_gen] = cell + n
+    order = sorted(cells, key=lambda place: (by_numbers(place[0]), place[1]))
+    for (p_gen, p_mem), values in PAPER_TABLE_2.items():
+        cell = ", ".join(spread([value]) for value in values)
+        cells.setdefault(("paper: cifar10", p_mem), {})[p_gen] = cell
+        order = list(dict.fromkeys([*order, ("paper: cifar10", p_mem)]))
+    columns = sorted({p_gen for row in cells.values() for p_gen in row})
+    rows = [
+        (data, f"{p_mem:g}", *(cells[data, p_mem].get(p_gen, "-") for p_gen in columns))
+        for data, p_mem in order
+    ]
+    header = ("data", "p_mem", *(f"p_gen {p_gen:g}" for p_gen in columns))
+    caption = "Table 2: clean, noisy accuracy after dropping over p_gen and p_mem"
     return Table("table_2", caption, header, tuple(rows))
 
 
+def describe_method(dropout: DropoutConfig) -> str:
+    """Return the kind of dropout, and for standard dropout the share that it keeps or drops."""
+    if dropout.kind != "standard":
+        return dropout.kind
+    units = "" if dropout.units == "activations" else ", whole channels"
+    return f"standard, {dropout.standard}s {dropout.p_gen:.0%}{units}"
+
+
 def table_3(families: Sequence[Family]) -> Table:
-    """Example-tied dropout after dropping, beside the baselines."""
+    """Compare example-tied dropout, after dropping, with both baselines and no dropout."""
     rows = []
     for family in _with_dropout(families, "standard", "sparse", "example_tied", "none"):
         after = _dropout_rows(family, "after")
-        kind = family.config.dropout.kind
+        dropout = family.config.dropout
         ours = (spread([row[f"acc_{k}"] for row in after]) for k in ("clean", "noisy"))
-        paper = (spread([value]) for value in PAPER_TABLE_3.get(kind, (math.nan, math.nan)))
-        rows.append((family.title, kind, str(len(family.runs)), *ours, *paper))
+        paper = (spread([value]) for value in PAPER_TABLE_3.get(dropout.kind, (math.nan, math.nan)))
+        method = describe_method(dropout)
+        rows.append((family.title, method, str(len(family.runs)), *ours, *paper))
     header = ("data", "method", "n", "clean", "noisy", "paper: clean", "paper: noisy")
     caption = "Table 3: accuracy of example-tied dropout and its baselines (paper: CIFAR-10)"
     return Table("table_3", caption, header, tuple(rows))
 
 
 def table_auc(families: Sequence[Family]) -> Table:
-    """AUC of each score, memorized against clean examples, on the searched examples."""
+    """AUC of each score for detecting the memorized set, on the searched examples."""
     rows = []
     for family in filter(None, (family.having(DETECTION.name) for family in families)):
         found = family.rows(DETECTION)
@@ -163,16 +186,16 @@ def table_auc(families: Sequence[Family]) -> Table:
                 ours, paper = spread(areas, 3, percent=False), PAPER_AUC.get(method, "-")
                 rows.append((family.title, method, str(len(areas)), ours, str(paper)))
     header = ("data", "score", "n", "AUC", "paper (CIFAR-10)")
-    caption = "AUC of telling memorized from clean examples"
+    caption = "AUC of each score for detecting the memorized set, on the searched examples"
     return Table("table_auc", caption, header, tuple(rows))
 
 
 def table_stability(families: Sequence[Family]) -> Table:
-    """Stability of an example's number of neurons over trainings; gain of averaging.
+    """Stability of an example's number of neurons over trainings, and the gain of averaging.
 
-    The rank correlation of two trainings' numbers, within clean and within noisy examples: that
-    over both together would also say how much these two differ. And over all choices of k of a
-    family's trainings the AUC of numbers that are averaged over them.
+    Rank correlations of two trainings' numbers are computed within clean and within noisy examples,
+    because the difference between these two kinds would raise a joint one. The AUC is that of
+    numbers averaged over k trainings; its mean is over all choices of k of a family's trainings.
     """
     rows = []
     for family in filter(None, (family.having(FLIPPING.name) for family in families)):
@@ -191,18 +214,20 @@ def table_stability(families: Sequence[Family]) -> Table:
         "data", "examples", "rank correlation of two trainings: clean", "noisy",
         "trainings", "AUC, mean",
     )  # fmt: skip
-    caption = "Stability of the number of neurons over trainings, and what averaging buys"
+    caption = (
+        "Stability of the number of neurons over trainings, and AUC of averages over trainings"
+    )
     return Table("table_stability", caption, header, tuple(rows))
 
 
 def _mean_agreement(counts: np.ndarray) -> str:
-    """The mean rank correlation of two seeds of [seeds, examples]; a dash where none has one."""
+    """Return the mean rank correlation of two seeds of [seeds, examples], or a dash."""
     pairs = np.array([rank_correlation(a, b) for a, b in combinations(counts, 2)])
     return spread([pairs[np.isfinite(pairs)].mean()] if np.isfinite(pairs).any() else [], 2, False)
 
 
 def counts_of_all_seeds(family: Family) -> tuple[np.ndarray, np.ndarray]:
-    """Neurons [seeds, examples] of the examples that every seed searched, and who is memorized."""
+    """Return neurons [seeds, examples] of the examples that all seeds searched, and `memorized`."""
     tables = [
         {row["example"]: (row["neurons"], row["memorized"] == 1) for row in read_searched(run)}
         for run in family.runs
@@ -213,7 +238,7 @@ def counts_of_all_seeds(family: Family) -> tuple[np.ndarray, np.ndarray]:
 
 
 def table_scores(families: Sequence[Family]) -> Table:
-    """AUC of every score of the memorized examples, and what the number of neurons adds."""
+    """AUC of every example score, alone and with the number of neurons."""
     rows = []
     for family in filter(None, (family.having(AREAS.name) for family in families)):
         areas, added = family.rows(AREAS), family.rows(WITH_NEURONS)
@@ -227,9 +252,9 @@ def table_scores(families: Sequence[Family]) -> Table:
                 rows.append((family.title, readable(name), str(len(family.runs)), *cells))
     header = (
         "data", "score", "n", "AUC, all examples", "AUC, searched examples",
-        "AUC with neurons, searched", "partial correlation of neurons with the truth",
+        "AUC with neurons, searched examples", "partial correlation of neurons and memorized set",
     )  # fmt: skip
-    caption = "Scores of every example: AUC of telling memorized from clean ones"
+    caption = "AUC of every example score for detecting the memorized set"
     return Table("table_scores", caption, header, tuple(rows))
 
 

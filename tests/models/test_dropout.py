@@ -247,7 +247,7 @@ def test_standard_keeps_a_share_p_and_the_mean_while_training_only():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         out = layer(x)
-    assert out.unique().tolist() == [0, 2.5]
+    assert out.unique().tolist() == pytest.approx([0, 2.5], rel=1e-4)  # p to 16 bits
     assert (out > 0).double().mean().item() == pytest.approx(0.4, abs=0.01)
     assert torch.equal(layer.eval()(x), x)
 

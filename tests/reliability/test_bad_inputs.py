@@ -6,8 +6,10 @@ script, and data files.
 
 import os
 import re
+import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from engine.launch.cli import run_script
 from tests.conftest import complaints
 from tests.own_data import good_arrays
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 MANY = "[" + ", ".join(map(str, range(150))) + "]"
 # Content of the file, overrides, and what the line must say.
 CONFIGURATIONS = [
@@ -329,3 +332,69 @@ def test_a_data_file_that_unpacks_to_more_than_the_memory(complaint, tmp_path, m
     (tmp_path / "a.yaml").write_text("data: {name: npz, path: bomb.npz}\n")
     line = complaint("gradient_accounting", ["a.yaml"])
     assert re.search(r"bomb.npz: size: found arrays of [0-9,.]+ GB; allowed: less than", line)
+
+
+def write_bomb(path: Path, name: str, gigabytes: int) -> None:
+    """Write an .npz in which array `name` is that many GB of zeros, packed to a thousandth."""
+    arrays, rows = good_arrays(), gigabytes * 2**20
+    arrays |= {"labels": arrays["y_train"]}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for other in sorted(arrays.keys() - {name}):
+            with archive.open(f"{other}.npy", "w") as file:
+                np.lib.format.write_array(file, arrays[other])
+        with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (rows, 32, 32)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for _ in range(gigabytes * 64):
+                file.write(bytes(2**24))
+
+
+def write_false_header(path: Path) -> None:
+    """Write an .npz with a few bytes of images that claim to be 10 TB."""
+    arrays = good_arrays()
+    np.savez(path, **{name: arrays[name] for name in arrays if name != "x_train"})
+    with zipfile.ZipFile(path, "a") as archive, archive.open("x_train.npy", "w") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (10**10, 32, 32)}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(bytes(1000))
+
+
+def start_and_measure(folder: Path, *arguments: str) -> tuple[int, str, float]:
+    """Run a real process; return its status, its stderr, and its peak memory in MB."""
+    script = str(REPOSITORY / "gradient_accounting.py")
+    process = subprocess.Popen(
+        [sys.executable, script, *arguments], cwd=folder, stderr=subprocess.PIPE, text=True
+    )
+    error = process.stderr.read()
+    process.stderr.close()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, error, usage.ru_maxrss / 1024
+
+
+SCORES = ("data.split=atypical", "data.c_scores=bomb.npz")
+
+
+@pytest.mark.slow(reason="packs 3 GB of zeros, and starts five processes")
+def test_archives_that_would_fill_the_memory(own_data, tmp_path):
+    """Images, an array that is not read, scores, and a false header; beside good data."""
+    bombs = {
+        "x_train": ["data.path=bomb.npz"],
+        "notes": ["data.path=bomb.npz"],
+        "scores": ["data.split=atypical", "data.c_scores=bomb.npz"],
+        "false header": ["data.path=bomb.npz"],
+    }
+    np.savez(own_data, **good_arrays())
+    _, error, usual = start_and_measure(tmp_path, "own.yaml")
+    assert "images of at least" in error, "the data were read"
+    for name, overrides in bombs.items():
+        if name == "false header":
+            write_false_header(tmp_path / "bomb.npz")
+        else:
+            write_bomb(tmp_path / "bomb.npz", name, gigabytes=1)
+        assert (tmp_path / "bomb.npz").stat().st_size < 6_000_000
+        status, error, peak = start_and_measure(tmp_path, "own.yaml", *overrides)
+        (line,) = complaints(error)
+        assert status == 2, line
+        assert line.startswith("bomb.npz"), line
+        assert peak < usual + 100, (name, line)

@@ -1,7 +1,8 @@
 """Every file of a run, damaged in every way: named in one line or restored, and never believed.
 
 Each script then either ends with status 2, names the file, and has changed nothing; or it ends as
-if nothing had happened, because it does not need the file, or has made it anew and says so.
+if nothing had happened, because it does not need the file, or has made it again and says so.
+plot_results.py draws the other runs and names the damaged file.
 """
 
 import pickle
@@ -95,7 +96,7 @@ class Runs:
         for script in (gradient_accounting, example_tied_dropout):
             assert call(script, self.trained)[0] == 0
         for table in self.trained.rglob("seed*"):
-            if "example_tied" in table.parent.name:  # its measurements are still to do
+            if "-tied-" in table.parent.name:  # its measurements are still to do
                 for path in [*table.glob("*dropout*"), *table.glob("forgotten*")]:
                     path.unlink()
         shutil.copytree(self.trained, self.measured)
@@ -143,6 +144,14 @@ def check(runs: Runs, base: Path, place: Path, damage: str, script, tmp_path: Pa
         assert contents(folder) == before, what
         return "refused"
     assert status == 0, f"{what}: {error}"
+    if script is plot_results and error:
+        assert error.count("\n") == 0, what
+        assert re.search(rf"left out: .*{re.escape(str(place))}", error), f"{what}: {error}"
+        assert out.count("\n") == runs.said[script].count("\n"), f"{what}: {out}"
+        figures = {path for path in before if path.parent.name == "figures"}
+        after = contents(folder)
+        assert all(after[path] == before[path] for path in before.keys() - figures), what
+        return "refused"
     assert out.replace(str(folder), "") == runs.said[script].replace(str(runs.measured), ""), what
     after = contents(folder)[place]
     if after == bad:
@@ -156,7 +165,7 @@ def all_cases(runs: Runs) -> list[tuple]:
     cases = []
     for base in (runs.trained, runs.measured):
         for place in runs.places(base):
-            tied = "example_tied" in str(place)
+            tied = "-tied-" in str(place)
             scripts = (example_tied_dropout,) if tied else (*ON_PLAIN_RUNS, plot_results)
             cases += [(base, place, d, s) for d in DAMAGES for s in scripts]
     return cases

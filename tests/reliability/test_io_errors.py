@@ -126,6 +126,18 @@ def test_an_io_error_while_reading_is_one_line(shim, tmp_path, part):
     assert tables(tmp_path) == before
 
 
+def another_host(name: str) -> list[str]:
+    """Return the words before a command that give it a host name, a network, and pids of its own.
+
+    Its processes end with the first one, as those of a host do that loses power.
+    """
+    spaces = ["unshare", "--uts", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    host = [*spaces, "sh", "-c", f'hostname {name} && exec "$@"', "sh"]
+    if subprocess.run([*host, "true"], capture_output=True).returncode:
+        pytest.skip("this machine allows no namespaces")
+    return host
+
+
 @pytest.mark.slow(reason="a process in namespaces of its own, which must first import torch")
 def test_another_host_with_another_clock_waits_for_a_living_holder(tmp_path):
     """A host name and a pid space of its own, and a clock five minutes ahead.
@@ -142,13 +154,9 @@ def test_another_host_with_another_clock_waits_for_a_living_holder(tmp_path):
         "try:\n    with locking.lock(Path(sys.argv[1])):\n        print('taken over')\n"
         "except locking.Held as error:\n    print(error)\n"
     )
-    spaces = ["unshare", "--uts", "--pid", "--fork", "--mount-proc"]
-    host = ["sh", "-c", 'hostname node7 && exec "$@"', "sh"]
-    if subprocess.run([*spaces, *host, "true"], capture_output=True).returncode:
-        pytest.skip("this machine allows no namespaces")
-    run = tmp_path / "run"
+    node7, run = another_host("node7"), tmp_path / "run"
     holder = subprocess.Popen(
-        [*spaces, *host, sys.executable, "-c", hold, str(run)],
+        [*node7, sys.executable, "-c", hold, str(run)],
         cwd=REPOSITORY, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     question = [sys.executable, "-c", ask, str(run)]
@@ -163,3 +171,58 @@ def test_another_host_with_another_clock_waits_for_a_living_holder(tmp_path):
     os.utime(run / "claim.json", (long_ago, long_ago))
     asked = subprocess.run(question, cwd=REPOSITORY, capture_output=True, text=True)
     assert asked.stdout == "taken over\n", asked
+
+
+WITH_ANOTHER_CLOCK = """
+import runpy, sys, time
+clock, shift = time.time, float(sys.argv[1])
+time.time = lambda: clock() + shift
+sys.argv[:2] = []
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.slow(reason="four commands on three hosts")
+def test_a_host_that_loses_power_is_replaced_by_another(tmp_path):
+    """One host dies within a training; the other, whose clock is ten minutes behind, resumes it."""
+    config, whole, shared = (
+        CONFIG.replace("epochs: 2", "epochs: 40"),
+        tmp_path / "a",
+        tmp_path / "b",
+    )
+    for folder in (whole, shared):
+        folder.mkdir()
+        (folder / "config.yaml").write_text(config)
+    subprocess.run(COMMAND, cwd=whole, check=True, capture_output=True, timeout=560)
+    first = subprocess.Popen(
+        [*another_host("node1"), *COMMAND], cwd=shared, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 560
+        while not list(shared.rglob("resume/epoch_002.pt")):
+            assert first.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        first.kill()
+        first.wait()
+    (claim,) = shared.rglob("claim.json")
+    second = [
+        *another_host("node2"),
+        sys.executable,
+        "-c",
+        WITH_ANOTHER_CLOCK,
+        "-600",
+        *COMMAND[1:],
+    ]
+    asked = subprocess.run(second, cwd=shared, capture_output=True, text=True, timeout=560)
+    assert asked.returncode == 1, asked.stderr
+    assert "held by process 1 on node1" in asked.stderr.splitlines()[-1]
+    long_ago = time.time() - 200
+    os.utime(claim, (long_ago, long_ago))
+    done = subprocess.run(second, cwd=shared, capture_output=True, text=True, timeout=560)
+    assert done.returncode == 0, done.stderr
+    assert tables(shared) == tables(whole)
+    assert not list(shared.rglob("claim.json*"))

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from engine.flipping import cached_passes
-from engine.flipping.cached_passes import Correctness, ReferenceGradient
+from engine.flipping.cached_passes import Correctness, ReferenceGradient, SampledGradient
+from engine.flipping.fold import folded
 from engine.flipping.gates import Gates
 from tests.flipping_problems import EVERYTHING, Problem
 from tests.slow_neurons import SlowNeurons, make
@@ -46,7 +47,7 @@ def test_what_was_kept_is_let_go_of_at_once():
         reference = ReferenceGradient(model, gates, images.float(), label, EVERYTHING)
         correct = Correctness(model, gates, problem.images, problem.label, EVERYTHING)
         kept = [weakref.ref(reference), weakref.ref(correct)]
-        reference.of(frozenset({3}))
+        reference.of([3])
         correct.of(frozenset({3}))
         gc.disable()
         try:
@@ -72,7 +73,7 @@ def test_the_reference_gradient_of_any_set_of_closed_gates(name):
             for gate in closed:
                 slow.close(gate)
             expected = slow.gradient(F.cross_entropy(slow.averaged(images), label))
-            found = reference.of(frozenset(closed)).clone()
+            found = reference.of(closed).clone()
             found[closed], expected[closed] = 0, 0
             torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-10)
 
@@ -119,3 +120,94 @@ def test_a_known_gradient_is_not_computed_again(monkeypatch):
     assert len(computed) == len(set(computed))
     assert set(computed) == wanted
     assert len(wanted) < sum(len(closed) for closed, _ in found.values())
+
+
+def saved_by_graph(outputs: list[torch.Tensor]) -> dict[int, int]:
+    """Walk a graph from its outputs and return the bytes of every storage that a node saved."""
+    found, waiting, seen = {}, [output.grad_fn for output in outputs], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions]
+        for name in dir(node):
+            value = getattr(node, name) if name.startswith("_saved_") else None
+            number = getattr(value, "dtype", None) == torch.float64  # a Python number of the code
+            if isinstance(value, torch.Tensor) and not number:
+                storage = value.untyped_storage()
+                found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+@pytest.mark.parametrize("name", ["resnet9", "resnet50", "vit_small"])
+def test_the_bytes_of_a_pass_are_those_that_its_graph_saved(name):
+    model = folded(make(name))
+    own = {tensor.data_ptr() for tensor in model.state_dict().values()}
+    images = torch.rand(3, 1, 20, 20)
+    with Gates(model) as gates:
+        gates.close([()])
+        output = model(images)
+        taps = gates.take_taps()
+        found = saved_by_graph([output])
+        for tensor in [output, *(t for tap in taps for t in (tap.value, tap.output))]:
+            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        expected = sum(count for place, count in found.items() if place not in own)
+        del output, taps
+        assert cached_passes.bytes_each(model, gates, images) == expected
+
+
+def sampled(problem: Problem, gates: Gates, rows: int) -> SampledGradient:
+    model, (images, label) = problem.model, problem.reference
+    return SampledGradient(model, gates, images, label, EVERYTHING, rows=rows)
+
+
+def test_a_large_sample_has_the_gradient_of_the_whole_batch():
+    problem = Problem("resnet9")
+    with Gates(problem.model) as gates:
+        reference = ReferenceGradient(problem.model, gates, *problem.reference, EVERYTHING)
+        closed = [gates.count - 2, 3, 40, gates.count - 9, 7, 90]
+        for k in range(len(closed) + 1):
+            exact = reference.of(closed[:k])
+            found = sampled(problem, gates, 100_000).of(closed[:k])
+            torch.testing.assert_close(found.double(), exact.double(), rtol=1e-2, atol=1e-4)
+
+
+def test_a_sample_takes_the_examples_with_the_largest_errors_and_weights_them():
+    problem = Problem("resnet9")
+    closed = [3, 40]
+    with Gates(problem.model) as gates:
+        reference = sampled(problem, gates, 6)
+        slow = SlowNeurons(copy.deepcopy(problem.model), "resnet9", "activation")
+        for gate in closed:
+            slow.close(gate)
+        images, label = problem.reference
+        probability = slow.averaged(images).softmax(1).detach()
+        error = [
+            sum(abs(float(p) - (c == int(y))) for c, p in enumerate(row))
+            for row, y in zip(probability, label)
+        ]
+        n, share = len(label), [e / sum(error) * 0.9 + 0.1 / len(error) for e in error]
+        expected, below, row = {}, 0.0, 0
+        for step in range(6):
+            while below + share[row] < (step + 0.5) / 6:
+                below += share[row]
+                row += 1
+            expected[row] = expected.get(row, 0) + 1 / (6 * n * share[row])
+        rows, weight = reference._draw(frozenset(closed))
+        found = dict(zip(rows.tolist(), weight.tolist()))
+        assert found == pytest.approx(expected, rel=1e-4)
+        assert len(found) > 1
+
+
+def test_samples_are_redrawn_after_every_fourth_gate_only(monkeypatch):
+    problem, drawn = Problem("resnet9"), []
+    draw = SampledGradient._draw
+    monkeypatch.setattr(
+        SampledGradient, "_draw", lambda self, closed: (drawn.append(closed), draw(self, closed))[1]
+    )
+    with Gates(problem.model) as gates:
+        reference = sampled(problem, gates, 6)
+        for k in range(9):
+            reference.of(range(k))
+    assert drawn == [frozenset(range(k)) for k in (0, 4, 8)]

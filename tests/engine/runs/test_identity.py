@@ -1,5 +1,6 @@
 """Identities: settings without effect make no other run, and no version renames a run."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -85,3 +86,61 @@ def test_a_run_that_an_earlier_version_named_by_more_is_still_read(tiny, tmp_pat
     (old / "provenance.json").write_text(json.dumps(source))
     with pytest.raises(UserError, match="are not of the same run"):
         Run.at(old)
+
+
+# ---------------------------------------------------------------- names of directories
+
+LONG = {
+    "dropout": ("dropout.kind=example_tied", "dropout.p_gen=0.12345", "dropout.p_mem=0.654321"),
+    "human": (
+        "data.name=cifar10", "data.split=human", "data.human_labels.path=scores.npz",
+        "data.human_labels.column=random_label1", "dropout.kind=example_tied",
+    ),
+    "own data": ("data.name=npz", f"data.path={'x' * 90}.npz", "dropout.kind=sparse"),
+    "many": ("train.peak_lr=0.000123", "train.weight_decay=0.000123", "seed=123"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_names_are_short_and_end_with_the_digest_of_the_settings(tiny, tmp_path, name):
+    (tmp_path / f"{'x' * 90}.npz").write_bytes(b"own")
+    config = tiny(*LONG[name])
+    found = run_directory(config).parent.name
+    settings = {k: v for k, v in deciding_settings(config).items() if k != "seed"}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    assert len(found) <= 60
+    assert found.endswith(f"-{digest[:8]}")
+    assert not found.startswith(("-", "."))
+
+
+def test_settings_that_matter_most_are_in_the_name(tiny):
+    config = tiny("dropout.kind=example_tied", "dropout.p_gen=0.3", "dropout.p_mem=0.1")
+    name = run_directory(config).parent.name.rpartition("-")[0]
+    assert name == "glyphs-resnet9-noise0.2-tied-gen0.3-mem0.1-n150"
+    assert run_directory(tiny()).parent.name.rpartition("-")[0] == (
+        "glyphs-resnet9-noise0.2-n150-width0.05-epochs3"
+    )
+
+
+@pytest.mark.parametrize(
+    "older", ["glyphs-resnet9-noise0.2-train_size150-test_size40-width0.05-batch_size32", "tiny"]
+)
+def test_a_run_under_an_older_name_is_found_and_its_next_seed_joins_it(tiny, older):
+    run = Run.of(tiny())
+    gradient_accounting.EXPERIMENT.main(run)
+    folder = run.directory.parent
+    digest = folder.name.rpartition("-")[2]
+    renamed = folder.rename(folder.with_name(f"{older}-{digest}"))
+    assert Run.of(tiny()).directory == renamed / "seed0"
+    assert Run.of(tiny()).finished
+    assert Run.of(tiny("seed=1")).directory == renamed / "seed1"
+    assert Run.of(tiny("data.noise_rate=0.3")).directory.parent != renamed
+
+
+def test_each_seed_is_found_where_two_versions_trained_the_seeds(tiny):
+    directories = [run_directory(tiny(f"seed={seed}")) for seed in (0, 1)]
+    old = directories[0].parent.with_name(f"old-{directories[0].parent.name[-8:]}")
+    (old / "seed0").mkdir(parents=True)
+    directories[1].mkdir(parents=True)
+    assert run_directory(tiny("seed=0")) == old / "seed0"
+    assert run_directory(tiny("seed=1")) == directories[1]

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -185,7 +186,7 @@ def test_many_at_once_lose_no_count(other, tmp_path):
     other.send_signal(signal.SIGKILL)
     other.wait()
     processes = [start(COUNT, counter, 40) for _ in range(4)]
-    assert [process.wait(timeout=60) for process in processes] == [0] * 4
+    assert [process.wait(timeout=240) for process in processes] == [0] * 4
     assert counter.read_text() == "160"
 
 
@@ -223,6 +224,56 @@ def test_temporary_files_carry_the_token_of_the_lock(tmp_path, monkeypatch):
         token = Holder.of(tmp_path / "claim.json").token
         files.write_text(tmp_path / "parts" / "a.txt", "content")
     assert names == [f".a.txt.{token[:12]}.tmp"]
+
+
+DIE_WHILE_WRITING = """
+import os, signal, sys
+from pathlib import Path
+from engine.runs import files
+os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
+files.write_text(Path(sys.argv[1]), "half")
+"""
+
+
+def test_what_a_dead_process_wrote_without_a_lock_is_removed_by_the_next_write(tmp_path):
+    """A figure has no lock: its temporary file names the process, which is dead."""
+    figure = tmp_path / "figure.png"
+    assert start(DIE_WHILE_WRITING, figure).wait() == -signal.SIGKILL
+    (half,) = tmp_path.iterdir()
+    pid = f"-{os.getpid()}-{locking._birth(os.getpid())}."
+    of_a_living = tmp_path / re.sub(r"-\d+-\d+\.", pid, half.name)
+    others = [tmp_path / ".figure.png.0123456789ab-1-1.tmp", tmp_path / ".figure.png.tmp"]
+    of_another_file = tmp_path / half.name.replace("figure", "other")
+    for path in [of_a_living, of_another_file, *others]:
+        path.touch()
+    files.write_text(figure, "whole")
+    assert not half.exists()
+    assert not of_a_living.exists(), "this process wrote it, and renamed it"
+    assert all(path.exists() for path in [of_another_file, *others])
+
+
+def test_what_another_living_process_writes_stays(other, tmp_path):
+    figure = tmp_path / "figure.png"
+    writer = locking._process_token(Holder.of(tmp_path / "run" / "claim.json"))
+    half = tmp_path / f".figure.png.{writer}.tmp"
+    half.touch()
+    files.write_text(figure, "whole")
+    assert half.exists()
+    other.kill()
+    other.wait()
+    files.write_text(figure, "whole")
+    assert not half.exists()
+
+
+def test_a_process_that_died_while_it_removed_a_lock_leaves_nothing(other, tmp_path):
+    guard = tmp_path / "run" / "claim.json.burial"
+    (tmp_path / "run" / "claim.json").rename(guard)
+    with lock(tmp_path / "run"):
+        assert guard.exists(), "it is alive"
+    other.kill()
+    other.wait()
+    with lock(tmp_path / "run"):
+        assert not guard.exists()
 
 
 def test_a_process_that_lost_the_lock_writes_nothing_more(tmp_path):

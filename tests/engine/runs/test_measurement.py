@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine.runs import files
-from engine.runs.measurement import Measurement
+from engine.runs.measurement import KeptTable, Measurement, keep_aside
 from engine.runs.run import Run
 from engine.runs.tables import ResultTable
 
@@ -80,3 +80,92 @@ def test_a_table_without_its_own_source_is_not_finished(make, damage):
     else:
         measurement.source_path.write_text('{"identity": ')
     assert not measurement.finished
+
+
+# ---------------------------------------------------------------- other settings
+
+
+def contents(measurement: Measurement) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in (measurement.path, measurement.source_path)}
+
+
+def test_a_table_of_other_settings_is_kept_and_comes_back(make):
+    first, second = make({"rate": 0.1}), make({"rate": 0.2})
+    first.finish([{"group": 0, "acc": 0.5}], CPU)
+    of_first = contents(first)
+    second.finish([{"group": 0, "acc": 0.6}], CPU)
+    of_second = contents(second)
+    (kept,) = KeptTable.below(first.run.directory)
+    assert kept.settings == {"rate": 0.1}
+    assert {p.name: p.read_bytes() for p in kept.path.parent.iterdir()} == of_first
+    assert TABLE.read(kept.path.parent) == [{"group": 0, "acc": 0.5}]
+
+    assert (first.finished, second.finished) == (False, True)
+    first.restore()
+    assert (first.finished, second.finished) == (True, False)
+    assert contents(first) == of_first
+    second.restore()
+    assert contents(second) == of_second
+    make({"rate": 0.3}).restore()  # never measured
+    assert contents(second) == of_second
+
+
+def test_a_table_measured_again_with_equal_settings_is_kept_once(make):
+    for value in (0.5, 0.5):
+        make({"rate": 0.1}).finish([{"group": 0, "acc": value}], CPU)
+    assert list(KeptTable.below(make({}).run.directory)) == []
+
+
+@pytest.mark.parametrize("change", ["table", "identity"])
+def test_a_kept_table_that_is_damaged_or_another_run_s_does_not_come_back(make, change):
+    first, second = make({"rate": 0.1}), make({"rate": 0.2})
+    first.finish([{"group": 0, "acc": 0.5}], CPU)
+    second.finish([{"group": 0, "acc": 0.6}], CPU)
+    (kept,) = KeptTable.below(first.run.directory)
+    if change == "table":
+        TABLE.write(kept.path.parent, [{"group": 0, "acc": 0.7}])
+    else:
+        source = kept.path.with_suffix(".json")
+        files.write_json(source, files.read_json(source) | {"identity": "another"})
+    first.restore()
+    assert second.finished
+    assert TABLE.read(second.run.directory) == [{"group": 0, "acc": 0.6}]
+
+
+def test_tables_over_seeds_are_kept_with_their_source(tmp_path):
+    source, tables = tmp_path / "mean.json", [tmp_path / "mean.csv", tmp_path / "areas.csv"]
+    keep_aside(source, {"rate": 1}, *tables)  # there is nothing yet
+    for path in tables:
+        path.write_text(path.name)
+    files.write_json(source, {"settings": {"rate": 1}})
+    keep_aside(source, {"rate": 1}, *tables)
+    assert not (tmp_path / "other_settings").exists()
+    keep_aside(source, {"rate": 2}, *tables)
+    (folder,) = (tmp_path / "other_settings").iterdir()
+    assert {p.name for p in folder.iterdir()} == {"mean.json", "mean.csv", "areas.csv"}
+    assert (folder / "areas.csv").read_text() == "areas.csv"
+
+
+def test_an_interruption_at_any_write_loses_no_finished_table(make, monkeypatch):
+    """A kill before each of the four writes; then the table is measured again."""
+    original = files.write_atomically
+    for allowed in range(4):
+        first, second = make({"rate": allowed}), make({"rate": allowed + 0.5})
+        first.finish([{"group": 0, "acc": 0.5}], CPU)
+        of_first, written = contents(first), []
+
+        def write(path, content, allowed=allowed, written=written):
+            if len(written) == allowed:
+                raise KeyboardInterrupt
+            written.append(path)
+            original(path, content)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "write_atomically", write)
+            with pytest.raises(KeyboardInterrupt):
+                second.finish([{"group": 0, "acc": 0.6}], CPU)
+        assert len(written) == allowed
+        second.finish([{"group": 0, "acc": 0.6}], CPU)
+        assert second.finished
+        first.restore()
+        assert contents(first) == of_first

@@ -239,10 +239,14 @@ def test_the_table_of_claims_says_what_each_was_measured_on(family):
     findings = find([family])
     table = table_claims(findings)
     assert len(table.rows) == len(findings) > 10
-    ratio = next(row for row in table.rows if row[0].startswith("Gradient norm of all mislabeled"))
+    ratio = next(
+        row for row in table.rows if row[0].startswith("Gradient norm of the noisy examples")
+    )
     values = headline_numbers.norm_ratio(family)
     mean, std = statistics.mean(values), statistics.stdev(values)
-    expected = (f"{mean:.2f} ± {std:.2f}", "2", family.title, "another; one GPU")
+    (finding,) = [f for f in findings if f.claim.name == "gradients.norm_ratio"]
+    judged = (finding.verdict, "from 0.67 to 1.5")
+    expected = (f"{mean:.2f} ± {std:.2f}", "2", *judged, family.title, "another; one GPU")
     assert ratio[2:] == expected
     (area,) = [row for row in table.rows if row[1] == "0.89"]
     assert area[2:4] == ("-", "-"), "not measured"
