@@ -13,7 +13,7 @@ def table_networks(families: Sequence[Family], findings: Sequence[Finding]) -> T
     The cells are those of the report and of summary.json.
     """
     columns = list(dict.fromkeys(family.trained for family in families))
-    several = len({family.config.model for family in families}) > 1
+    several = len({repr(family.config.model) for family in families}) > 1
     rows: dict[str, dict[str, str]] = {}
     for finding in findings if several else ():
         if not finding.claim.over and finding.values:

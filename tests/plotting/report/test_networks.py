@@ -1,5 +1,7 @@
 """The table of claims over networks holds what summary.json holds, and nothing for one network."""
 
+from dataclasses import replace
+
 from plotting.families import Family
 from plotting.report.findings import find
 from plotting.report.networks import table_networks
@@ -47,3 +49,12 @@ def test_what_was_not_measured_is_a_dash(tiny):
     assert rows["rewinding.not_last"][3] == "-"
     assert rows["rewinding.not_last"][2] != "-"
     assert "retraining.layers" in rows
+
+
+def test_options_tell_networks_apart(tiny_file, tiny):
+    path = tiny_file.with_name("own.py")
+    path.write_text("")
+    model = (f"model.name={path}:make", "model.width=1.0")
+    sizes = families(tiny, *((*model, f"model.options={{size: {size}}}") for size in (1, 2)))
+    ours = [replace(family, apart=f", size={size}") for family, size in zip(sizes, (1, 2))]
+    assert table_networks(ours, find(ours)).header[2:] == ("size=1", "size=2")
