@@ -89,7 +89,7 @@ def plot_gradient_norms(family: Family) -> Figure:
     figure, (window, whole) = plt.subplots(1, 2, figsize=(PAGE, 2))
     _draw_norms(window, family, accounts, slice(first, last))
     _draw_norms(whole, family, accounts, slice(None))
-    default = "" if family.config.plotting.window else " (30% to 40%)"
+    default = "" if family.config.plotting.window else " (30% to 40% of all)"
     window.set(title=f"epochs {first} to {last}{default}", xlabel="layer", ylabel=NORM)
     whole.set(title=f"all {family.config.train.epochs} epochs", xlabel="layer")
     window.legend()
