@@ -71,7 +71,8 @@ def plot_masks(family: Family) -> Figure:
     words = ("off", "on for all examples", "on for this example")
     patches = [Patch(fc=c, ec="0.5", lw=0.5, label=w) for c, w in zip(colors.colors, words)]
     figure.legend(handles=patches[1:] + patches[:1], loc="outside lower center", ncols=3)
-    entitle(figure, "Masks of example-tied dropout", family.about)
+    about = f"{family.title}; the first {len(rows)} examples, {NEURONS} neurons a layer at most"
+    entitle(figure, "Masks of example-tied dropout", about)
     return figure
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import import_module
-from itertools import pairwise
+from itertools import groupby
 from pathlib import Path
 
 from matplotlib import pyplot as plt
@@ -93,11 +93,24 @@ def draw_all(
 def pages_of(kind: FigureKind, families: Sequence[Family]) -> Iterator[tuple[str, list[Family]]]:
     """Yield the name and the families of each figure that compares some of these."""
     for number, group in enumerate(alike(families, kind.compares, fewest=2), start=1):
-        count = -(-len(group) // kind.page)
-        bounds = [len(group) * page // count for page in range(count + 1)]
-        for page, (first, last) in enumerate(pairwise(bounds), start=1):
-            name = f"{kind.name}_{number}" + (f"_page{page}" if count > 1 else "")
-            yield name, group[first:last]
+        pages = cut_into_pages(group, kind.page)
+        for page, shown in enumerate(pages, start=1):
+            name = f"{kind.name}_{number}" + (f"_page{page}" if len(pages) > 1 else "")
+            yield name, shown
+
+
+def cut_into_pages(families: Sequence[Family], most: int) -> list[list[Family]]:
+    """Cut families into pages; those of a data set and a model stay together where they fit."""
+    pages: list[list[Family]] = [[]]
+    for _, same in groupby(families, key=lambda family: (family.data, family.model)):
+        block = list(same)
+        count = -(-len(block) // most)
+        for part in range(count):
+            own = block[len(block) * part // count : len(block) * (part + 1) // count]
+            if len(pages[-1]) + len(own) > most:
+                pages.append([])
+            pages[-1] += own
+    return pages
 
 
 @refusing_malformed

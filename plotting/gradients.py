@@ -89,7 +89,7 @@ def plot_gradient_norms(family: Family) -> Figure:
     figure, (window, whole) = plt.subplots(1, 2, figsize=(PAGE, 2))
     _draw_norms(window, family, accounts, slice(first, last))
     _draw_norms(whole, family, accounts, slice(None))
-    default = "" if family.config.plotting.window else " (30% to 40%)"
+    default = "" if family.config.plotting.window else " (30% to 40% of all)"
     window.set(title=f"epochs {first} to {last}{default}", xlabel="layer", ylabel=NORM)
     whole.set(title=f"all {family.config.train.epochs} epochs", xlabel="layer")
     window.legend()
@@ -117,13 +117,13 @@ def plot_gradient_norms_compared(families: Sequence[Family]) -> Figure:
         axes.yaxis.set_tick_params(labelleft=True)
         _draw_norms(axes, family, read_accounts(family), slice(None))
         axes.set_title(
-            wrapped(f"{name}, {family.split}" if several else family.split, PAGE / across)
+            wrapped(f"{name}, {family.split}" if several else family.split, 0.8 * PAGE / across)
         )
-    panels[places[0]].legend()
     figure.supxlabel("layer")
     figure.supylabel(NORM)
     scales = "each model has its own scale" if several else "equal scales"
-    entitle(figure, "Gradient norms in each layer, all epochs", f"{describe(families)}; {scales}")
+    about = f"{describe(families)}; {scales}"
+    entitle(figure, "Gradient norms in each layer, all epochs", about, panels[places[0]])
     return figure
 
 
@@ -138,10 +138,10 @@ def plot_gradient_norms_over_training(family: Family) -> Figure:
         axes.set_title(f"epochs {first} to {last}")
     for axes in panels.flat[len(windows) :]:
         axes.set_visible(False)
-    panels[0, 0].legend()
     figure.supxlabel("layer")
     figure.supylabel(NORM)
-    entitle(figure, "Gradient norms over the training", f"{family.about}; scales differ")
+    about = f"{family.about}; scales differ"
+    entitle(figure, "Gradient norms over the training", about, panels[0, 0])
     return figure
 
 

@@ -64,9 +64,9 @@ def plot_rewinding_compared(families: Sequence[Family]) -> Figure:
             if column == 0:
                 axes.set_ylabel(names_of(family.config.data.split)[kind])
         name = f"{model}, {family.split}" if len(set(models)) > 1 else family.split
-        pair[0].set_title(wrapped(name, PAGE / across))
+        pair[0].set_title(wrapped(name, 0.8 * PAGE / across))
     below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.3), "ncols": 3}
-    for column in panels.T:
+    for column in panels.T if len(set(models)) > 1 else panels.T[:1]:
         lowest = [axes for axes in column if axes.get_visible()][-1]
         lowest.legend(title="epoch", **below, columnspacing=0.8, handlelength=1)
     figure.supxlabel("layer that is rewound")
@@ -142,8 +142,7 @@ def plot_retraining(family: Family) -> Figure:
         panels.flat[place].set_title(wrapped(f"layer {group}{name}", PAGE / 3))
     for axes in panels.flat[len(table["group"]) :]:
         axes.set_visible(False)
-    panels[0, 0].legend(loc="lower right")
-    _entitle_retraining(figure, family.about)
+    _entitle_retraining(figure, family.about, panels[0, 0])
     return figure
 
 
@@ -159,9 +158,10 @@ def plot_retraining_compared(families: Sequence[Family]) -> Figure:
         for place, group in enumerate(table["group"]):
             _draw_retrained(column[place], family, table, place)
             panels[place, 0].set_ylabel(f"layer {group}")
-        column[0].set_title(wrapped(f"{family.data}, {family.split}", PAGE / len(families)))
-    panels[0, 0].legend(loc="lower right")
-    _entitle_retraining(figure, describe(families))
+        column[-1].xaxis.set_major_locator(MaxNLocator(8 // len(families) + 1, integer=True))
+        words = (family.data, family.split)
+        column[0].set_title("\n".join(wrapped(text, PAGE / len(families)) for text in words))
+    _entitle_retraining(figure, describe(families), panels[0, 0])
     return figure
 
 
@@ -174,10 +174,10 @@ def _draw_retrained(axes: Axes, family: Family, table: dict, place: int) -> None
     axes.yaxis.set_major_formatter(PercentFormatter(1))
 
 
-def _entitle_retraining(figure: Figure, about: str) -> None:
+def _entitle_retraining(figure: Figure, about: str, key: Axes) -> None:
     figure.supxlabel("epoch of retraining (0: the layer as initialized)")
     figure.supylabel("accuracy")
-    entitle(figure, "Accuracy while one layer is trained again", about)
+    entitle(figure, "Accuracy while one layer is trained again", about, key)
 
 
 _REWOUND = (
@@ -225,12 +225,12 @@ FIGURES = (
         ("4", "18"), "retraining_compared", "retraining", RETRAINING.name,
         plot_retraining_compared,
         "Accuracy while one layer is trained again, by data set and noise rate.",
-        _RETRAINED.format(clean="clean"), compares=OF_ANY_DATA, page=9, atypical=False,
+        _RETRAINED.format(clean="clean"), compares=OF_ANY_DATA, page=6, atypical=False,
     ),
     FigureKind(
         ("19",), "retraining_compared_atypical", "retraining", RETRAINING.name,
         plot_retraining_compared,
         "Accuracy while one layer is trained again on typical examples, by data set.",
-        _RETRAINED.format(clean="typical"), compares=OF_ANY_DATA, page=9, atypical=True,
+        _RETRAINED.format(clean="typical"), compares=OF_ANY_DATA, page=6, atypical=True,
     ),
 )  # fmt: skip

@@ -55,15 +55,21 @@ def wrapped(text: str, inches: float, points: float = 8) -> str:
     return "\n".join(textwrap.wrap(text, characters, break_on_hyphens=False))
 
 
-def entitle(figure: Figure, subject: str, about: str) -> None:
+def entitle(figure: Figure, subject: str, about: str, key: Axes | None = None) -> None:
     """Write the subject above a figure and, in small letters, the runs that it shows.
 
-    The figure grows by the height of these lines.
+    The figure grows by the height of these lines. The legend of the axes `key` stands beside them.
     """
     width, height = figure.get_size_inches()
+    room = width
+    if key is not None:
+        handles, labels = key.get_legend_handles_labels()
+        room -= 0.7 * len(labels)
+        look = {"ncols": len(labels), "borderaxespad": 0.2, "columnspacing": 1}
+        figure.legend(handles, labels, loc="upper right", **look).set_in_layout(False)
     texts = [
-        (wrapped(subject, width, 8), {"size": 8}),
-        (wrapped(about, width, SMALL), {"size": SMALL, "color": "#555555"}),
+        (wrapped(subject, room, 8), {"size": 8}),
+        (wrapped(about, room, SMALL), {"size": SMALL, "color": "#555555"}),
     ]
     sizes = [(text.count("\n") + 1) * LINE * style["size"] for text, style in texts]
     whole = height + sum(sizes) + 0.06

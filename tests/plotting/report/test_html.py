@@ -4,7 +4,9 @@ import json
 import re
 import shutil
 import subprocess
+from base64 import b64decode
 from html import unescape
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -18,16 +20,20 @@ import plot_results
 from engine.config.load import load_configs
 from engine.runs.provenance import REPOSITORY
 from engine.runs.run import Run
+from plotting.figures import Drawing, figure_kinds
+from plotting.report.html import _figures
 from tests.conftest import TINY
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: chromium)")
 # A phone and a laptop: each shows the page in a frame of its width, and says what it looks like.
-WIDTHS = (360, 1280)
+WIDTHS = (360, 400, 1280)
 PROBE = """<script>addEventListener("load", () => {
   const broken = [...document.images].filter(i => !i.complete || !i.naturalWidth).length;
+  const cut = [...document.querySelectorAll("td, th, .scroll, small")]
+    .filter(e => e.scrollWidth > e.clientWidth + 1 && e.clientWidth).length;
   const wide = document.documentElement.scrollWidth - innerWidth;
-  parent.postMessage({width: innerWidth, images: document.images.length, broken, wide}, "*");
+  parent.postMessage({width: innerWidth, images: document.images.length, broken, wide, cut}, "*");
 });</script></body>"""
 FRAMES = """<html><body><pre id="said"></pre>{frames}<script>
 addEventListener("message", event => {{
@@ -122,6 +128,30 @@ def test_it_lists_every_deviation_of_the_docs(page):
     assert len(titles) >= 16
 
 
+def test_text_has_the_same_size_on_every_figure(folder, page):
+    """A figure's share of the page is its width in inches: letters have the same points on all."""
+    shares = {}
+    for alt, share, data in re.findall(
+        r'alt="([^"]*)" style="width: ([\d.]+)%" src="data:image/png;base64,([^"]*)"', page
+    ):
+        shares.setdefault(alt, set()).add(Image.open(BytesIO(b64decode(data))).width / float(share))
+    ratios = [ratio for found in shares.values() for ratio in found]
+    assert len(ratios) >= 5
+    assert max(ratios) == pytest.approx(min(ratios), rel=0.01)
+
+
+def test_figures_of_single_families_are_folded_where_there_are_many(tmp_path):
+    content = tmp_path / "figure.png"
+    Image.new("RGB", (660, 400)).save(content)
+    kinds = {bool(kind.compares): kind for kind in figure_kinds()}
+    drawings = [Drawing(kinds[False], f"run {i}", (content,)) for i in range(3)]
+    together = Drawing(kinds[True], "all", (content,))
+    folded = _figures([*drawings, together])
+    assert folded.count("<details>") == 3
+    assert folded.index("<small>all</small>") < folded.index("<details>")
+    assert "<details>" not in _figures(drawings[:2])
+
+
 @in_browser
 def test_a_browser_shows_it_whole(folder, page, tmp_path):
     (tmp_path / "probe.html").write_text(page.replace("</body>", PROBE), encoding="utf-8")
@@ -138,6 +168,7 @@ def test_a_browser_shows_it_whole(folder, page, tmp_path):
         assert entry["images"] == page.count("<img ") >= 8
         assert entry["broken"] == 0
         assert entry["wide"] <= 0, f"cut off by {entry['wide']} pixels"
+        assert entry["cut"] == 0, "cells are wider than their columns"
     assert "CONSOLE" not in shown.stderr
 
 
