@@ -307,7 +307,7 @@ def measure(run: Run) -> None:
 
 
 def summarize(run: Run) -> str:
-    return f"{title(run.config)}: {describe(compute_means([run]), detect([run]))}"
+    return f"{title(run.config)}: {describe(compute_means([run]), DETECTION.read(run.directory))}"
 
 
 def conclude(runs: Sequence[Run]) -> Iterator[tuple[str, Path]]:
@@ -321,9 +321,9 @@ def conclude(runs: Sequence[Run]) -> Iterator[tuple[str, Path]]:
         source["settings"] = asdict(together[0].config.flipping)
         source_path = MEANS.path(folder).with_suffix(".json")
         keep_aside(source_path, source["settings"], MEANS.path(folder), DETECTION.path(folder))
-        MEANS.write(folder, means)
-        DETECTION.write(folder, areas)
-        files.write_json(source_path, source)
+        MEANS.update(folder, means)
+        DETECTION.update(folder, areas)
+        files.update_json(source_path, source)
         yield f"mean of {len(together)} runs: {describe(means, areas)}", folder
 
 

@@ -116,7 +116,11 @@ def read_text(path: Path) -> str:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:
-    """Write floats with ten significant digits: more than float32 holds, equal bytes each time."""
+    write_text(path, csv_text(columns, rows))
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> str:
+    """Format floats with ten significant digits: more than float32 holds, equal text each time."""
 
     def cell(value: object) -> object:
         return f"{value:.10g}" if isinstance(value, float) else value
@@ -125,7 +129,7 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, ob
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows([cell(row[column]) for column in columns] for row in rows)
-    write_text(path, text.getvalue())
+    return text.getvalue()
 
 
 def read_csv(

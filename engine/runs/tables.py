@@ -33,6 +33,10 @@ class ResultTable:
     def write(self, folder: Path, rows: Iterable[Mapping[str, object]]) -> None:
         files.write_csv(self.path(folder), self.columns, rows)
 
+    def update(self, folder: Path, rows: Iterable[Mapping[str, object]]) -> None:
+        """Write the table unless it has these rows already."""
+        files.update_text(self.path(folder), files.csv_text(self.columns, rows))
+
 
 LAYERS = ResultTable("layers.csv", ("layer", "name", "parameters"), text=("name",))
 DROPOUT_SITES = ResultTable("dropout_sites.csv", ("site", "channels"), text=("site",))

@@ -169,3 +169,15 @@ def test_an_interruption_at_any_write_loses_no_finished_table(make, monkeypatch)
         assert second.finished
         first.restore()
         assert contents(first) == of_first
+
+
+def test_an_update_writes_only_what_is_new(tmp_path, monkeypatch):
+    written = []
+    original = files.write_atomically
+    monkeypatch.setattr(
+        files, "write_atomically", lambda path, write: (written.append(path), original(path, write))
+    )
+    for value in (0.1 + 0.2, 0.1 + 0.2, 0.5):
+        TABLE.update(tmp_path, [{"group": 0, "acc": value}])
+        assert TABLE.read(tmp_path) == [{"group": 0, "acc": pytest.approx(value)}]
+    assert written == [TABLE.path(tmp_path)] * 2
