@@ -11,13 +11,16 @@ Runs that differ in nothing but the seed share a figure: lines are means over se
 standard deviation. Such a figure lies in figures/ beside its seeds' folders; one that compares
 different runs, in figures/ below the folder that was named. One whose data are missing is named
 with the command that makes them; seeds that were measured with other settings than the first are
-named and left out. Figures 1, 8 and 10 show windows of the training: plotting.window and
-plotting.windows, each in a run's configuration or here. Which figures: examples (a contact sheet of the training set), 1
-(also 8 and 11 to 14: gradient norms; those of several noise rates or models are compared in one
-figure), 2 (their cosines), learning-curves, 10 (gradient norms over training), 3 (also 9 and 15 to
-17: rewinding), rewinding-map (the same, layer by epoch), 4 (also 18 and 19: retraining), 5 (neurons
-to flip; those of several models are compared in one figure), 6 (masks of example-tied dropout), 7
-(clean examples that it forgets).
+named and left out.
+
+Which figures: examples (a contact sheet of the training set), 1 (also 8 and 11 to 14: gradient
+norms; those of several noise rates or models are compared in one figure), 2 (their cosines),
+learning-curves, 10 (gradient norms over training), 3 (also 9 and 15 to 17: rewinding),
+rewinding-map (the same, layer by epoch), 4 (also 18 and 19: retraining; those of several data sets
+and noise rates are compared), 5 (neurons to flip; those of several models are compared in one
+figure), 6 (masks of example-tied dropout), 7 (clean examples that it forgets). Figures 8, 9 and 19
+need an atypical split. plotting.window and plotting.windows choose the epochs of Figures 1, 8 and
+10, in a run's configuration or on the command line.
 
     python plot_results.py --compare A/summary.json B/summary.json [--tolerance 0.01]
 
