@@ -78,7 +78,7 @@ def call(folder: Path, **environment: str) -> subprocess.CompletedProcess:
     (folder / "config.yaml").write_text(CONFIG)
     return subprocess.run(
         COMMAND, cwd=folder, env=os.environ | environment, capture_output=True, text=True,
-        timeout=280,
+        timeout=560,
     )  # fmt: skip
 
 
