@@ -12,6 +12,8 @@ from torch import Tensor
 from data import Split
 from data.random_streams import random_stream
 from engine.config.schema import Config
+from engine.progress import progress_bar
+from engine.runs.identity import title
 from engine.runs.measurement import Measurement
 from engine.runs.run import Run
 from engine.runs.tables import ResultTable
@@ -36,13 +38,15 @@ def compute_forgetting(config: Config, split: Split, own: Tensor, other: Tensor)
     first, second = (split.subset(rows.to(split.label.device)) for rows in (own, other))
     train = config.train
     wrong = []
-    for phase, half in enumerate((first, second)):
-        optimizer = make_optimizer(model.parameters(), train)
-        for epoch in range(1, train.epochs + 1):
-            train_epoch(model, optimizer, half, config, epoch)
-            if phase == 1:
-                correct = evaluate(model, first.images, first.label, index=first.index).correct
-                wrong.append(~correct.cpu().numpy())
+    with progress_bar(f"{title(config)}: forgetting time", 2 * train.epochs, "epoch") as bar:
+        for phase, half in enumerate((first, second)):
+            optimizer = make_optimizer(model.parameters(), train)
+            for epoch in range(1, train.epochs + 1):
+                train_epoch(model, optimizer, half, config, epoch)
+                if phase == 1:
+                    correct = evaluate(model, first.images, first.label, index=first.index).correct
+                    wrong.append(~correct.cpu().numpy())
+                bar.update()
     return first_epoch_for_good(np.stack(wrong))
 
 
