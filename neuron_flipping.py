@@ -25,6 +25,7 @@ from torch import Tensor
 
 from data import Split, normalize
 from data.random_streams import random_stream
+from engine.config.schema import FlippingConfig
 from engine.flipping.cached_passes import Correctness, ReferenceGradient, SampledGradient
 from engine.flipping.fold import folded
 from engine.flipping.gates import Gates
@@ -102,6 +103,11 @@ def draw_rows(purpose: str, seed: int, n: int, size: int | None) -> Tensor:
     return torch.from_numpy(order[:size]).sort().values
 
 
+def sample_of_test(settings: FlippingConfig) -> int | None:
+    """Return half of the size of the training sample: the test set costs less, and suffices."""
+    return settings.remaining and settings.remaining // 2
+
+
 # ---------------------------------------------------------------- one run
 
 
@@ -120,7 +126,8 @@ def compute_flipping(
     of_reference = of_reference.to(device)
     reference_images = torch.stack([copies_of(row, others) for row in of_reference.tolist()])
     of_remaining = draw_rows("flipping remaining", seed, split.n, settings.remaining).to(device)
-    of_test = draw_rows("flipping test", seed, len(split.test_label), settings.remaining).to(device)
+    of_test = draw_rows("flipping test", seed, len(split.test_label), sample_of_test(settings))
+    of_test = of_test.to(device)
 
     model = folded(model)
     with Gates(model, settings.ablate) as gates:
@@ -338,7 +345,7 @@ def estimate_passes(run: Run) -> float:
     references = min(settings.reference_batch, settings.reference_rows or settings.reference_batch)
     references *= settings.reference_copies or settings.noise_copies
     search = NEURONS * 3 * (settings.noise_copies + references / settings.refresh_reference)
-    kept = sum(min(settings.remaining or size, size) for size in (train, test))
+    kept = min(settings.remaining or train, train) + min(sample_of_test(settings) or test, test)
     passes = min(2 * settings.examples, train) * (search + kept) / 2
     halves = 8 * train * run.config.train.epochs  # trained on in turn, in both orders
     return passes + halves * settings.second_split

@@ -31,7 +31,7 @@ def searched(tiny):
     return search
 
 
-@pytest.mark.parametrize("remaining", ["null", "9"])
+@pytest.mark.parametrize("remaining", ["null", "18"])
 def test_accuracies_are_those_of_the_slow_way(searched, remaining):
     run = searched(f"flipping.remaining={remaining}")
     split = load_split(run.config)

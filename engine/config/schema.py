@@ -175,7 +175,7 @@ class FlippingConfig:
     remaining: int | None = option(
         None,
         optional(integer(2)),
-        "number of training and of test examples for the accuracy after removal; null: all others",
+        "training examples for the accuracy after removal, half as many test images; null: all",
     )
     refresh_reference: int = option(
         1, integer(1), "approximate above 1: steps between gradients of the reference batch"
