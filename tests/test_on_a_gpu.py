@@ -34,7 +34,7 @@ from engine.training.record import PlainBackward
 from gradient_accounting import GradientAccountant
 from models.layer_groups import layer_groups
 from tests.conftest import TINY
-from tests.engine.training.test_loop import send_signal_at
+from tests.engine.training.test_interruptions import send_signal_at
 
 VIT = (
     "model.name=vit_small", "model.width=1.0", "model.patch=4", "model.dim=16", "model.depth=2",

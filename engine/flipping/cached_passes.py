@@ -47,14 +47,14 @@ class GraphBytes:
     """
 
     def __init__(self, model: StagedModel) -> None:
-        self._known = {tensor.data_ptr() for tensor in model.state_dict().values()}
+        self._known = {t.untyped_storage()._cdata for t in model.state_dict().values()}
         self._storages: dict[int, int] = {}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self.add, lambda tensor: tensor)
 
     def add(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._known:
-            self._storages[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in self._known:  # which tells storages without memory apart, too
+            self._storages[storage._cdata] = storage.nbytes()
         return tensor
 
     def __enter__(self) -> "GraphBytes":

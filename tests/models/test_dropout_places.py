@@ -4,12 +4,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from engine.errors import UserError
 from engine.training.build import make_model
 from models.any_network import as_chain, example_images
-from models.dropout import SparseDropout, dropout_mode, examples, kept_channels, tied_masks
+from models.dropout import (
+    SparseDropout,
+    dropout_mode,
+    examples,
+    kept_channels,
+    random_gate,
+    tied_masks,
+)
 from models.dropout_places import find_places, own_places
 from models.layer_groups import layer_groups, run_stages
 from models.wiring import Output
@@ -129,7 +135,7 @@ def test_standard_dropout_at_named_sites(build, name):
 
     def drop(site: str, x: torch.Tensor) -> torch.Tensor:
         seen.append(site)
-        return F.dropout(x, 1 - P)
+        return x * random_gate(x, P)
 
     torch.default_generator.manual_seed(1)
     expected = forward(network, batch, drop)
