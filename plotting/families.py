@@ -119,10 +119,11 @@ class Family:
 
     @property
     def model(self) -> str:
-        """The network, with its width where that is not 1."""
+        """The network, without its file, and with its width where that is not 1."""
         model = self.config.model
         width = model.arguments.get("width", 1)
-        return short_name(model.name) + ("" if width == 1 else f" width {width:g}")
+        name = short_name(model.name).rpartition(":")[2]
+        return name + ("" if width == 1 else f" width {width:g}")
 
     @property
     def split(self) -> str:

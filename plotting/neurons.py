@@ -119,8 +119,11 @@ def plot_flipping_compared(families: Sequence[Family]) -> Figure:
                 fmt="o" if kind == "clean" else "s", color=COLORS[kind],
                 ls=DASHES[kind] if joined else "none", capsize=2, label=names[kind],
             )  # fmt: skip
-        words = [wrapped(name, PAGE / 2.8 / len(families), 7) for name in name_models(families)]
-        axes.set_xticks(range(len(words)), words)
+        models, room = name_models(families), PAGE / 2.8 / len(families)
+        if any("\n" in wrapped(word, room, 7) for name in models for word in name.split()):
+            axes.set_xticks(range(len(models)), models, rotation=20, ha="right")
+        else:
+            axes.set_xticks(range(len(models)), [wrapped(name, room, 7) for name in models])
         axes.margins(x=0.25)
     counts.legend()
     counts.set(ylabel="neurons zeroed to flip it, mean", ylim=(0, None))
