@@ -239,15 +239,16 @@ def _acquire(path: Path, own: Holder, wait: bool) -> Holder | None:
 
 def _try(path: Path, own: Holder) -> Holder | None:
     """Return None if the lock is ours now, else its holder."""
-    held, deadline = Holder(), time.monotonic() + UNREADABLE_AFTER + 1
+    held, missing, deadline = None, None, time.monotonic() + UNREADABLE_AFTER + 1
     while time.monotonic() < deadline:  # the next round sees a change between two steps
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             own.write(path)
             _remove_dead_guard(path)
             return None
-        except FileNotFoundError:  # another process removed the folder, which was empty
-            continue
+        except FileNotFoundError as error:  # another process removed the folder, which was empty
+            missing = error
+            time.sleep(0.01)
         except FileExistsError:
             if found := Holder.of(path):
                 held = found
@@ -257,7 +258,9 @@ def _try(path: Path, own: Holder) -> Holder | None:
                     return held
                 else:  # being written right now, or damaged: dead in a moment
                     time.sleep(0.01)
-    return held
+    if held is None and missing is not None:
+        raise missing  # the folder cannot be made
+    return held or Holder()
 
 
 def _bury(path: Path, dead: Holder) -> None:

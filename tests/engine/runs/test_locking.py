@@ -317,3 +317,10 @@ def test_a_folder_that_cannot_be_written_needs_no_lock(tmp_path, monkeypatch):
         assert not list(tmp_path.iterdir())
     with pytest.raises(OSError, match="Read-only"), lock(tmp_path / "new"):
         pass
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder like /proc")
+def test_a_folder_that_cannot_be_made_is_not_held_by_another(monkeypatch):
+    monkeypatch.setattr(locking, "UNREADABLE_AFTER", -0.9)
+    with pytest.raises(FileNotFoundError), lock(Path("/proc/no/such/folder")):
+        pass
