@@ -30,7 +30,7 @@ def csv_files(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.glob("*.csv")}
 
 
-def test_side_by_side_is_as_one_after_another_and_a_failure_stops_nobody(tiny_file, capsys):
+def test_side_by_side_is_as_one_after_another_and_a_failure_stops_no_other(tiny_file, capsys):
     settings = [*TRAINING_ONLY, "sweep.train.peak_lr=[1e30, 0.1]"]
     serial = [*settings, f"output_dir={tiny_file.parent / 'serial'}"]
     assert reproduce.main([str(tiny_file), *serial]) == 1
@@ -53,7 +53,7 @@ def test_side_by_side_is_as_one_after_another_and_a_failure_stops_nobody(tiny_fi
     assert Path(f"{runs[1]}.log").read_bytes() == log, "what is done needs no process"
 
 
-def test_a_run_that_is_held_is_left_and_whoever_ends_last_concludes(tiny_file, capsys):
+def test_a_run_that_is_held_is_left_and_the_last_to_end_concludes(tiny_file, capsys):
     arguments = [str(tiny_file), *TRAINING_ONLY, "seed=[0,1]"]
     first, second = directories(*arguments)
     for more in ([], ["--jobs", "1"]):
