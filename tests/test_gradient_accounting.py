@@ -77,7 +77,15 @@ def slow_reference(model, batches, learning_rate):
     return torch.tensor(rows, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow(reason="twenty seconds for a big model"))
+        if name == "resnet50"
+        else name
+        for name in MODELS
+    ],
+)
 def test_agrees_with_the_slow_reference(name):
     make = {"channels": 1, "classes": 10, "image_size": 20, "seed": 0, **MODELS[name]}
     model = build_model(name, **make).double().train()
