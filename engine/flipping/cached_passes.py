@@ -274,11 +274,10 @@ class Correctness:
 class SampledGradient:
     """Estimate the reference batch's gradient from a sample of it, drawn by the examples' errors.
 
-    An example's gradient is about as large as its error, the L1 distance of its softmax output from
-    its label, and few examples have a large one. Drawn in proportion to it, `rows` examples
-    with weights give an unbiased estimate with less noise than as many drawn evenly. The errors are
-    those of the first 0, REDRAW, 2 * REDRAW, ... closed gates; a sample is drawn by them without
-    randomness, at even steps through their cumulative sum.
+    An example's error is the L1 distance of its softmax output from its label. `rows` draws go to
+    the examples in proportion to it, at even steps through the cumulative sum instead of at random,
+    and weights undo the proportion. The errors are those of the first 0, REDRAW, 2 * REDRAW, ...
+    closed gates.
     """
 
     def __init__(
@@ -288,8 +287,8 @@ class SampledGradient:
         images: Tensor,
         label: Tensor,
         memory: float,
-        index: Tensor | None = None,
-        rows: int = 128,
+        index: Tensor | None,
+        rows: int,
     ) -> None:
         """Images are normalized and noisy, [n, copies, channels, height, width]."""
         self.model, self.gates, self.images, self.label = model, gates, images, label
@@ -318,14 +317,13 @@ class SampledGradient:
         drawn_at, closed = sets
         rows, weight = self._sample(drawn_at)
         self.gates.close([closed])
-        total = torch.zeros(self.gates.count, device=weight.device)
-        for part, own in zip(rows.split(self.each), weight.split(self.each)):
-            index = None if self.index is None else self.index[part].repeat_interleave(self.copies)
-            with examples(self.model, index):
-                logits = self.model(self.images[part].flatten(0, 1))
-            taps = self.gates.take_taps()
-            output = mean_output(logits, self.copies)
-            loss = (own * F.cross_entropy(output, self.label[part], reduction="none")).sum()
-            gradients = torch.autograd.grad(loss, [tap.output for tap in taps])
-            total += self.gates.gradients(taps, gradients, 1)[0]
-        return total
+        return sum(map(self._of_rows, rows.split(self.each), weight.split(self.each)))
+
+    def _of_rows(self, rows: Tensor, weight: Tensor) -> Tensor:
+        index = None if self.index is None else self.index[rows].repeat_interleave(self.copies)
+        with examples(self.model, index):
+            logits = self.model(self.images[rows].flatten(0, 1))
+        taps, output = self.gates.take_taps(), mean_output(logits, self.copies)
+        loss = weight @ F.cross_entropy(output, self.label[rows], reduction="none")
+        gradients = torch.autograd.grad(loss, [tap.output for tap in taps])
+        return self.gates.gradients(taps, gradients, 1)[0]

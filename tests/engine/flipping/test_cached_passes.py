@@ -159,7 +159,7 @@ def test_the_bytes_of_a_pass_are_those_that_its_graph_saved(name):
 
 def sampled(problem: Problem, gates: Gates, rows: int) -> SampledGradient:
     model, (images, label) = problem.model, problem.reference
-    return SampledGradient(model, gates, images, label, EVERYTHING, rows=rows)
+    return SampledGradient(model, gates, images, label, EVERYTHING, None, rows)
 
 
 def test_a_large_sample_has_the_gradient_of_the_whole_batch():
