@@ -27,7 +27,6 @@ from data import Split, normalize
 from data.random_streams import random_stream
 from engine.config.schema import FlippingConfig
 from engine.flipping.cached_passes import Correctness, ReferenceGradient, SampledGradient
-from engine.flipping.fold import folded
 from engine.flipping.gates import Gates
 from engine.flipping.search import Candidate, chunk_size, search
 from engine.flipping.second_split import forgetting_measurement, measure_forgetting, read_forgetting
@@ -47,6 +46,7 @@ from engine.stats import (
 )
 from engine.training.build import load_evaluated_model, load_split
 from engine.training.devices import compute_precision, free_memory, resolve_device
+from models.folding import folded
 from models.layer_groups import StagedModel
 
 FLIPPING = ResultTable(

@@ -27,7 +27,6 @@ from torch.utils.flop_counter import flop_registry
 from data import Split, normalize
 from engine.config.schema import Config, DropoutConfig, ModelConfig
 from engine.flipping.cached_passes import ReferenceGradient
-from engine.flipping.fold import folded
 from engine.flipping.gates import Gates
 from engine.launch.estimates import random_images
 from engine.runs.identity import without_dropout
@@ -41,6 +40,7 @@ from engine.training.record import plain_backward
 from gradient_accounting import GradientAccountant
 from layer_rewinding import compute_predictions
 from models import MODELS
+from models.folding import folded
 from models.layer_groups import StagedModel, layer_groups
 
 MATRICES = {"cpu": (256, 512, 1024, 2048), "cuda": (2048, 4096, 8192, 16384)}  # sides

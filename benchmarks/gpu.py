@@ -31,7 +31,6 @@ from torch import nn
 from data import Split, normalize
 from engine.config.schema import Config
 from engine.flipping.cached_passes import Correctness, ReferenceGradient
-from engine.flipping.fold import folded
 from engine.flipping.gates import Gates
 from engine.launch.estimates import random_images
 from engine.machine import default_precision
@@ -45,6 +44,7 @@ from engine.training.loop import make_optimizer, train_epoch
 from engine.training.record import plain_backward
 from gradient_accounting import GradientAccountant
 from models.dropout import ExampleTiedDropout
+from models.folding import folded
 
 Rows = Iterator[tuple[str, object]]
 LEAST = 5.0  # seconds that are worth starting a stage for
@@ -202,14 +202,10 @@ def tolerantly(work: Callable[..., object], *arguments: object) -> object:
 @contextmanager
 def in_way(model: nn.Module, way: str, device: torch.device) -> Iterator[nn.Module]:
     """Yield the network in one of the ways of computing it."""
-    with nullcontext() if way == "eager" else tuned_convolutions(device):
-        if way == "compiled":
-            with compiled(model, True) as network:
-                yield network
-        elif way == "graphs":
-            yield torch.compile(model, mode="reduce-overhead", fullgraph=True, dynamic=False)
-        else:
-            yield model
+    wanted = True if way == "compiled" else way
+    tuned = nullcontext() if way == "eager" else tuned_convolutions(device)
+    with tuned, compiled(model, wanted) as network:
+        yield network
 
 
 def time_step(

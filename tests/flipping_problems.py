@@ -8,9 +8,9 @@ import torch.nn.functional as F
 
 from data import normalize
 from engine.flipping.cached_passes import ReferenceGradient
-from engine.flipping.fold import folded
 from engine.flipping.gates import Gates
 from engine.flipping.search import Candidate, search
+from models.folding import folded
 from neuron_flipping import (
     noisy_copies,
 )

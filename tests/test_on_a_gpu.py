@@ -21,17 +21,18 @@ import neuron_flipping
 from data import Split, normalize
 from engine.config.load import load_configs
 from engine.flipping import cached_passes
-from engine.flipping.fold import folded
 from engine.flipping.gates import Gates
 from engine.runs.run import Run
 from engine.runs.tables import HISTORY
 from engine.training import epoch as epochs
 from engine.training import loop
 from engine.training.build import load_split, make_model
+from engine.training.compiling import compiled
 from engine.training.devices import compute_precision
-from engine.training.evaluation import evaluate_split
-from engine.training.record import PlainBackward
+from engine.training.evaluation import evaluate_split, quickest
+from engine.training.record import PlainBackward, Record
 from gradient_accounting import GradientAccountant
+from models.folding import folded
 from models.layer_groups import layer_groups
 from tests.conftest import TINY
 from tests.engine.training.test_interruptions import send_signal_at
@@ -182,6 +183,29 @@ def test_evaluation_stays_on_its_device_in_every_precision(tiny, fake_cuda, over
     assert bool(seen) == ("model.name=vit_small" not in overrides)
 
 
+def test_a_training_is_recorded_with_folded_batch_norms(tiny, monkeypatch):
+    """On the CPU it is not: its record has the bits of the weights as they are."""
+    config = tiny()
+    split = load_split(config)
+    model, evaluated = make_model(config, split), []
+    assert quickest(model, torch.device("cpu")) is model
+    copy = quickest(model, torch.device("cuda"))
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in copy.modules())
+    with compiled(model, "graphs") as network:
+        assert quickest(network, torch.device("cuda")) is network
+
+    def quick(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+        evaluated.append(device.type)
+        return copy
+
+    rows = [Record().measure(model, split, 0, 0.0)]
+    monkeypatch.setattr("engine.training.record.quickest", quick)
+    rows.append(Record().measure(model, split, 0, 0.0))
+    assert evaluated == ["cpu"]
+    assert rows[0] != rows[1], "other roundings"
+    assert rows[0] == pytest.approx(rows[1], rel=1e-5)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_rewinding_stays_on_its_device(tiny, fake_cuda, precision):
     config = tiny()
@@ -219,10 +243,11 @@ def test_an_interrupted_training_resumes_its_random_states(tiny, tmp_path, monke
 
 @pytest.mark.gpu
 @pytest.mark.timeout(1200)
+@pytest.mark.parametrize("way", ["true", "graphs"])
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
-def test_a_compiled_training_is_near_an_eager_one(tiny, tmp_path, precision):
+def test_a_compiled_training_is_near_an_eager_one(tiny, tmp_path, precision, way):
     tables = []
-    for wanted in ("false", "true"):
+    for wanted in ("false", way):
         place = (f"output_dir={tmp_path}", f"train.compile={wanted}", "device=cuda")
         run = Run.of(tiny("train.epochs=2", f"precision={precision}", *place))
         gradient_accounting.EXPERIMENT.main(run)

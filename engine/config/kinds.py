@@ -77,14 +77,14 @@ def number(
     return Kind("a number" + _range_words(least, most, above), parse)
 
 
-def flag(auto: bool = False) -> Kind:
-    """Return the kind of true and false, and of 'auto' where a machine may choose."""
+def flag(*words: str) -> Kind:
+    """Return the kind of true, false, and these words."""
 
     def parse(value: object) -> bool | str:
-        _require(isinstance(value, bool) or (auto and value == "auto"))
+        _require(isinstance(value, bool) or (isinstance(value, str) and value in words))
         return value
 
-    return Kind("auto, true or false" if auto else "true or false", parse)
+    return Kind(", ".join((*words, "true or false")), parse)
 
 
 def one_of(*choices: str) -> Kind:

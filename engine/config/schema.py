@@ -126,8 +126,9 @@ class TrainConfig:
     )
     compile: bool | str = option(
         "auto",
-        flag(auto=True),
-        "torch.compile for the training; auto: in bf16 on a GPU, where Triton is installed",
+        flag("auto", "graphs"),
+        "torch.compile for the training; auto: in bf16 on a GPU, where Triton is installed; "
+        "graphs: with CUDA graphs",
     )
 
 

@@ -65,7 +65,7 @@ class Shape:
     batch_size: int
     precision: str
     dropout: str
-    compiled: bool
+    compiled: bool | str
 
     @classmethod
     def of(cls, config: Config) -> "Shape":

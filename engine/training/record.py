@@ -20,6 +20,7 @@ from engine.training.evaluation import (
     compute_margin,
     evaluate_split,
     mean_by_subset,
+    quickest,
 )
 
 PER_EXAMPLE = ("loss", "margin", "error_norm")  # what examples.npz has beside `correct`
@@ -80,7 +81,7 @@ class Record:
 
     def measure(self, model: nn.Module, split: Split, epoch: int, lr: float) -> dict[str, float]:
         """Evaluate every example, append the results, and return the history's new row."""
-        train, test = evaluate_split(model, split)
+        train, test = evaluate_split(quickest(model, split.label.device), split)
         row = {"epoch": epoch, "lr": lr}
         row |= mean_by_subset(train.loss, split.memorized, "loss")
         row["loss_test"] = test.loss.double().mean().item()

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from engine.flipping import cached_passes
 from engine.flipping.cached_passes import Correctness, ReferenceGradient, SampledGradient
-from engine.flipping.fold import folded
 from engine.flipping.gates import Gates
+from models.folding import folded
 from tests.flipping_problems import EVERYTHING, Problem
 from tests.slow_neurons import SlowNeurons, make
 

@@ -94,6 +94,41 @@ def test_a_graph_that_plain_training_made_serves_accounting_too(monkeypatch):
                 torch.testing.assert_close(gradient, parameter.grad)
 
 
+@BOTH
+def test_cuda_graphs_are_asked_for_and_train_the_same(tiny, monkeypatch, overrides):
+    """Here each result is overwritten by the next pass, as a graph that is replayed does."""
+    asked, memory = [], {}
+    monkeypatch.setattr("engine.training.evaluation.batch_size", lambda device: 20)
+
+    class Overwriting(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, images):
+            results = self.model(images)
+            if (place := memory.get("last")) is not None:
+                place.fill_(torch.nan)
+            memory["last"] = results.detach()
+            return results
+
+    def compile(model, mode=None, **rest):
+        asked.append(mode)
+        return Overwriting(model)
+
+    script = SCRIPTS[overrides]
+    changed = getattr(script, "without_accounting", lambda config: config)
+    runs = [
+        Run.of(changed(tiny(*SMALL, *overrides, f"train.compile={wanted}")))
+        for wanted in ("false", "graphs")
+    ]
+    script.EXPERIMENT.main(runs[0])
+    monkeypatch.setattr(torch, "compile", compile)
+    script.EXPERIMENT.main(runs[1])
+    assert asked == ["reduce-overhead"]
+    assert results(runs[0]) == results(runs[1])
+
+
 def test_a_missing_compiler_is_one_line(tiny_file, monkeypatch, capsys):
     def fail(graph, inputs):
         raise InvalidCxxCompiler

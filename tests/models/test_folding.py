@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from engine.flipping.fold import folded
 from models.any_network import as_chain, example_images
+from models.folding import folded
 from tests.models.networks import Plain
 from tests.slow_neurons import make
 
