@@ -16,8 +16,6 @@ single place: a channel that was fine-tuned to hold new labels (beyond/channel_p
 
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -27,20 +25,18 @@ from torch import Tensor
 from beyond.agreement import (
     CLOSED,
     SHARES_AT,
-    compute_agreement,
     compute_cost,
     compute_deletion,
     compute_interval,
     make_rows,
-    mean,
     order_planted,
     order_units,
     permute_planted,
 )
-from beyond.channel_planting import HELD, Channels, find_channels, plant_channel
-from beyond.localizers import GREEDY_STEPS, LOCALIZERS, Examples, UnitGates, rank_units
-from data import Split, normalize
-from data.random_streams import random_stream
+from beyond.bench import PLANTED_SITES, SUBSETS, Bench, make_bench
+from beyond.channel_control import CHANNEL_RANKS, channel_rows
+from beyond.channel_planting import HELD
+from beyond.localizers import GREEDY_STEPS, LOCALIZERS, Examples
 from engine.errors import RunFailed, UserError
 from engine.launch.cli import run_script
 from engine.launch.estimates import count_examples
@@ -52,15 +48,9 @@ from engine.runs.run import Run
 from engine.runs.tables import ResultTable
 from engine.training.build import load_final_model, load_split
 from engine.training.devices import compute_precision, resolve_device
-from engine.training.evaluation import evaluate
-from models.dropout_places import find_places
-from models.layer_groups import StagedModel
-from models.wiring import observe
 
-SUBSETS = ("noisy", "clean")
 TRUTH_KINDS = ("own", "permuted", "other_mask")  # the last is not measured for the slow search
 COST_AT = (0, 1, 10)
-PLANTED_SITES = 2  # single channels are planted behind the last ones that allow it
 
 TRUTHS = ResultTable(
     "planted_memorization.csv",
@@ -80,75 +70,6 @@ DELETIONS = ResultTable(
     ),
     text=("localizer", "subset"),
 )  # fmt: skip
-CHANNEL_RANKS = ResultTable(
-    "planted_memorization_channel.csv",
-    (
-        "layer", "localizer", "state", "channels", "examples", "units",
-        "found_at_1", "found_at_5", "median_rank", "auc", "low", "high", "acc_others", "acc_test",
-    ),
-    text=("layer", "localizer", "state"),
-)  # fmt: skip
-
-# ---------------------------------------------------------------- examples
-
-
-@dataclass(frozen=True)
-class Bench:
-    """A trained network with gates, and the examples that localizers are asked about."""
-
-    model: StagedModel
-    gates: UnitGates
-    channels: dict[str, Channels]  # of the sites where single channels are planted
-    split: Split
-    rows: dict[str, Tensor]  # of each subset
-    reference: Examples
-    others: Examples  # a sample of the training set, for the cost of deletion
-    test: Examples
-
-    def batch(self, subset: str, truth: str = "own") -> Examples:
-        """Return a subset's examples; for `other_mask`, each under the next one's mask."""
-        batch = Examples.of(self.split, self.rows[subset])
-        if truth == "other_mask":
-            return Examples(batch.images, batch.label, torch.roll(batch.index, 1))
-        return batch
-
-
-def choose_rows(split: Split, correct: Tensor, count: int) -> dict[str, Tensor]:
-    """Return rows of `count` noisy and of as many clean examples that are predicted as trained."""
-    found = {}
-    for subset, memorized in (("noisy", True), ("clean", False)):
-        rows = ((split.memorized == memorized) & correct).nonzero().flatten()
-        order = random_stream("planted examples", int(memorized)).permutation(len(rows))
-        found[subset] = rows[torch.from_numpy(order[:count]).to(rows.device)]
-    return found
-
-
-def draw_rows(purpose: str, n: int, count: int) -> Tensor:
-    order = random_stream(purpose).permutation(n)
-    return torch.from_numpy(order[:count]).sort().values
-
-
-def make_bench(run: Run, split: Split, model: StagedModel) -> Bench:
-    own = run.config.planted
-    correct = evaluate(model, split.images, split.label, index=split.index).correct
-    tested = draw_rows("planted test", len(split.test_label), own.others).to(split.label.device)
-    test = Examples(normalize(split.test_images[tested]), split.test_label[tested], tested)
-    wiring = model.wiring or observe(model, test.images[:2])
-    gates = UnitGates(model, find_places(model, run.config.dropout.sites, test.images[:2]))
-    known = {site.name: find_channels(model, wiring, site.name) for site in gates.sites}
-    planted = [name for name, channels in known.items() if channels][-PLANTED_SITES:]
-    return Bench(
-        model=model,
-        gates=gates,
-        channels={name: known[name] for name in planted},
-        split=split,
-        rows=choose_rows(split, correct, own.examples),
-        reference=Examples.of(split, draw_rows("planted reference", split.n, own.reference)),
-        others=Examples.of(split, draw_rows("planted others", split.n, own.others)),
-        test=test,
-    )
-
-
 # ---------------------------------------------------------------- rankings against the truth
 
 
@@ -238,111 +159,6 @@ def delete(
             cost = np.mean([known[numbers] for numbers in closed], axis=0).tolist()
         rows.append(row | dict(zip(("acc_others", "acc_test"), cost)))
     return rows
-
-
-# ---------------------------------------------------------------- a channel that holds new labels
-
-
-def relabel(split: Split, rows: Tensor, count: int, draw: int) -> Examples:
-    """Return `count` of these examples, all under one new label that none of them has."""
-    stream = random_stream("planted channel", draw)
-    new = int(stream.integers(split.classes))
-    allowed = rows[(split.label[rows] != new) & (split.true_label[rows] != new)]
-    order = torch.from_numpy(stream.permutation(len(allowed))[:count]).to(rows.device)
-    batch = Examples.of(split, allowed[order])
-    return Examples(batch.images, torch.full_like(batch.label, new), batch.index)
-
-
-def kept_batches(split: Split, without: Tensor, size: int, draw: int) -> Iterator[Examples]:
-    """Yield random batches of the training set without the examples of these indices, for ever."""
-    stream = random_stream("planted channel batches", draw)
-    allowed = (~torch.isin(split.index, without)).nonzero().flatten()
-    while True:
-        rows = stream.choice(len(allowed), size=min(size, len(allowed)), replace=False)
-        yield Examples.of(split, allowed[torch.from_numpy(rows).to(allowed.device)])
-
-
-def without(batch: Examples, index: Tensor) -> Examples:
-    return batch.take(~torch.isin(batch.index, index))
-
-
-def plant_and_localize(bench: Bench, site: str, draw: int, size: int) -> dict[str, object]:
-    """Plant one channel, and return its rank by every localizer, example by example.
-
-    States: `planted`, the chosen examples after fine-tuning; `before`, the same in the network as
-    trained; `others`, as many clean examples after fine-tuning, under their own labels.
-    """
-    clean = bench.rows["clean"]
-    chosen = relabel(bench.split, clean, size, draw)
-    place = next(s for s in bench.gates.sites if s.name == site)
-    shared = place.dropout.generalization if place.dropout else place.count
-    channel = int(random_stream("planted place", draw).integers(shared))
-    keep = kept_batches(bench.split, chosen.index, len(bench.reference), draw)
-    planting = plant_channel(bench.model, bench.channels[site], channel, chosen, keep)
-    found = {"learned": planting.learned, "steps": planting.steps, "channel": channel}
-    places = bench.gates.places
-    with UnitGates(planting.model, places) as gates, torch.no_grad():
-        found["acc_others"], found["acc_test"] = compute_cost(
-            planting.model, gates, (), without(bench.others, chosen.index), bench.test
-        )
-    others = clean[~torch.isin(bench.split.index[clean], chosen.index)][: len(chosen)]
-    asked = {
-        "planted": (planting.model, chosen),
-        "before": (bench.model, chosen),
-        "others": (planting.model, Examples.of(bench.split, others)),
-    }
-    for state, (model, batch) in asked.items():
-        inside = nullcontext(bench.gates) if model is bench.model else UnitGates(model, places)
-        with inside as gates:
-            on = gates.on(batch.index)
-            truth = torch.zeros_like(on[0])
-            truth[place.first + channel] = True
-            for name, localizer in LOCALIZERS.items():
-                scores = localizer(model, gates, batch, bench.reference)
-                found[f"{name}-{state}"] = [
-                    (rank_of(score, units, place.first + channel),
-                     int(units.sum()), compute_agreement(score, units, truth).auc)
-                    for score, units in zip(scores, on)
-                ]  # fmt: skip
-    return found
-
-
-def rank_of(score: Tensor, on: Tensor, unit: int) -> int:
-    """Return a unit's place in an example's ranking, 1 for the highest score."""
-    return rank_units(score, on).tolist().index(unit) + 1
-
-
-def channel_rows(bench: Bench, table: Measurement, run: Run) -> Iterator[dict[str, object]]:
-    """Yield the rows of planted_memorization_channel.csv, over channels that learned."""
-    own = run.config.planted
-    for site in bench.channels:
-        found = []
-        for draw in range(own.channels):
-            key = f"{site}-{draw}"
-            if (part := table.part(key)) is None:
-                part = plant_and_localize(bench, site, draw, own.chosen)
-                table.save(key, part)
-            found.append(part)
-        learned = [part for part in found if part["learned"]]
-        for name in LOCALIZERS:
-            for state in ("planted", "before", "others"):
-                each = [entry for part in learned for entry in part[f"{name}-{state}"]]
-                row = channel_row(site, name, state, len(learned), each, run.config.seed)
-                for accuracy in ("acc_others", "acc_test"):
-                    row[accuracy] = mean(part[accuracy] for part in learned)
-                yield row
-
-
-def channel_row(
-    site: str, name: str, state: str, channels: int, each: list, seed: int
-) -> dict[str, object]:
-    rank, units, auc = (np.array([entry[k] for entry in each], dtype=float) for k in range(3))
-    row = {"layer": site, "localizer": name, "state": state, "channels": channels}
-    row |= {"examples": len(each), "units": units.mean() if len(each) else np.nan}
-    row["found_at_1"] = float((rank <= 1).mean()) if len(each) else np.nan
-    row["found_at_5"] = float((rank <= 5).mean()) if len(each) else np.nan
-    row["median_rank"] = float(np.median(rank)) if len(each) else np.nan
-    return row | dict(zip(("auc", "low", "high"), compute_interval(auc, seed)))
 
 
 # ---------------------------------------------------------------- a run

@@ -7,17 +7,11 @@ import pytest
 import torch
 
 import example_tied_dropout
-from beyond import planted_memorization
+from beyond import channel_control, planted_memorization
+from beyond.bench import choose_rows, make_bench
+from beyond.channel_control import CHANNEL_RANKS, plant_and_localize, relabel
 from beyond.localizers import LOCALIZERS
-from beyond.planted_memorization import (
-    CHANNEL_RANKS,
-    DELETIONS,
-    EXPERIMENT,
-    TRUTHS,
-    choose_rows,
-    make_bench,
-    relabel,
-)
+from beyond.planted_memorization import DELETIONS, EXPERIMENT, TRUTHS
 from engine.config.load import load_configs
 from engine.errors import UserError
 from engine.runs.run import Run
@@ -101,7 +95,7 @@ def test_nothing_is_measured_twice(run, monkeypatch):
         raise AssertionError("measured again")
 
     before = TRUTHS.path(run.directory).read_bytes()
-    monkeypatch.setattr(planted_memorization, "plant_channel", fail)
+    monkeypatch.setattr(channel_control, "plant_channel", fail)
     monkeypatch.setattr(planted_memorization, "LOCALIZERS", dict.fromkeys(LOCALIZERS, fail))
     EXPERIMENT.main(run)
     TRUTHS.path(run.directory).unlink()
@@ -116,7 +110,7 @@ def test_the_measured_network_is_left_as_it_was(run):
     hooks = [len(module._forward_hooks) for module in model.modules()]
     bench = make_bench(run, split, model)
     with bench.gates:
-        planted_memorization.plant_and_localize(bench, "conv8", 0, 1)
+        plant_and_localize(bench, "conv8", 0, 1)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
 

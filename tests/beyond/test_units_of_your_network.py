@@ -8,8 +8,9 @@ import torch.nn.functional as F
 
 import example_tied_dropout
 from beyond import erasure
+from beyond.channel_control import CHANNEL_RANKS
 from beyond.localizers import LOCALIZERS, Examples, UnitGates, compute_activations, compute_losses
-from beyond.planted_memorization import CHANNEL_RANKS, EXPERIMENT, TRUTHS
+from beyond.planted_memorization import EXPERIMENT, TRUTHS
 from engine.config.load import load_configs
 from engine.runs.run import Run
 from models.any_network import as_chain, example_images

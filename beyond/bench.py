@@ -1,0 +1,76 @@
+"""A trained network with gates, and the examples that localizers are asked about."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from beyond.channel_planting import Channels, find_channels
+from beyond.localizers import Examples, UnitGates
+from data import Split, normalize
+from data.random_streams import random_stream
+from engine.runs.run import Run
+from engine.training.evaluation import evaluate
+from models.dropout_places import find_places
+from models.layer_groups import StagedModel
+from models.wiring import observe
+
+SUBSETS = ("noisy", "clean")
+PLANTED_SITES = 2  # single channels are planted behind the last ones that allow it
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One trained network, its gates, and the examples of each subset."""
+
+    model: StagedModel
+    gates: UnitGates
+    channels: dict[str, Channels]  # of the sites where single channels are planted
+    split: Split
+    rows: dict[str, Tensor]  # of each subset
+    reference: Examples
+    others: Examples  # a sample of the training set, for the cost of deletion
+    test: Examples
+
+    def batch(self, subset: str, truth: str = "own") -> Examples:
+        """Return a subset's examples; for `other_mask`, each under the next one's mask."""
+        batch = Examples.of(self.split, self.rows[subset])
+        if truth == "other_mask":
+            return Examples(batch.images, batch.label, torch.roll(batch.index, 1))
+        return batch
+
+
+def choose_rows(split: Split, correct: Tensor, count: int) -> dict[str, Tensor]:
+    """Return rows of `count` noisy and of as many clean examples that are predicted as trained."""
+    found = {}
+    for subset, memorized in (("noisy", True), ("clean", False)):
+        rows = ((split.memorized == memorized) & correct).nonzero().flatten()
+        order = random_stream("planted examples", int(memorized)).permutation(len(rows))
+        found[subset] = rows[torch.from_numpy(order[:count]).to(rows.device)]
+    return found
+
+
+def draw_rows(purpose: str, n: int, count: int) -> Tensor:
+    order = random_stream(purpose).permutation(n)
+    return torch.from_numpy(order[:count]).sort().values
+
+
+def make_bench(run: Run, split: Split, model: StagedModel) -> Bench:
+    own = run.config.planted
+    correct = evaluate(model, split.images, split.label, index=split.index).correct
+    tested = draw_rows("planted test", len(split.test_label), own.others).to(split.label.device)
+    test = Examples(normalize(split.test_images[tested]), split.test_label[tested], tested)
+    wiring = model.wiring or observe(model, test.images[:2])
+    gates = UnitGates(model, find_places(model, run.config.dropout.sites, test.images[:2]))
+    known = {site.name: find_channels(model, wiring, site.name) for site in gates.sites}
+    planted = [name for name, channels in known.items() if channels][-PLANTED_SITES:]
+    return Bench(
+        model=model,
+        gates=gates,
+        channels={name: known[name] for name in planted},
+        split=split,
+        rows=choose_rows(split, correct, own.examples),
+        reference=Examples.of(split, draw_rows("planted reference", split.n, own.reference)),
+        others=Examples.of(split, draw_rows("planted others", split.n, own.others)),
+        test=test,
+    )
