@@ -58,3 +58,16 @@ def test_options_tell_networks_apart(tiny_file, tiny):
     sizes = families(tiny, *((*model, f"model.options={{size: {size}}}") for size in (1, 2)))
     ours = [replace(family, apart=f", size={size}") for family, size in zip(sizes, (1, 2))]
     assert table_networks(ours, find(ours)).header[2:] == ("size=1", "size=2")
+
+
+def test_a_training_with_dropout_shares_the_column_of_the_one_without(tiny):
+    """Also where only the titles of those without tell two learning rates apart."""
+    tied = ("dropout.kind=example_tied", "train.account_gradients=false")
+    rates = ("train.peak_lr=0.04",), ("train.peak_lr=0.1",)
+    changes = [*rates, (*rates[0], *tied), ("model.width=0.1",)]
+    ours = families(tiny, *changes)
+    words = (", peak 0.04", ", peak 0.1", "", "")
+    ours = [replace(family, apart=apart) for family, apart in zip(ours, words)]
+    header = table_networks(ours, find(ours)).header[2:]
+    assert len(header) == 3
+    assert [name.rpartition("peak ")[2] for name in header[:2]] == ["0.04", "0.1"]
