@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -84,10 +85,20 @@ def complaints(error: str) -> list[str]:
     return lines[1:] if lines and lines[0].startswith("Device: ") else lines
 
 
+@pytest.fixture(scope="session")
+def trained_family(tmp_path_factory) -> Path:
+    """A folder of two trained runs, of seeds 0 and 1."""
+    folder = tmp_path_factory.mktemp("family")
+    path = folder / "tiny.yaml"
+    path.write_text(TINY + f"output_dir: {folder / 'runs'}\n")
+    for config in load_configs(path, ("seed=[0, 1]",)):
+        gradient_accounting.EXPERIMENT.main(Run.of(config))
+    return folder / "runs"
+
+
 @pytest.fixture
-def family(tiny, tmp_path):
-    """The family of two trained runs, of seeds 0 and 1."""
-    for seed in (0, 1):
-        gradient_accounting.EXPERIMENT.main(Run.of(tiny(f"seed={seed}")))
+def family(trained_family, tmp_path):
+    """The family of the two runs, in a copy under tmp_path."""
+    shutil.copytree(trained_family, tmp_path / "runs")
     (found,) = find_families([tmp_path / "runs"])
     return found

@@ -92,7 +92,11 @@ class MadeUpRun:
 @pytest.mark.parametrize(
     ("model", "batchnorm"),
     [
-        ("resnet9", "final"), ("resnet9", "checkpoint"), ("resnet50", "checkpoint"),
+        ("resnet9", "final"), ("resnet9", "checkpoint"),
+        pytest.param(
+            "resnet50", "checkpoint",
+            marks=pytest.mark.slow(reason="18 networks of 24 million weights: ten seconds"),
+        ),
         ("vit_small", "final"), ("torchvision:resnet18", "checkpoint"),
     ],
 )  # fmt: skip

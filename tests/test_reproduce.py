@@ -191,7 +191,12 @@ def test_the_first_argument_may_be_an_override(capsys):
 
 
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)]
+    ("number", "status"),
+    [
+        (signal.SIGTERM, 143),
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGUSR1, 138, marks=pytest.mark.slow(reason="as the other two")),
+    ],
 )
 def test_signals_end_a_real_process_with_one_line(tiny_file, number, status):
     command = [sys.executable, "reproduce.py", str(tiny_file), "train.epochs=2000"]

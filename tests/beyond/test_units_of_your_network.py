@@ -115,7 +115,13 @@ OVERRIDES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("sites", ["blocks", "['1.1', '0']"])
+@pytest.mark.parametrize(
+    "sites",
+    [
+        pytest.param("blocks", marks=pytest.mark.slow(reason="as named sites: ten seconds")),
+        "['1.1', '0']",
+    ],
+)
 def test_planted_memorization_and_erasure_of_a_network_from_a_file(tiny_file, sites):
     Path(tiny_file.with_name("own.py")).write_text(FILE)
     model = f"model.name={tiny_file.with_name('own.py')}:make"

@@ -1,28 +1,49 @@
 """Figures are drawn again when their sources, code or files changed, and only then."""
 
 import json
+import shutil
 
 import pytest
 
+import gradient_accounting
 import layer_rewinding
 import plot_results
+from engine.config.load import load_configs
 from engine.runs import files, provenance
 from engine.runs.run import Run
 from plotting import redrawing
+from plotting.families import find_families
 from plotting.figures import figure_kinds
 from plotting.redrawing import NAME
+from tests.conftest import TINY
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """A folder with two measured runs, and everything of them drawn as PNG."""
+    folder = tmp_path_factory.mktemp("redrawing")
+    path = folder / "tiny.yaml"
+    path.write_text(TINY + f"output_dir: {folder / 'runs'}\n")
+    for config in load_configs(path, ("seed=[0, 1]", "rewinding.epochs=[0, 2]")):
+        run = Run.of(config)
+        gradient_accounting.EXPERIMENT.main(run)
+        layer_rewinding.EXPERIMENT.main(run)
+    (family,) = find_families([folder / "runs"])
+    assert plot_results.main([str(family.folder), "--format", "png"]) == 0
+    return folder / "runs"
 
 
 @pytest.fixture
-def measured(family):
-    for run in family.runs:
-        layer_rewinding.EXPERIMENT.main(Run.at(run.directory, ("rewinding.epochs=[0, 2]",)))
+def measured(original, tmp_path):
+    """The family of the two runs, in a copy of that folder."""
+    shutil.copytree(original, tmp_path / "runs")
+    (family,) = find_families([tmp_path / "runs"])
     return family
 
 
 @pytest.fixture
-def redrawn(measured, capsys, monkeypatch):
-    """Draw everything as PNG; return the names of the figures drawn, and of the files written."""
+def redrawn(measured, monkeypatch):
+    """Draw everything as PNG again; return the names of the figures drawn, and of files written."""
 
     def draw(*options: str) -> tuple[set[str], set[str]]:
         written = []
@@ -39,12 +60,12 @@ def redrawn(measured, capsys, monkeypatch):
         pictures = {name for name in written if name.endswith((".png", ".pdf"))}
         return pictures, set(written)
 
-    draw()
-    capsys.readouterr()
     return draw
 
 
 def test_nothing_is_written_when_nothing_changed(measured, redrawn, capsys):
+    assert redrawn()[0] == set(), "the report names the folder of the copy"
+    capsys.readouterr()
     before = {p: p.stat().st_mtime_ns for p in measured.folder.rglob("*") if p.is_file()}
     assert redrawn() == (set(), set())
     assert {p: p.stat().st_mtime_ns for p in measured.folder.rglob("*") if p.is_file()} == before

@@ -1,6 +1,6 @@
 """Jobs of a cluster give what one process gives, whatever stops them on their way.
 
-Submitit's local executor is tested always; a real Slurm where it is installed.
+By submitit's local executor, and by a real Slurm where it is installed.
 """
 
 import os
@@ -62,6 +62,7 @@ def sweep(tmp_path_factory) -> tuple[Path, dict]:
     return path, serial
 
 
+@pytest.mark.slow(reason="two jobs and a sweep to compare them with: half a minute")
 def test_a_job_that_was_pre_empted_goes_on(sweep, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     path, serial = sweep
