@@ -4,7 +4,9 @@
 
 Takes a finished run. What the training recorded is scored as beyond/example_scores.py scores it;
 what takes trainings of its own (forgetting time, dropped, counterfactual memorization) is counted
-in epochs, of which one is timed. README.md beside this file says how to read it.
+in epochs, of which one is timed. As many examples are searched for neurons as the run's settings
+say, unless told otherwise: the fewer they are, the less work they share. README.md beside this file
+says how to read the numbers.
 """
 
 from collections.abc import Callable, Iterator
@@ -86,7 +88,7 @@ def time_neurons(run: Run, split: Split, model: torch.nn.Module, few: int) -> tu
     return timed(lambda: list(islice(search, len(rows))), split.label.device)[0], len(rows)
 
 
-def measure(run: Run, few: int) -> Iterator[tuple[str, float, str]]:
+def measure(run: Run, few: int | None) -> Iterator[tuple[str, float, str]]:
     """Yield name, seconds, and what they are the seconds of."""
     config, device = run.config, resolve_device(run.config)
     split = load_split(config).to(device)
@@ -100,9 +102,8 @@ def measure(run: Run, few: int) -> Iterator[tuple[str, float, str]]:
         yield name, seconds, "from the record"
     depth = partial(compute_depth, model, split, config.scores.neighbours)
     yield "prediction depth", timed(depth, device)[0], f"k = {config.scores.neighbours}"
-    seconds, count = time_neurons(run, split, model, few)
-    wanted = 2 * config.flipping.examples
-    yield "neurons", seconds * wanted / count, f"{wanted} examples, {count} of them timed"
+    seconds, count = time_neurons(run, split, model, few or config.flipping.examples)
+    yield "neurons", seconds, f"{count} examples"
 
     half = partial(evaluate, images=first.images, label=first.label)
     learn, forget = (time_epoch(config, first, work) for work in (lambda _: None, half))
@@ -121,7 +122,7 @@ def measure(run: Run, few: int) -> Iterator[tuple[str, float, str]]:
 def main() -> None:
     parser = make_parser(__doc__, rounds=None)
     parser.add_argument("--run", required=True, help="the directory of a finished run")
-    parser.add_argument("--examples", type=int, default=10, help="searched for neurons, of a kind")
+    parser.add_argument("--examples", type=int, help="noisy examples to search for neurons")
     given = parser.parse_intermixed_args()
     (run,) = find_runs(given.run, given.overrides)
     with compute_precision(run.config.precision, resolve_device(run.config)):
