@@ -202,7 +202,7 @@ def tolerantly(work: Callable[..., object], *arguments: object) -> object:
 @contextmanager
 def in_way(model: nn.Module, way: str, device: torch.device) -> Iterator[nn.Module]:
     """Yield the network in one of the ways of computing it."""
-    wanted = True if way == "compiled" else way
+    wanted = {"compiled": True, "graphs": "graphs"}.get(way, False)
     tuned = nullcontext() if way == "eager" else tuned_convolutions(device)
     with tuned, compiled(model, wanted) as network:
         yield network

@@ -12,19 +12,16 @@ says how to read the numbers.
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 
 import torch
 from common import make_parser, print_head, timed
 
-from beyond import scores
-from beyond.example_scores import compute_depth, compute_dropped, el2n_epoch
+from beyond.example_scores import compute_depth, compute_dropped, recorded_scores
 from data import Split
 from engine.config.schema import Config, DropoutConfig
 from engine.flipping.second_split import halves
 from engine.launch.cli import find_runs
 from engine.runs.run import Run
-from engine.stats import first_epoch_for_good
 from engine.training.build import load_final_model, load_split, make_model
 from engine.training.devices import compute_precision, resolve_device
 from engine.training.evaluation import (
@@ -34,7 +31,6 @@ from engine.training.evaluation import (
     evaluate_split,
 )
 from engine.training.loop import make_optimizer, train_epoch
-from engine.training.record import read_examples
 from neuron_flipping import choose_searched, compute_flipping
 
 
@@ -63,29 +59,13 @@ def time_recording(model: torch.nn.Module, split: Split) -> float:
     return timed(work, split.label.device)[0]
 
 
-def time_recorded(run: Run, device: torch.device) -> Iterator[tuple[str, float]]:
-    """Yield the seconds of each score that needs only what the training recorded."""
-    record = read_examples(run)
-    work = {
-        "learning time": partial(first_epoch_for_good, record["correct"]),
-        "forgetting events": partial(scores.forgetting_events, record["correct"]),
-        "summed loss": partial(scores.summed_loss, record["loss"]),
-        "AUM": partial(scores.area_under_margin, record["margin"]),
-        "EL2N": partial(scores.el2n, record["error_norm"], el2n_epoch(run.config)),
-        "confidence": partial(scores.confidence, record["loss"]),
-        "variability": partial(scores.variability, record["loss"]),
-    }
-    for name, compute in work.items():
-        yield name, timed(compute, device)[0]
-
-
 def time_neurons(run: Run, split: Split, model: torch.nn.Module, few: int) -> tuple[float, int]:
     """Return the seconds of searching `few` noisy and as many clean examples, and their number."""
     correct = evaluate(model, split.images, split.label).correct.cpu()
     rows = choose_searched(split, correct, few)
     frozen = model.eval().requires_grad_(False)
     search = compute_flipping(run, split, frozen, rows)
-    return timed(lambda: list(islice(search, len(rows))), split.label.device)[0], len(rows)
+    return timed(lambda: list(search), split.label.device)[0], len(rows)
 
 
 def measure(run: Run, few: int | None) -> Iterator[tuple[str, float, str]]:
@@ -98,8 +78,8 @@ def measure(run: Run, few: int | None) -> Iterator[tuple[str, float, str]]:
     whole = time_epoch(config, split, lambda model: evaluate_split(model, split))
     yield "training", epochs * whole, f"{epochs} epochs"
     yield "recording margin and error norm", epochs * time_recording(model, split), "all epochs"
-    for name, seconds in time_recorded(run, device):
-        yield name, seconds, "from the record"
+    seconds = timed(partial(recorded_scores, run), device)[0]
+    yield "all scores of the record", seconds, "seven scores, with reading the record"
     depth = partial(compute_depth, model, split, config.scores.neighbours)
     yield "prediction depth", timed(depth, device)[0], f"k = {config.scores.neighbours}"
     seconds, count = time_neurons(run, split, model, few or config.flipping.examples)

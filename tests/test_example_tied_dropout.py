@@ -165,6 +165,9 @@ def test_a_step_trains_each_example_with_its_own_neurons(run_of, monkeypatch):
     [
         ("resnet9", "example_tied"), ("resnet9", "sparse"), ("vit_small", "example_tied"),
         ("vit_small", "sparse"), ("resnet50", "example_tied"),
+        pytest.param(
+            "resnet50", "sparse", marks=pytest.mark.slow(reason="24 million weights: five seconds")
+        ),
     ],
 )  # fmt: skip
 def test_every_model_has_its_sites(run_of, model, kind):

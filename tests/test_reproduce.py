@@ -195,7 +195,9 @@ def test_the_first_argument_may_be_an_override(capsys):
     [
         (signal.SIGTERM, 143),
         (signal.SIGINT, 130),
-        pytest.param(signal.SIGUSR1, 138, marks=pytest.mark.slow(reason="as the other two")),
+        pytest.param(
+            signal.SIGUSR1, 138, marks=pytest.mark.slow(reason="as the others, another process")
+        ),
     ],
 )
 def test_signals_end_a_real_process_with_one_line(tiny_file, number, status):

@@ -16,8 +16,8 @@ def table_networks(families: Sequence[Family], findings: Sequence[Finding]) -> T
     """
     columns: dict[Hashable, str] = {}
     for family in families:
-        title = columns.setdefault(_training(family), family.trained)
-        columns[_training(family)] = max(title, family.trained, key=len)
+        key = _training(family)  # of its titles the longest tells it from most others
+        columns[key] = max(columns.get(key, ""), family.trained, key=len)
     several = len({repr(family.config.model) for family in families}) > 1
     rows: dict[str, dict[str, str]] = {}
     for finding in findings if several else ():

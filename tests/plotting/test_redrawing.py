@@ -5,30 +5,24 @@ import shutil
 
 import pytest
 
-import gradient_accounting
 import layer_rewinding
 import plot_results
-from engine.config.load import load_configs
 from engine.runs import files, provenance
 from engine.runs.run import Run
 from plotting import redrawing
 from plotting.families import find_families
 from plotting.figures import figure_kinds
 from plotting.redrawing import NAME
-from tests.conftest import TINY
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory):
+def original(trained_family, tmp_path_factory):
     """A folder with two measured runs, and everything of them drawn as PNG."""
     folder = tmp_path_factory.mktemp("redrawing")
-    path = folder / "tiny.yaml"
-    path.write_text(TINY + f"output_dir: {folder / 'runs'}\n")
-    for config in load_configs(path, ("seed=[0, 1]", "rewinding.epochs=[0, 2]")):
-        run = Run.of(config)
-        gradient_accounting.EXPERIMENT.main(run)
-        layer_rewinding.EXPERIMENT.main(run)
+    shutil.copytree(trained_family, folder / "runs")
     (family,) = find_families([folder / "runs"])
+    for run in family.runs:
+        layer_rewinding.EXPERIMENT.main(Run.at(run.directory, ("rewinding.epochs=[0, 2]",)))
     assert plot_results.main([str(family.folder), "--format", "png"]) == 0
     return folder / "runs"
 

@@ -25,7 +25,12 @@ train: {epochs: 2, batch_size: 32, peak_epoch: 1}
 LONG = CONFIG.replace("epochs: 2", "epochs: 5000").replace("size: 60", "size: 2000")
 
 
-@pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&- >&- 2>&-"])
+SLOW = pytest.mark.slow(reason="as the others, another process that imports torch")
+
+
+@pytest.mark.parametrize(
+    "closed", ["2>&-", ">&-", pytest.param(">&- 2>&-", marks=SLOW), "<&- >&- 2>&-"]
+)
 def test_closed_streams_change_nothing(tmp_path, closed):
     (tmp_path / "config.yaml").write_text(CONFIG)
     script = REPOSITORY / "gradient_accounting.py"
