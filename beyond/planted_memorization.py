@@ -164,16 +164,17 @@ def delete(
 # ---------------------------------------------------------------- a run
 
 
-def measurements(run: Run) -> tuple[Measurement, Measurement, Measurement]:
+def measurements(run: Run) -> tuple[Measurement, ...]:
     """Return the tables of a run: rankings against the truth, deletion, and single channels."""
     own = run.config.planted
     of_examples = {"examples": own.examples, "reference": own.reference}
     of_channels = {**of_examples, "others": own.others, "chosen": own.chosen, "held": HELD}
-    return (
+    tables = (
         Measurement(run, TRUTHS, of_examples),
         Measurement(run, DELETIONS, {**of_examples, "others": own.others}),
         Measurement(run, CHANNEL_RANKS, of_channels, {"channels": own.channels}),
     )
+    return tables if own.channels else tables[:2]
 
 
 def require_tied(run: Run) -> None:
@@ -190,7 +191,7 @@ def measure(run: Run) -> None:
     device = resolve_device(run.config)
     split = load_split(run.config).to(device)
     model = load_final_model(run, split, device).eval().requires_grad_(False)
-    truths, deletions, channels = measurements(run)
+    truths, deletions, *channels = measurements(run)
     seed = run.config.seed
     with compute_precision("fp32", device):  # less holds no gradient of a fitted example
         bench = make_bench(run, split, model)
@@ -200,7 +201,7 @@ def measure(run: Run) -> None:
         rows_of = {
             truths: partial(truth_rows, bench, truths, seed),
             deletions: partial(deletion_rows, bench, deletions, truths, seed),
-            channels: partial(channel_rows, bench, channels, run),
+            **{table: partial(channel_rows, bench, table, run) for table in channels},
         }
         with bench.gates:
             for table, make in rows_of.items():

@@ -265,7 +265,7 @@ class PlantedConfig:
     examples: int = option(30, integer(2), "noisy examples to localize, and as many clean ones")
     reference: int = option(50, integer(2), "training examples that a score may compare with")
     others: int = option(50, integer(1), "training and test examples for the cost of deletion")
-    channels: int = option(3, integer(1), "single channels that are planted in each of two layers")
+    channels: int = option(3, integer(0), "single channels planted in each of two layers; 0: none")
     chosen: int = option(3, integer(1), "clean examples whose new label a channel has to hold")
 
 

@@ -8,9 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from beyond.planted_memorization import DELETIONS, TRUTHS
-from plotting.families import Family, describe
+from plotting.families import Family, describe, name_models
 from plotting.figure_kind import FigureKind
-from plotting.style import COLORS, PAGE, entitle, wrapped
+from plotting.style import COLORS, PAGE, entitle
 
 # Colour, marker, and width of each line; the colours are those of Okabe and Ito.
 LINES = {
@@ -31,18 +31,15 @@ def words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def plot_localizers(families: Sequence[Family]) -> Figure:
-    """Draw each localizer's recall by setting: a point a seed, with its 95% interval."""
-    shape = {"figsize": (max(3.6, min(PAGE, 1.4 + 2 * len(families))), 3.2), "sharey": True}
-    figure, panels = plt.subplots(1, len(families), squeeze=False, **shape)
-    for axes, family in zip(panels[0], families):
-        names = draw_recall(axes, family)
-        axes.set_title(f"{wrapped(family.title, 2.2)}\n{family.seeds}", size=7)
-        axes.set_xlabel("recall of own memorization neurons")
-    panels[0, 0].set_yticks(range(len(names)), [words(name) for name in names])
-    panels[0, 0].invert_yaxis()
-    panels[0, 0].legend(loc="upper right")
-    entitle(figure, "Recall of planted memorization neurons by localizer", describe(families))
+def plot_recall(family: Family) -> Figure:
+    """Draw each localizer's recall of one setting: a point a seed, with its 95% interval."""
+    figure, axes = plt.subplots(figsize=(3.6, 3.2))
+    names = draw_recall(axes, family)
+    axes.set_xlabel("recall of own memorization neurons")
+    axes.set_yticks(range(len(names)), [words(name) for name in names])
+    axes.invert_yaxis()
+    axes.legend(loc="upper right")
+    entitle(figure, "Recall of planted memorization neurons by localizer", family.about)
     return figure
 
 
@@ -68,6 +65,58 @@ def draw_recall(axes: Axes, family: Family) -> list[str]:
     return names
 
 
+def plot_settings(families: Sequence[Family]) -> Figure:
+    """Draw each localizer's recall in a panel of its own, beside chance: a point a setting."""
+    tables = [recall_by_setting(family) for family in families]
+    places, names = np.arange(len(families)), list(LINES)[1:]
+    figure, panels = plt.subplots(3, 3, figsize=(PAGE, 4.8), sharex=True, sharey=True)
+    for axes, name in zip(panels.flat, names):
+        for subset, shift in (("noisy", -0.12), ("clean", 0.12)):
+            mean, below, above, _ = np.array([table[name, subset] for table in tables]).T
+            axes.errorbar(
+                places + shift, mean, yerr=[below, above], fmt="o" if subset == "noisy" else "s",
+                color=COLORS[subset], lw=0.8, label=subset,
+            )  # fmt: skip
+        chance = [table[name, "noisy"][3] for table in tables]
+        axes.hlines(chance, places - 0.4, places + 0.4, color="0.3", lw=0.8, label="chance")
+        axes.set_title(words(name))
+    panels[0, 0].set(ylim=(0, 1), xlim=(-0.5, len(families) - 0.5))
+    for axes in panels[-1]:
+        axes.set_xticks(places, name_settings(families), rotation=90)
+    figure.supylabel("recall of own memorization neurons")
+    subject = "Recall of planted memorization neurons by localizer and setting"
+    entitle(figure, subject, describe(families), panels[0, 0])
+    return figure
+
+
+def recall_by_setting(family: Family) -> dict[tuple[str, str], tuple[float, ...]]:
+    """Return (localizer, subset) -> recall, its errors below and above, and chance.
+
+    The errors are the standard deviation over seeds; with one seed, the 95% interval over examples.
+    """
+    rows: dict[tuple[str, str], list[dict]] = {}
+    for row in family.rows(TRUTHS):
+        if (row["truth"], row["layer"]) == ("own", "all"):
+            rows.setdefault((row["localizer"], row["subset"]), []).append(row)
+    found = {}
+    for key, own in rows.items():
+        recall = [row["recall"] for row in own]
+        if len(own) > 1:
+            below = above = np.std(recall, ddof=1)
+        else:
+            below, above = recall[0] - own[0]["recall_low"], own[0]["recall_high"] - recall[0]
+        chance = np.mean([row["expected_by_chance"] for row in own])
+        found[key] = (np.mean(recall), below, above, chance)
+    return found
+
+
+def name_settings(families: Sequence[Family]) -> list[str]:
+    """Return what tells these families apart: data set, model, p_gen and p_mem."""
+    shares = [f"{f.config.dropout.p_gen:g}, {f.config.dropout.p_mem:g}" for f in families]
+    each = ([family.data for family in families], name_models(families), shares)
+    return ["\n".join(words) for words in zip(*(of for of in each if len(set(of)) > 1))]
+
+
 def plot_deletion(family: Family) -> Figure:
     """Draw the share of predictions that survive as the first ranked units are closed."""
     rows = family.rows(DELETIONS)
@@ -88,11 +137,6 @@ def plot_deletion(family: Family) -> Figure:
     return figure
 
 
-def plot_recall(family: Family) -> Figure:
-    """Draw each localizer's recall of one setting."""
-    return plot_localizers([family])
-
-
 FIGURES = (
     FigureKind(
         ("planted-memorization",), "planted_memorization", "planted", TRUTHS.name, plot_recall,
@@ -103,10 +147,11 @@ FIGURES = (
     ),
     FigureKind(
         ("planted-memorization-compared",), "planted_memorization_compared", "planted",
-        TRUTHS.name, plot_localizers,
-        "Recall of planted memorization neurons, by setting.",
-        "The localizers' order over data sets and shares of neurons.",
-        compares=r"(data|model|train|dropout)\..+", page=3, beyond=True,
+        TRUTHS.name, plot_settings,
+        "Recall of planted memorization neurons, by localizer and setting.",
+        "Whether a localizer rises above chance in some setting, and their order in each. "
+        "Error bars: standard deviation over seeds; with one seed, the 95% interval over examples.",
+        compares=r"(data|model|train|dropout)\..+", page=12, beyond=True,
     ),
     FigureKind(
         ("planted-memorization-deletion",), "planted_memorization_deletion", "planted",

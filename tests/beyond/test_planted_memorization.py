@@ -90,6 +90,11 @@ def test_the_channel_table_counts_planted_channels(run):
         assert row["channels"] == row["examples"]
 
 
+def test_without_channels_there_is_no_channel_table(run):
+    without = Run.at(run.directory, ("planted.channels=0",))
+    assert [table.table for table in EXPERIMENT.measurements(without)] == [TRUTHS, DELETIONS]
+
+
 def test_nothing_is_measured_twice(run, monkeypatch):
     def fail(*_):
         raise AssertionError("measured again")
