@@ -12,7 +12,6 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-import torchvision
 from torch import nn
 
 from models.any_network.errors import NetworkError, last_line, nearest
@@ -126,6 +125,8 @@ def _from_torchvision(
 
     Its first convolution is made for the images' channels: see `_adapt_channels`.
     """
+    import torchvision  # takes more than a second
+
     known = torchvision.models.list_models(module=torchvision.models)
     short = name.removeprefix(TORCHVISION)
     if short not in known:

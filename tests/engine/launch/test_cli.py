@@ -44,10 +44,13 @@ def test_a_run_prints_one_line_that_ends_with_its_directory(tiny_file, tmp_path)
     assert by_directory.stdout == lines[0] + "\n"
 
 
-def test_dry_run_writes_nothing(tiny_file, tmp_path):
+def test_dry_run_writes_nothing_and_imports_no_torchvision(tiny_file, tmp_path):
+    """Importing torchvision takes seconds, at the start of every process."""
     before = sorted(tmp_path.rglob("*"))
-    done = call(tiny_file, "--dry-run", "--device", "cpu")
+    timed = os.environ | {"PYTHONPROFILEIMPORTTIME": "1"}
+    done = call(tiny_file, "--dry-run", "--device", "cpu", env=timed)
     assert done.returncode == 0, done.stderr
+    assert " torch\n" in done.stderr and "torchvision" not in done.stderr
     assert ": to do, " in done.stdout
     assert sorted(tmp_path.rglob("*")) == before
 
