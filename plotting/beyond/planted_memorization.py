@@ -112,7 +112,8 @@ def recall_by_setting(family: Family) -> dict[tuple[str, str], tuple[float, ...]
 
 def name_settings(families: Sequence[Family]) -> list[str]:
     """Return what tells these families apart: data set, model, p_gen and p_mem."""
-    shares = [f"{f.config.dropout.p_gen:g}, {f.config.dropout.p_mem:g}" for f in families]
+    dropouts = [family.config.dropout for family in families]
+    shares = [f"gen {dropout.p_gen:g}, mem {dropout.p_mem:g}" for dropout in dropouts]
     each = ([family.data for family in families], name_models(families), shares)
     return ["\n".join(words) for words in zip(*(of for of in each if len(set(of)) > 1))]
 

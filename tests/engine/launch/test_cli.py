@@ -50,7 +50,8 @@ def test_dry_run_writes_nothing_and_imports_no_torchvision(tiny_file, tmp_path):
     timed = os.environ | {"PYTHONPROFILEIMPORTTIME": "1"}
     done = call(tiny_file, "--dry-run", "--device", "cpu", env=timed)
     assert done.returncode == 0, done.stderr
-    assert " torch\n" in done.stderr and "torchvision" not in done.stderr
+    assert " torch\n" in done.stderr
+    assert "torchvision" not in done.stderr
     assert ": to do, " in done.stdout
     assert sorted(tmp_path.rglob("*")) == before
 
