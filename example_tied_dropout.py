@@ -19,6 +19,7 @@ import copy
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -265,10 +266,7 @@ def unlearning(
         rows = choose_learned(split, before, size, draw)
         if len(rows) < size:
             continue
-        key = f"{size}-{draw}"
-        if (part := table.part(key)) is None:
-            part = compute_unlearning(model, split, rows)
-            table.save(key, part)
+        part = table.once(f"{size}-{draw}", partial(compute_unlearning, model, split, rows))
         yield {"examples": size, "draw": draw} | part
 
 

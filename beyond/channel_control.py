@@ -6,6 +6,7 @@ and each localizer ranks the planted one among all units, example by example.
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import torch
@@ -104,13 +105,10 @@ def channel_rows(bench: Bench, table: Measurement, run: Run) -> Iterator[dict[st
     """Yield the rows of planted_memorization_channel.csv, over channels that learned."""
     own = run.config.planted
     for site in bench.channels:
-        found = []
-        for draw in range(own.channels):
-            key = f"{site}-{draw}"
-            if (part := table.part(key)) is None:
-                part = plant_and_localize(bench, site, draw, own.chosen)
-                table.save(key, part)
-            found.append(part)
+        found = [
+            table.once(f"{site}-{draw}", partial(plant_and_localize, bench, site, draw, own.chosen))
+            for draw in range(own.channels)
+        ]
         learned = [part for part in found if part["learned"]]
         for name in LOCALIZERS:
             for state in ("planted", "before", "others"):

@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -351,10 +352,7 @@ def measure(run: Run) -> None:
         task = make_task(run, split, device)
         methods, about = methods_of(run), f"{title(run.config)}: erasure"
         for name in with_progress(methods, about, len(methods), "method"):
-            if (row := measurement.part(name)) is None:
-                row = compute_erasure(task, name)
-                measurement.save(name, row)
-            rows.append(row)
+            rows.append(measurement.once(name, partial(compute_erasure, task, name)))
     measurement.finish(rows, device)
 
 

@@ -16,8 +16,9 @@ plot_results.py draws the figures.
 
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from engine.config.schema import Config, DropoutConfig
 from engine.flipping.second_split import forgetting_measurement, read_forgetting
 from engine.launch.cli import run_script
 from engine.launch.estimates import count_examples
+from engine.progress import with_progress
 from engine.runs import files
 from engine.runs.experiment import Experiment
 from engine.runs.identity import title
@@ -98,21 +100,20 @@ def recorded_scores(run: Run) -> Scores:
 
 
 @torch.no_grad()
-def stage_votes(model: StagedModel, split: Split, k: int) -> Iterator[Tensor]:
-    """Yield the k-NN predictions [n] at the input and after every layer; end with the network's.
+def stage_features(model: StagedModel, split: Split) -> Iterator[Tensor]:
+    """Yield the images and what flows out of every layer, [n, d]; the logits come last.
 
     One stage's activations of the whole training set are in memory at a time.
     """
     rows = torch.arange(split.n, device=split.label.device).split(batch_size(split.label.device))
     states = [normalize(split.images[batch]) for batch in rows]
-    yield scores.neighbour_votes(_features(states), split.label, k, split.classes)
+    yield _features(states)
     with eval_mode(model):
         for group in layer_groups(model):
             for number, batch in enumerate(rows):
                 with examples(model, split.index[batch]):
                     states[number] = group.forward(states[number])
-            yield scores.neighbour_votes(_features(states), split.label, k, split.classes)
-    yield torch.cat(states).argmax(dim=1)
+            yield _features(states)
 
 
 def _features(states: Sequence[Tensor | tuple[Tensor, ...]]) -> Tensor:
@@ -124,10 +125,25 @@ def _features(states: Sequence[Tensor | tuple[Tensor, ...]]) -> Tensor:
     return torch.cat(rows)
 
 
-def compute_depth(model: StagedModel, split: Split, k: int) -> np.ndarray:
-    """Return the first stage from which on the k-NN probes say what the network says."""
-    *votes, prediction = stage_votes(model, split, k)
-    return scores.depth_of_agreement(votes, prediction)
+def compute_depth(
+    model: StagedModel,
+    split: Split,
+    k: int,
+    once: Callable[[str, Callable[[], Tensor]], Tensor] = lambda key, make: make(),
+) -> np.ndarray:
+    """Return the first stage from which on the k-NN probes say what the network says.
+
+    `once` makes the votes of a stage, or returns those that it has kept under the same key.
+    """
+    stages, votes = len(layer_groups(model)) + 1, []
+    features = with_progress(stage_features(model, split), "prediction depth", stages, "stage")
+    for number, own in enumerate(features):
+        votes.append(once(f"votes-{number}", partial(_votes, own, split, k)))
+    return scores.depth_of_agreement(votes, own.argmax(dim=1).cpu())
+
+
+def _votes(features: Tensor, split: Split, k: int) -> Tensor:
+    return scores.neighbour_votes(features, split.label, k, split.classes).cpu()
 
 
 def compute_dropped(model: StagedModel, split: Split) -> np.ndarray:
@@ -170,9 +186,9 @@ def compute_scores(run: Run, measurement: Measurement, device: torch.device) -> 
     found = recorded_scores(run)
     with compute_precision(run.config.precision, device):
         if run.config.scores.neighbours is not None:
-            found["prediction_depth"] = _depth(run, measurement, split)
+            found["prediction_depth"] = np.array(_depth(run, measurement, split))
         if other := measurement.settings["dropped"] and dropout_run(run):
-            found["dropped"] = _dropped(other, measurement, split)
+            found["dropped"] = np.array(_dropped(other, measurement, split))
     if measurement.settings["forgetting_time"]:
         found["forgetting_time"] = -read_forgetting(run)
     if measurement.settings["neurons"]:
@@ -186,24 +202,25 @@ def compute_scores(run: Run, measurement: Measurement, device: torch.device) -> 
     return {name: found.get(name, np.full(split.n, np.nan)) for name in SCORES}
 
 
-def _depth(run: Run, measurement: Measurement, split: Split) -> np.ndarray:
-    """Measure the prediction depth once, and keep it as a part."""
-    if (part := measurement.part("prediction_depth")) is None:
-        model = load_final_model(run, split, split.label.device)
-        part = compute_depth(model, split, run.config.scores.neighbours).tolist()
-        measurement.save("prediction_depth", part)
-    return np.array(part)
+def _depth(run: Run, measurement: Measurement, split: Split) -> list[float]:
+    """Measure the prediction depth once, and keep it and every stage's votes as parts."""
+
+    def make() -> list[float]:
+        model, k = load_final_model(run, split, split.label.device), run.config.scores.neighbours
+        return compute_depth(model, split, k, measurement.once).tolist()
+
+    return measurement.once("prediction_depth", make)
 
 
-def _dropped(run: Run, measurement: Measurement, split: Split) -> np.ndarray:
+def _dropped(run: Run, measurement: Measurement, split: Split) -> list[float]:
     """Measure what dropping forgets once, and keep it as a part."""
-    key = f"dropped-{run.identity[:12]}"
-    if (part := measurement.part(key)) is None:
+
+    def make() -> list[float]:
         model = load_final_model(run, split, split.label.device)
         assert tied_layers(model)
-        part = compute_dropped(model, split).tolist()
-        measurement.save(key, part)
-    return np.array(part)
+        return compute_dropped(model, split).tolist()
+
+    return measurement.once(f"dropped-{run.identity[:12]}", make)
 
 
 def make_rows(split: Mapping[str, np.ndarray], found: Scores) -> Iterator[dict[str, object]]:

@@ -75,12 +75,12 @@ DELETIONS = ResultTable(
 
 def localize(bench: Bench, table: Measurement, name: str, subset: str, truth: str) -> Tensor:
     """Return scores [examples, units] of one localizer, measured once and kept as a part."""
-    key = f"{name}-{subset}-{truth}"
-    if (scores := table.part(key)) is None:
+
+    def score() -> Tensor:
         batch = bench.batch(subset, truth)
-        scores = LOCALIZERS[name](bench.model, bench.gates, batch, bench.reference).cpu()
-        table.save(key, scores)
-    return scores
+        return LOCALIZERS[name](bench.model, bench.gates, batch, bench.reference).cpu()
+
+    return table.once(f"{name}-{subset}-{truth}", score)
 
 
 def truth_rows(bench: Bench, table: Measurement, seed: int) -> Iterator[dict[str, object]]:
@@ -126,11 +126,8 @@ def deletion_rows(
     """Yield the rows of planted_memorization_deletion.csv; `planted` closes own neurons only."""
     for name in ("planted", *LOCALIZERS):
         for subset in SUBSETS:
-            key = f"{name}-{subset}"
-            if (part := table.part(key)) is None:
-                part = delete(bench, truths, name, subset, seed)
-                table.save(key, part)
-            yield from part
+            make = partial(delete, bench, truths, name, subset, seed)
+            yield from table.once(f"{name}-{subset}", make)
 
 
 def delete(

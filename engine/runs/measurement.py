@@ -15,9 +15,10 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -27,6 +28,8 @@ from engine.runs import files, provenance
 from engine.runs.run import Run
 from engine.runs.stopping import safe_point
 from engine.runs.tables import ResultTable
+
+Part = TypeVar("Part")
 
 OTHER_SETTINGS = "other_settings"
 
@@ -157,6 +160,12 @@ class Measurement:
         part = {"digest": self.digest, "key": key, "content": content}
         files.write_tensors(self._part_path(key), part)
         safe_point()
+
+    def once(self, key: str, make: Callable[[], Part]) -> Part:
+        """Return the part saved under this key; make and save it first if there is none."""
+        if (part := self.part(key)) is None:
+            self.save(key, part := make())
+        return part
 
     def finish(
         self,

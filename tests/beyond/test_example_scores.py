@@ -110,6 +110,26 @@ def test_depth_of_a_network_against_brute_force(trained):
     assert len(set(found.tolist())) > 2
 
 
+def test_votes_of_a_stage_that_are_kept_are_not_made_again(trained):
+    split = load_split(trained.config).subset(torch.arange(50))
+    model = load_final_model(trained, load_split(trained.config), CPU).eval()
+    kept = {}
+
+    def once(key, make):
+        if key not in kept:
+            kept[key] = make()
+            if len(kept) == 4:
+                raise KeyboardInterrupt
+        return kept[key]
+
+    with pytest.raises(KeyboardInterrupt):
+        compute_depth(model, split, 5, once)
+    before = dict(kept)
+    assert (compute_depth(model, split, 5, once) == compute_depth(model, split, 5)).all()
+    assert all(kept[key] is votes for key, votes in before.items())
+    assert len(kept) == len(model.stages()) + 1
+
+
 def test_depth_of_tokens_and_of_masks_of_their_own(tiny):
     """ViT's states are tokens; with example-tied dropout every example has its own neurons."""
     tied = ("dropout.kind=example_tied", "model.width=0.2")
@@ -121,10 +141,11 @@ def test_depth_of_tokens_and_of_masks_of_their_own(tiny):
         config = tiny(*overrides)
         split = load_split(config)
         model = make_model(config, split).eval()
-        *votes, prediction = example_scores.stage_votes(model, split, 3)
+        *stages, logits = example_scores.stage_features(model, split)
         with torch.no_grad(), examples(model, split.index):
-            assert torch.equal(prediction, model(normalize(split.images)).argmax(1))
-        assert len(votes) == len(model.stages()) + 1
+            assert torch.equal(logits, model(normalize(split.images)))
+        assert len(stages) == len(model.stages())
+        assert all(len(features) == split.n for features in stages)
 
 
 def test_neurons_stand_where_they_were_searched_and_fewer_are_higher(trained):

@@ -31,6 +31,11 @@ def test_parts_come_back_as_they_were(make):
     assert make({"rate": 0.1}).part("group2") is None
 
 
+def test_a_part_is_made_once(make):
+    assert [make({}).once("a", lambda value=value: value) for value in (1, 2)] == [1, 1]
+    assert make({}).part("a") == 1
+
+
 def test_parts_of_other_settings_are_not_mixed(make):
     make({"rate": 0.1}).save("a", 1)
     assert make({"rate": 0.2}).part("a") is None
