@@ -278,6 +278,8 @@ def measure_tables(run: Run, device: torch.device) -> None:
     scores = load_typicality(config, split)
     with compute_precision(precision := measuring_precision(config, device), device):
         test_before = evaluate(model, split.test_images, split.test_label)
+        if precision != config.precision:  # before and after are compared example by example
+            before = evaluate(model, split.images, split.label, index=split.index)
         with dropped(model, split, config.dropout.rescale, config.dropout.batchnorm):
             after, test_after = evaluate_split(model, split)
         states = accuracies(split, before, test_before), accuracies(split, after, test_after)

@@ -46,6 +46,7 @@ from engine.launch.local import LeftToOthers, at_once, collect, foresee, one_aft
 from engine.launch.processes import Slot, end_with_parent, make_slots
 from engine.runs import files, provenance
 from engine.runs.experiment import Experiment
+from engine.runs.identity import without_accounting
 from engine.runs.run import Run, each_once
 from engine.runs.stopping import OutOfTime, ending_on_signals, time_budget
 from engine.training.build import load_split
@@ -63,13 +64,15 @@ def make_jobs(configs: Sequence[Config]) -> list[Job]:
 
     def wanted(config: Config) -> Iterator[Experiment]:
         asked = OF_THE_PAPER if config.experiments == "all" else config.experiments
-        if set(asked) != {"dropout"}:
+        own = [name for name in asked if known[name].training is without_accounting]
+        if others := len(own) < len(asked) or not asked:
             yield known["gradients"]
-        elif config.dropout.kind == "none":
-            yield known["dropout"]
         for name in asked:
-            if name != "dropout" or config.dropout.kind != "none":
-                yield known[name]
+            if name == "dropout" and config.dropout.kind == "none" and others:
+                continue
+            if name in own:
+                yield known["dropout"]  # which trains their run
+            yield known[name]
 
     jobs, runs = {}, []
     for config in configs:

@@ -29,7 +29,7 @@ from engine.config.schema import Config, DropoutConfig, ModelConfig
 from engine.flipping.cached_passes import ReferenceGradient
 from engine.flipping.gates import Gates
 from engine.launch.estimates import random_images
-from engine.runs.identity import without_dropout
+from engine.runs.identity import resolved, without_dropout
 from engine.runs.provenance import describe_device
 from engine.training.build import make_model
 from engine.training.compiling import compiled
@@ -150,7 +150,7 @@ def pieces(config: Config, device: torch.device, steps: int) -> Iterator[Work]:
     yield Work("training step", plain, images + 4 * weights, steps)
     accounting = training(config, model, split, GradientAccountant(model).backward)
     yield Work("accounting step", accounting, images + 8 * weights, steps)
-    if config.train.compile:
+    if resolved(config).train.compile:
         with compiled(model, wanted=True) as network:
             fast = training(config, network, split, plain_backward)
             yield Work("training step, compiled", fast, images + 4 * weights, steps, plain)

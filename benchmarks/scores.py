@@ -61,7 +61,7 @@ def time_recording(model: torch.nn.Module, split: Split) -> float:
 
 def time_neurons(run: Run, split: Split, model: torch.nn.Module, few: int) -> tuple[float, int]:
     """Return the seconds of searching `few` noisy and as many clean examples, and their number."""
-    correct = evaluate(model, split.images, split.label).correct.cpu()
+    correct = evaluate(model, split.images, split.label, index=split.index).correct.cpu()
     rows = choose_searched(split, correct, few)
     frozen = model.eval().requires_grad_(False)
     search = compute_flipping(run, split, frozen, rows)

@@ -61,8 +61,9 @@ def after_epoch(
     record, epochs = Record(), run.config.train.epochs
     train_epoch(model, optimizer, split, run.config, 1)  # for momentum
     record.measure(model, split, epoch=1, lr=0.0)
-    for rows in (record.history, record.correct, record.loss):
-        rows *= epochs
+    for rows in vars(record).values():
+        if isinstance(rows, list):
+            rows *= epochs
     copies = resume.snapshot(model, optimizer), record.snapshot()
     return {
         "evaluating": lambda: Record().measure(model, split, epoch=1, lr=0.0),

@@ -59,10 +59,13 @@ def plant_and_localize(bench: Bench, site: str, draw: int, size: int) -> dict[st
     """Plant one channel, and return its rank by every localizer, example by example.
 
     States: `planted`, the chosen examples after fine-tuning; `before`, the same in the network as
-    trained; `others`, as many clean examples after fine-tuning, under their own labels.
+    trained; `others`, as many clean examples after fine-tuning, under their own labels, or as many
+    as are left. Without an example that can have the new label nothing is learned.
     """
     clean = bench.rows["clean"]
     chosen = relabel(bench.split, clean, size, draw)
+    if not len(chosen):
+        return {"learned": False}
     place = next(s for s in bench.gates.sites if s.name == site)
     shared = place.dropout.generalization if place.dropout else place.count
     channel = int(random_stream("planted place", draw).integers(shared))
@@ -84,9 +87,12 @@ def plant_and_localize(bench: Bench, site: str, draw: int, size: int) -> dict[st
         inside = nullcontext(bench.gates) if model is bench.model else UnitGates(model, places)
         with inside as gates:
             on = gates.on(batch.index)
-            truth = torch.zeros_like(on[0])
+            truth = torch.zeros(gates.count, dtype=torch.bool, device=on.device)
             truth[place.first + channel] = True
             for name, localizer in LOCALIZERS.items():
+                if not len(batch):
+                    found[f"{name}-{state}"] = []
+                    continue
                 scores = localizer(model, gates, batch, bench.reference)
                 found[f"{name}-{state}"] = [
                     (rank_of(score, units, place.first + channel),
@@ -106,7 +112,10 @@ def channel_rows(bench: Bench, table: Measurement, run: Run) -> Iterator[dict[st
     own = run.config.planted
     for site in bench.channels:
         found = [
-            table.once(f"{site}-{draw}", partial(plant_and_localize, bench, site, draw, own.chosen))
+            table.once(
+                f"{site.replace('/', '.')}-{draw}",
+                partial(plant_and_localize, bench, site, draw, own.chosen),
+            )
             for draw in range(own.channels)
         ]
         learned = [part for part in found if part["learned"]]

@@ -32,13 +32,18 @@ from beyond.agreement import closed_gate, compute_deletion, order_units
 from beyond.localizers import Examples, UnitGates, score_flipping
 from data import Split
 from data.random_streams import random_stream
-from engine.config.schema import Config
+from engine.config.schema import Config, DropoutConfig
 from engine.errors import RunFailed
 from engine.launch.cli import run_script
 from engine.launch.estimates import count_examples
 from engine.progress import with_progress
 from engine.runs.experiment import Experiment
-from engine.runs.identity import title, without_accounting
+from engine.runs.identity import (
+    measuring_precision,
+    measuring_settings,
+    title,
+    without_accounting,
+)
 from engine.runs.measurement import Measurement
 from engine.runs.run import Run
 from engine.runs.tables import HISTORY, ResultTable
@@ -110,7 +115,7 @@ def choose_noisy(split: Split, correct: Tensor, count: int) -> Tensor:
 
 @contextmanager
 def drop_tied(task: Task) -> Iterator[Erased]:
-    """Drop the memorization neurons of every example."""
+    """Drop the memorization neurons of every example; nothing is rescaled."""
     with dropout_mode(task.model, "drop"):
         yield Erased(task.model, sum(layer.masks.shape[1] for layer in tied_layers(task.model)))
 
@@ -199,8 +204,9 @@ def train(model: StagedModel, split: Split, config: Config, **changes: object) -
     """Train the model's free weights on a split, in the run's way but for some settings."""
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))
     optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], config.train)
-    for epoch in range(1, config.train.epochs + 1):
-        train_epoch(model, optimizer, split, config, epoch)
+    with compute_precision(config.precision, split.label.device):
+        for epoch in range(1, config.train.epochs + 1):
+            train_epoch(model, optimizer, split, config, epoch)
     model.eval()
 
 
@@ -311,11 +317,12 @@ def methods_of(run: Run) -> list[str]:
 
 
 def earlier_epoch(run: Run) -> int:
-    """Return the latest epoch on disk whose noisy accuracy was low, or the first on disk."""
+    """Return the latest epoch on disk but the last whose noisy accuracy was low, or the first."""
     history = HISTORY.read(run.directory)
     low = {int(row["epoch"]) for row in history if row["acc_noisy"] < CRITICAL_BELOW}
     kept = run.epochs_in("checkpoints")
-    return max([epoch for epoch in kept if epoch in low], default=kept[0])
+    earlier = [epoch for epoch in kept if epoch in low and epoch < run.config.train.epochs]
+    return max(earlier, default=kept[0])
 
 
 def make_task(run: Run, split: Split, device: torch.device) -> Task:
@@ -339,8 +346,11 @@ def make_task(run: Run, split: Split, device: torch.device) -> Task:
 
 
 def make_measurement(run: Run) -> Measurement:
-    settings = dataclasses.asdict(run.config.erasure)
-    return Measurement(run, ERASURES, settings | {"retraining": vars(run.config.retraining)})
+    settings = dataclasses.asdict(run.config.erasure) | measuring_settings(run.config)
+    own, dropout = run.config.retraining, run.config.dropout
+    if dropout.kind == "none" and dropout.sites != DropoutConfig().sites:
+        settings["sites"] = dropout.sites  # where units are closed; with dropout, the run's own
+    return Measurement(run, ERASURES, settings | {"retraining": vars(own)})
 
 
 def measure(run: Run) -> None:
@@ -348,12 +358,12 @@ def measure(run: Run) -> None:
     measurement, device = make_measurement(run), resolve_device(run.config)
     split = load_split(run.config).to(device)
     rows = []
-    with compute_precision(run.config.precision, device):
+    with compute_precision(precision := measuring_precision(run.config, device), device):
         task = make_task(run, split, device)
         methods, about = methods_of(run), f"{title(run.config)}: erasure"
         for name in with_progress(methods, about, len(methods), "method"):
             rows.append(measurement.once(name, partial(compute_erasure, task, name)))
-    measurement.finish(rows, device)
+    measurement.finish(rows, device, precision)
 
 
 def summarize(run: Run) -> str:
@@ -385,6 +395,7 @@ EXPERIMENT = Experiment(
     summarize=summarize,
     passes=estimate_passes,
     measurements=lambda run: [make_measurement(run)],
+    epochs_read=lambda config: [0],
     training=without_accounting,
 )
 

@@ -35,7 +35,7 @@ from engine.launch.estimates import count_examples
 from engine.progress import with_progress
 from engine.runs import files
 from engine.runs.experiment import Experiment
-from engine.runs.identity import title
+from engine.runs.identity import measuring_precision, measuring_settings, title
 from engine.runs.locking import lock
 from engine.runs.measurement import Measurement
 from engine.runs.run import Run
@@ -184,7 +184,7 @@ def compute_scores(run: Run, measurement: Measurement, device: torch.device) -> 
     """Collect every score [n]; nan where it was not measured."""
     split = load_split(run.config).to(device)
     found = recorded_scores(run)
-    with compute_precision(run.config.precision, device):
+    with compute_precision(measuring_precision(run.config, device), device):
         if run.config.scores.neighbours is not None:
             found["prediction_depth"] = np.array(_depth(run, measurement, split))
         if other := measurement.settings["dropped"] and dropout_run(run):
@@ -337,7 +337,7 @@ def make_measurements(run: Run, dropped: Run | None) -> list[Measurement]:
 
     What differs between seeds is no part of that: figures join runs that were measured alike.
     """
-    settings = {"neighbours": run.config.scores.neighbours}
+    settings = {"neighbours": run.config.scores.neighbours} | measuring_settings(run.config)
     selection = {
         "el2n_epoch": run.config.scores.el2n_epoch,
         "neurons": measured(run, FLIPPING.name),
@@ -371,7 +371,7 @@ def write_tables(run: Run, tables: Sequence[Measurement]) -> None:
         make_with_neurons(found, memorized, seed),
     )
     for table, own in zip(tables, rows):
-        table.finish(own, device)
+        table.finish(own, device, measuring_precision(run.config, device))
 
 
 def measure(run: Run) -> None:

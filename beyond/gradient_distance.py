@@ -26,7 +26,7 @@ from data import Split, normalize
 from data.random_streams import random_stream
 from engine.config.kinds import listed_epochs
 from engine.config.schema import Config
-from engine.errors import UserError
+from engine.errors import RunFailed, UserError
 from engine.launch.cli import run_script
 from engine.launch.estimates import count_examples
 from engine.progress import with_progress
@@ -40,6 +40,7 @@ from engine.training.build import load_final_model, load_split
 from engine.training.devices import compute_precision, resolve_device
 from engine.training.evaluation import batch_size, evaluate
 from models.dropout import examples
+from models.layer_groups import StagedModel
 
 MEASURED = ("gradient_norm", "loss", "distance", "distance_true")
 DISTANCES = ResultTable("gradient_distance.csv", ("epoch", "example", "memorized", *MEASURED))
@@ -86,9 +87,20 @@ def chunk_size(model: nn.Module) -> int:
     return max(1, min(LARGEST_CHUNK, GRADIENTS // each))
 
 
-def compute_features(model: nn.Module, split: Split) -> tuple[Tensor, Tensor]:
+def final_layer(model: StagedModel) -> nn.Linear:
+    """Return the layer that computes the logits; of a network from a file, as its graph says."""
+    if model.wiring is None:
+        return [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    name = model.wiring.layers[-1].name
+    final = model.get_submodule(name)
+    if not isinstance(final, nn.Linear):
+        raise RunFailed(f"{name}: the last layer is no nn.Linear, whose inputs are measured")
+    return final
+
+
+def compute_features(model: StagedModel, split: Split) -> tuple[Tensor, Tensor]:
     """Return the inputs of the final linear layer [n, d], and the losses [n]."""
-    final = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    final = final_layer(model)
     found = []
     hook = final.register_forward_pre_hook(lambda layer, inputs: found.append(inputs[0].float()))
     try:
@@ -225,7 +237,7 @@ def measure_distances(run: Run, measurement: Measurement, device: torch.device) 
                 columns = compute_epoch(model, split, rows, about)
                 measurement.save(key, columns)
             table += make_rows(epoch, split, rows, columns)
-    measurement.finish(table, device)
+    measurement.finish(table, device, "fp32")
 
 
 def read_table(run: Run) -> Columns:
@@ -250,7 +262,7 @@ def measure(run: Run) -> None:
     if not distances.finished:
         measure_distances(run, distances, device)
     if not summary.finished:
-        summary.finish(make_summary(read_table(run), run.config.seed), device)
+        summary.finish(make_summary(read_table(run), run.config.seed), device, "fp32")
 
 
 def summarize(run: Run) -> str:

@@ -13,11 +13,14 @@ from models.layer_groups import StagedModel
 def folded(model: StagedModel) -> StagedModel:
     """A frozen copy with batch norms folded into the layers before them.
 
-    A layer's bias is then the constant that its batch norm emitted.
+    A layer's bias is then the constant that its batch norm emitted. A layer or a norm with a hook,
+    such as dropout behind it, stays as it is: what the hook sees must not change.
     """
     model = copy.deepcopy(model).eval()
     for name, norm_name in list(_layers_and_norms(model)):
         layer, norm = model.get_submodule(name), model.get_submodule(norm_name)
+        if any(module._forward_hooks or module._forward_pre_hooks for module in (layer, norm)):
+            continue
         fuse = fuse_conv_bn_eval if isinstance(layer, nn.Conv2d) else fuse_linear_bn_eval
         model.set_submodule(name, fuse(layer, norm))
         model.set_submodule(norm_name, nn.Identity())

@@ -109,6 +109,15 @@ def test_experiments_are_a_choice(tiny_file):
         assert len(jobs) == expected
 
 
+@pytest.mark.parametrize("kind", ["example_tied", "none"])
+@pytest.mark.parametrize("asked", ["[planted]", "[erasure]", "[dropout, erasure]"])
+def test_measurements_of_dropout_s_runs_train_no_other_network(tiny_file, asked, kind):
+    (config,) = load_configs(tiny_file, [f"experiments={asked}", f"dropout.kind={kind}"])
+    jobs = reproduce.make_jobs([config])
+    assert jobs[0].experiment.key == "dropout"
+    assert len({job.run.directory for job in jobs}) == 1
+
+
 def test_dropout_alone_is_what_its_script_does(tiny_file):
     kinds = "sweep.dropout.kind=[example_tied, none]"
     jobs = reproduce.make_jobs(load_configs(tiny_file, ["experiments=[dropout]", kinds]))

@@ -114,8 +114,15 @@ def name_settings(families: Sequence[Family]) -> list[str]:
     """Return what tells these families apart: data set, model, p_gen and p_mem."""
     dropouts = [family.config.dropout for family in families]
     shares = [f"gen {dropout.p_gen:g}, mem {dropout.p_mem:g}" for dropout in dropouts]
-    each = ([family.data for family in families], name_models(families), shares)
-    return ["\n".join(words) for words in zip(*(of for of in each if len(set(of)) > 1))]
+    each = (
+        [family.data for family in families],
+        name_models(families),
+        [family.split for family in families],
+        shares,
+        [family.apart.removeprefix(", ") for family in families],
+    )
+    differing = [of for of in each if len(set(of)) > 1] or [shares]
+    return ["\n".join(filter(None, words)) for words in zip(*differing)]
 
 
 def plot_deletion(family: Family) -> Figure:

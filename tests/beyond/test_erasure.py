@@ -8,9 +8,18 @@ import torch
 
 import example_tied_dropout
 from beyond import erasure
-from beyond.erasure import METHODS, compute_accuracies, compute_erasure, make_task, methods_of
+from beyond.erasure import (
+    METHODS,
+    compute_accuracies,
+    compute_erasure,
+    earlier_epoch,
+    make_measurement,
+    make_task,
+    methods_of,
+)
 from beyond.localizers import Examples, UnitGates, run_gated
 from data import normalize
+from engine.config.schema import DropoutConfig
 from engine.runs.run import Run
 from engine.training.build import load_split
 from models.dropout import dropout_mode, examples, tied_layers
@@ -47,6 +56,21 @@ def right(model, split, rows, label) -> float:
             logits = model(normalize(split.images[row : row + 1]))
         found.append(logits.argmax().item() == label[row].item())
     return sum(found) / len(found)
+
+
+def test_the_earlier_epoch_is_never_the_last(tied, monkeypatch):
+    run, _ = tied
+    monkeypatch.setattr(erasure, "CRITICAL_BELOW", 2.0)  # every epoch has a low noisy accuracy
+    assert earlier_epoch(run) == run.config.train.epochs - 1
+
+
+def test_the_places_of_closed_units_are_a_setting_of_plain_networks(tied):
+    run, _ = tied
+    plain = dataclasses.replace(run.config, dropout=DropoutConfig())
+    layers = dataclasses.replace(plain.dropout, sites="layers")
+    other = dataclasses.replace(plain, dropout=layers)
+    digests = {make_measurement(Run.of(config)).digest for config in (plain, other)}
+    assert len(digests) == 2
 
 
 def test_chosen_examples_are_noisy_and_learned(tied):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import example_tied_dropout
 import gradient_accounting
@@ -19,15 +20,18 @@ from beyond.gradient_distance import (
     compute_distances,
     compute_features,
     compute_gradient_norms,
+    final_layer,
 )
 from data import normalize
 from engine import stats
+from engine.errors import RunFailed
 from engine.launch.cli import run_script
 from engine.runs.run import Run, load_weights
 from engine.stats import rank_correlation
 from engine.training.build import load_final_model, load_split
 from engine.training.evaluation import evaluate
 from models import build_model
+from models.any_network import as_chain, example_images
 from models.dropout import examples
 from models.resnet9 import LOGIT_SCALE
 from tests.conftest import complaints
@@ -134,6 +138,13 @@ def test_features_are_what_the_final_layer_sees(name):
     logits = final(features) * (LOGIT_SCALE if name == "resnet9" else 1)
     assert torch.allclose(logits, model(normalize(split.images)), atol=1e-5)
     assert torch.allclose(loss, F.cross_entropy(logits, split.label, reduction="none"), atol=1e-5)
+
+
+def test_a_network_without_a_final_linear_layer_is_refused():
+    head = nn.Sequential(nn.Conv2d(1, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = as_chain(nn.Sequential(nn.Conv2d(1, 1, 1), head), example_images(1, 8), 3)
+    with pytest.raises(RunFailed, match=r"1\.0: the last layer is no nn.Linear"):
+        final_layer(model)
 
 
 def test_distances_are_those_of_each_mean_made_anew():

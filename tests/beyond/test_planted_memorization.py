@@ -1,6 +1,7 @@
 """The command writes three whole tables, measures each part once, and draws them."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from engine.errors import UserError
 from engine.runs.run import Run
 from engine.training.build import load_final_model, load_split
 from engine.training.evaluation import evaluate
-from plotting.beyond.planted_memorization import FIGURES
+from plotting.beyond.planted_memorization import FIGURES, name_settings
 from plotting.families import Family
 from plotting.figures import draw_figure
 from tests.conftest import TINY
@@ -120,6 +121,18 @@ def test_the_measured_network_is_left_as_it_was(run):
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
 
 
+def test_few_clean_examples_leave_none_to_compare_with_or_to_relabel(run):
+    split = load_split(run.config)
+    bench = make_bench(run, split, load_final_model(run, split, CPU).eval().requires_grad_(False))
+    few = replace(bench, rows=bench.rows | {"clean": bench.rows["clean"][:1]})
+    with few.gates:
+        found = plant_and_localize(few, "conv8", 0, 3)
+    assert len(found["flipping-planted"]) == 1
+    assert found["flipping-others"] == []
+    none = replace(bench, rows=bench.rows | {"clean": bench.rows["clean"][:0]})
+    assert plant_and_localize(none, "conv8", 0, 3) == {"learned": False}
+
+
 def test_chosen_rows_are_learned_and_of_their_subset(run):
     split = load_split(run.config)
     model = load_final_model(run, split, CPU)
@@ -140,6 +153,24 @@ def test_a_run_without_tied_neurons_is_refused(folder):
     example_tied_dropout.train(run, CPU)
     with pytest.raises(UserError, match="example_tied"):
         EXPERIMENT.main(run)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "names"),
+    [
+        (("data.noise_rate=0.1",), ["20% noise", "10% noise"]),
+        (("dropout.p_gen=0.5",), ["gen 0.4, mem 0.2", "gen 0.5, mem 0.2"]),
+        (("dropout.p_mem=0.3", "train.peak_lr=0.05"),
+         ["resnet9 width 0.1, peak_lr 0.1\ngen 0.4, mem 0.2",
+          "resnet9 width 0.1, peak_lr 0.05\ngen 0.4, mem 0.3"]),
+    ],
+)  # fmt: skip
+def test_settings_are_named_by_what_differs(folder, overrides, names):
+    configs = [
+        load_configs(folder / "tiny.yaml", (*SETTINGS, *more))[0] for more in ((), overrides)
+    ]
+    families = [Family(run.directory.parent, (run,)) for run in map(Run.of, configs)]
+    assert name_settings(families) == names
 
 
 def test_the_figures_are_drawn(run, tmp_path):

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from models.any_network import as_chain, example_images
+from models.dropout import ExampleTiedDropout, examples, insert_dropout
 from models.folding import folded
 from tests.models.networks import Plain
 from tests.slow_neurons import make
@@ -26,6 +27,30 @@ def test_the_same_without_batch_norms(name):
     assert not any(parameter.requires_grad for parameter in copy.parameters())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("place", ["conv", "bn"])
+def test_dropout_between_convolution_and_norm_keeps_its_place(place):
+    """Folding a module into another would lose the dropout that stands behind it."""
+    model = make("resnet9").double()
+    sites = {f"{block}.{place}": getattr(model, block) for block in ("conv1", "conv2")}
+    layers = {
+        site: ExampleTiedDropout(block.conv.out_channels, 3, 0.2, 0.5, layer=number)
+        for number, (site, block) in enumerate(sites.items())
+    }
+    insert_dropout(model, layers)
+    model.eval()
+    images = torch.rand(3, 1, 20, 20, dtype=torch.float64) * 2 - 1
+    copy, index = folded(model), torch.arange(3)
+    with torch.no_grad():
+        for network in (model, copy):
+            with examples(network, index):
+                found = network(images)
+            if network is model:
+                expected = found
+        other = model(images)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+    assert not torch.allclose(other, expected, rtol=1e-3)  # the masks matter
 
 
 def test_only_norms_behind_their_layer_are_folded_in_a_pre_activation_network():
