@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from beyond.planted_memorization import DELETIONS, TRUTHS
 from plotting.families import Family, describe, name_models
 from plotting.figure_kind import FigureKind
-from plotting.style import COLORS, PAGE, entitle
+from plotting.style import COLORS, PAGE, SMALL, entitle
 
 # Colour, marker, and width of each line; the colours are those of Okabe and Ito.
 LINES = {
@@ -69,7 +69,7 @@ def plot_settings(families: Sequence[Family]) -> Figure:
     """Draw each localizer's recall in a panel of its own, beside chance: a point a setting."""
     tables = [recall_by_setting(family) for family in families]
     places, names = np.arange(len(families)), list(LINES)[1:]
-    figure, panels = plt.subplots(3, 3, figsize=(PAGE, 4.8), sharex=True, sharey=True)
+    figure, panels = plt.subplots(3, 3, figsize=(PAGE, 5.6), sharex=True, sharey=True)
     for axes, name in zip(panels.flat, names):
         for subset, shift in (("noisy", -0.12), ("clean", 0.12)):
             mean, below, above, _ = np.array([table[name, subset] for table in tables]).T
@@ -82,7 +82,8 @@ def plot_settings(families: Sequence[Family]) -> Figure:
         axes.set_title(words(name))
     panels[0, 0].set(ylim=(0, 1), xlim=(-0.5, len(families) - 0.5))
     for axes in panels[-1]:
-        axes.set_xticks(places, name_settings(families), rotation=90)
+        axes.set_xticks(places, name_settings(families), rotation=90, size=SMALL)
+    figure.supxlabel("setting; two numbers: p_gen, p_mem")
     figure.supylabel("recall of own memorization neurons")
     subject = "Recall of planted memorization neurons by localizer and setting"
     entitle(figure, subject, describe(families), panels[0, 0])
@@ -111,18 +112,25 @@ def recall_by_setting(family: Family) -> dict[tuple[str, str], tuple[float, ...]
 
 
 def name_settings(families: Sequence[Family]) -> list[str]:
-    """Return what tells these families apart: data set, model, p_gen and p_mem."""
-    dropouts = [family.config.dropout for family in families]
-    shares = [f"gen {dropout.p_gen:g}, mem {dropout.p_mem:g}" for dropout in dropouts]
+    """Return what tells these families apart, in a few words: data set, model, p_gen and p_mem."""
+    data, widths = [family.data for family in families], []
+    if len({words.split()[0] for words in data}) == len(set(data)):
+        data = [words.split()[0] for words in data]
+    for family in families:
+        widths.append(f"width {family.config.model.arguments.get('width', 1):g}")
+    several = len({family.config.model.name for family in families}) > 1
     each = (
-        [family.data for family in families],
-        name_models(families),
+        data,
+        [family.model for family in families] if several else widths,
         [family.split for family in families],
-        shares,
-        [family.apart.removeprefix(", ") for family in families],
+        [f"{f.config.dropout.p_gen:g}, {f.config.dropout.p_mem:g}" for f in families],
     )
-    differing = [of for of in each if len(set(of)) > 1] or [shares]
-    return ["\n".join(filter(None, words)) for words in zip(*differing)]
+    apart = [of for of in each if len(set(of)) > 1]
+    names = [", ".join(words) for words in zip(*apart)] if apart else [""] * len(families)
+    if len(set(names)) < len(families):
+        rest = zip(names, name_models(families), families)
+        names = [", ".join(filter(None, (n, m))) + family.apart for n, m, family in rest]
+    return names
 
 
 def plot_deletion(family: Family) -> Figure:

@@ -159,10 +159,11 @@ def test_a_run_without_tied_neurons_is_refused(folder):
     ("overrides", "names"),
     [
         (("data.noise_rate=0.1",), ["20% noise", "10% noise"]),
-        (("dropout.p_gen=0.5",), ["gen 0.4, mem 0.2", "gen 0.5, mem 0.2"]),
-        (("dropout.p_mem=0.3", "train.peak_lr=0.05"),
-         ["resnet9 width 0.1, peak_lr 0.1\ngen 0.4, mem 0.2",
-          "resnet9 width 0.1, peak_lr 0.05\ngen 0.4, mem 0.3"]),
+        (("dropout.p_gen=0.5",), ["0.4, 0.2", "0.5, 0.2"]),
+        (("dropout.p_mem=0.3", "train.peak_lr=0.05"), ["0.4, 0.2", "0.4, 0.3"]),
+        (("data.train_size=100",), ["glyphs 150", "glyphs 100"]),
+        (("train.peak_lr=0.05",),
+         ["resnet9 width 0.1, peak_lr 0.1", "resnet9 width 0.1, peak_lr 0.05"]),
     ],
 )  # fmt: skip
 def test_settings_are_named_by_what_differs(folder, overrides, names):
