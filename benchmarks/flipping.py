@@ -167,7 +167,7 @@ def measure(run: Run, count: int, slow_count: int) -> None:
     correct = evaluate(model, split.images, split.label, index=split.index).correct.cpu()
     rows = choose_searched(split, correct, count)
     half, clock = len(rows) // 2, Clock(device)
-    slow_count = min(slow_count, half)
+    slow_count = max(1, min(slow_count, half))
     every = max(1, half // slow_count)
     slow_rows = [*rows[:half:every][:slow_count], *rows[half::every][:slow_count]]
     searches = timed_searches(run, split, model, rows, clock)

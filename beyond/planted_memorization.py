@@ -11,7 +11,8 @@ Reads finished runs with example-tied dropout, and writes three tables into each
 planted_memorization.csv, has the share of own memorization neurons among the first units, recall,
 AUC, and chance. planted_memorization_deletion.csv has the accuracy as the first ranked units are
 closed, and its cost. planted_memorization_channel.csv is the control in which the answer is a
-single place: a channel that was fine-tuned to hold new labels (beyond/channel_planting.py).
+single place: a channel that was fine-tuned to hold new labels (beyond/channel_planting.py); it is
+left out if `planted.channels` is 0.
 """
 
 import sys

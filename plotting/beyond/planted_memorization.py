@@ -113,15 +113,15 @@ def recall_by_setting(family: Family) -> dict[tuple[str, str], tuple[float, ...]
 
 def name_settings(families: Sequence[Family]) -> list[str]:
     """Return what tells these families apart, in a few words: data set, model, p_gen and p_mem."""
-    data, widths = [family.data for family in families], []
+    data = [family.data for family in families]
     if len({words.split()[0] for words in data}) == len(set(data)):
-        data = [words.split()[0] for words in data]
-    for family in families:
-        widths.append(f"width {family.config.model.arguments.get('width', 1):g}")
-    several = len({family.config.model.name for family in families}) > 1
+        data = [words.split()[0] for words in data]  # without the number of images
+    models = [family.config.model for family in families]
+    widths = [f"width {model.arguments.get('width', 1):g}" for model in models]
+    one = len({model.name for model in models}) == 1
     each = (
         data,
-        [family.model for family in families] if several else widths,
+        widths if one else [family.model for family in families],
         [family.split for family in families],
         [f"{f.config.dropout.p_gen:g}, {f.config.dropout.p_mem:g}" for f in families],
     )

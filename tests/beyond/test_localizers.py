@@ -119,11 +119,11 @@ def slow_greedy(model, gates, batch, reference, row: int, steps: int) -> list[in
 
 
 def test_flipping_closes_units_in_the_order_of_brute_force():
-    model, reference, steps = make(), make_batch(), 3
-    batch = reference.take(slice(2))
+    model, reference, steps = make(), make_batch(), 4
+    batch = reference.take(slice(3))
     with UnitGates(model) as gates:
         score, on = score_flipping(model, gates, batch, reference, steps), gates.on(batch.index)
-        for row in range(2):
+        for row in range(3):
             expected = slow_greedy(model, gates, batch, reference, row, steps)
             ranked = rank_units(score[row], on[row]).tolist()
             assert ranked[:steps] == expected
