@@ -112,9 +112,16 @@ def sample_of_test(settings: FlippingConfig) -> int | None:
 
 
 def compute_flipping(
-    run: Run, split: Split, model: StagedModel, rows: Sequence[int]
+    run: Run,
+    split: Split,
+    model: StagedModel,
+    rows: Sequence[int],
+    reference_seed: int | None = None,
 ) -> Iterator[dict[str, object]]:
-    """Yield a row of results for each example; the model must be in eval mode."""
+    """Yield a row of results for each example; the model must be in eval mode.
+
+    `reference_seed` draws the reference batch; null: the run's seed.
+    """
     settings, seed, device = run.config.flipping, run.config.seed, split.label.device
 
     def copies_of(row: int, copies: int) -> Tensor:
@@ -122,7 +129,8 @@ def compute_flipping(
         return noisy_copies(image, int(split.index[row]), seed, copies, settings.noise_ratio)
 
     copies, others = settings.noise_copies, settings.reference_copies or settings.noise_copies
-    of_reference = draw_rows("flipping reference", seed, split.n, settings.reference_batch)
+    drawn_by = seed if reference_seed is None else reference_seed
+    of_reference = draw_rows("flipping reference", drawn_by, split.n, settings.reference_batch)
     of_reference = of_reference.to(device)
     reference_images = torch.stack([copies_of(row, others) for row in of_reference.tolist()])
     of_remaining = draw_rows("flipping remaining", seed, split.n, settings.remaining).to(device)

@@ -1,12 +1,14 @@
 """The first minutes on a GPU: does it compute the same numbers, and how fast is each piece of work?
 
     python benchmarks/gpu.py --minutes 10 --output gpu.json
+    python benchmarks/gpu.py --stages compiled --output gpu.json            # adds to the report
     python benchmarks/gpu.py --device cpu --minutes 3 --output cpu.json     # tiny sizes
     python benchmarks/gpu.py --table gpu.json                               # Markdown
 
 Stages run one after another, the most informative first, each in a process of its own with a
 timeout. The output file is rewritten after each stage; what a stage had measured before it failed,
-or ran out of time, is kept. README.md beside this file says how to read it.
+or ran out of time, is kept, and so are the stages that the file had before. README.md beside this
+file says how to read it.
 """
 
 import argparse
@@ -57,7 +59,6 @@ class Size:
 
     overrides: tuple[str, ...]
     precisions: tuple[str, ...]
-    ways: tuple[str, ...]
     steps: int
     references: int
     images: int
@@ -69,7 +70,7 @@ class Size:
 GPU = Size(
     ("data.name=cifar10", "data.train_size=null", "data.test_size=null",
      "model.width=1.0", "train.batch_size=512"),
-    ("bf16", "tf32", "fp32"), ("eager", "tuned", "compiled", "graphs"), 20, 512, 50_000,
+    ("bf16", "tf32", "fp32"), 20, 512, 50_000,
     MATRICES["cuda"],
     {"resnet50": ("model.name=resnet50", "model.width=1.0"),
      "vit_small": ("model.name=vit_small", "model.width=1.0", "train.batch_size=128")},
@@ -77,7 +78,7 @@ GPU = Size(
 )  # fmt: skip
 CPU = Size(
     ("data.train_size=64", "data.test_size=16", "model.width=0.05", "train.batch_size=16"),
-    ("fp32",), ("eager", "tuned"), 2, 8, 32,
+    ("fp32",), 2, 8, 32,
     (128,),
     {"vit_small": ("model.name=vit_small", "model.width=1.0", "model.dim=16", "model.depth=1")},
     ("configs/quickstart.yaml",),
@@ -168,16 +169,20 @@ def rate_in(precision: str, device: torch.device) -> float:
         return matrix_rate(config, device, rounds=3, sizes=size_for(device).matrices)
 
 
-def steps(device: torch.device) -> Rows:
-    """Time steps of ResNet-9 in each precision and way, plain and accounting."""
-    size = size_for(device)
-    for precision in size.precisions:
-        rate = rate_in(precision, device)
-        for way in size.ways:
+def steps(device: torch.device, ways: Sequence[str] = ("eager", "tuned")) -> Rows:
+    """Time steps of ResNet-9 in each way and precision, plain and accounting."""
+    rates = {name: rate_in(name, device) for name in size_for(device).precisions}
+    for way in ways:
+        for precision, rate in rates.items():
             for accounting in (True, False):
                 kind = "accounting" if accounting else "plain"
                 work = partial(time_step, device, precision, way, accounting)
                 yield f"{kind} {precision} {way}", tolerantly(work, rate)
+
+
+def compiled_steps(device: torch.device) -> Rows:
+    """Time steps of ResNet-9 that torch.compile made, which takes minutes on a CPU."""
+    return steps(device, ("compiled", "graphs")) if device.type == "cuda" else iter(())
 
 
 def models(device: torch.device) -> Rows:
@@ -321,11 +326,12 @@ STAGES: dict[str, tuple[Callable[[torch.device], Rows], float]] = {
     "environment": (environment, 0.05),
     "parity": (parity, 0.08),
     "rates": (rates, 0.07),
-    "steps": (steps, 0.35),
+    "steps": (steps, 0.15),
     "flipping": (flipping, 0.1),
     "evaluation": (evaluation, 0.05),
     "resume": (resume, 0.1),
     "models": (models, 0.1),
+    "compiled": (compiled_steps, 0.2),
     "configs": (configs, 0.1),
 }
 
@@ -365,11 +371,13 @@ def measure_stage(command: Sequence[str], path: Path, timeout: float) -> dict[st
 
 
 def measure(given: argparse.Namespace) -> dict[str, object]:
-    """Measure all stages, as far as the time goes; the file is whole after each."""
+    """Measure the stages, as far as the time goes; the file is whole after each."""
     deadline = time.monotonic() + 60 * given.minutes
-    report = {"device": given.device, "minutes": given.minutes, "stages": {}}
+    known = json.loads(given.output.read_text())["stages"] if given.output.exists() else {}
+    report = {"device": given.device, "minutes": given.minutes, "stages": known}
     with tempfile.TemporaryDirectory() as folder:
-        for name, (_, share) in STAGES.items():
+        for name in given.stages:
+            share = STAGES[name][1]
             left, path = deadline - time.monotonic(), Path(folder) / f"{name}.json"
             command = [sys.executable, __file__, "--device", given.device]
             command += ["--stage", name, "--output", str(path)]
@@ -411,6 +419,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--output", type=Path, default=Path("gpu.json"))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--stage", choices=STAGES, help="do only this one, in this process")
     parser.add_argument("--table", type=Path, metavar="JSON", help="only print a report")
     return parser.parse_args(arguments)

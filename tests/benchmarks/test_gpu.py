@@ -62,7 +62,7 @@ def test_the_report_is_whole_after_every_stage(gpu, tmp_path, monkeypatch):
         return {"results": {"x": 2.5}, "seconds": 0.1}
 
     monkeypatch.setattr(gpu, "measure_stage", stage)
-    given = argparse.Namespace(minutes=10, device="cpu", output=output)
+    given = argparse.Namespace(minutes=10, device="cpu", output=output, stages=list(gpu.STAGES))
     report = gpu.measure(given)
     assert json.loads(output.read_text()) == report
     assert list(report["stages"]) == list(gpu.STAGES)
@@ -72,6 +72,14 @@ def test_the_report_is_whole_after_every_stage(gpu, tmp_path, monkeypatch):
     table = list(gpu.write_table(report))
     assert "| parity | x | 2.5 |" in table
     assert "| configs | ended early | no time left |" in table
+
+
+def test_a_report_is_completed_stage_by_stage(gpu, tmp_path, monkeypatch):
+    output = tmp_path / "gpu.json"
+    monkeypatch.setattr(gpu, "measure_stage", lambda *_: {"results": {"x": 1}, "seconds": 0.1})
+    for stages in (["parity"], ["rates", "steps"]):
+        gpu.measure(argparse.Namespace(minutes=1, device="cpu", output=output, stages=stages))
+    assert list(json.loads(output.read_text())["stages"]) == ["parity", "rates", "steps"]
 
 
 def test_a_way_that_fails_is_told_and_the_others_are_measured(gpu, monkeypatch):
