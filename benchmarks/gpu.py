@@ -14,13 +14,14 @@ file says how to read it.
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -40,7 +41,7 @@ from engine.runs import files, provenance
 from engine.runs.identity import resolved, without_dropout
 from engine.training.build import make_model
 from engine.training.compiling import compiled
-from engine.training.devices import compute_precision, free_memory, tuned_convolutions
+from engine.training.devices import compute_precision, free_memory
 from engine.training.evaluation import evaluate
 from engine.training.loop import make_optimizer, train_epoch
 from engine.training.record import plain_backward
@@ -123,16 +124,32 @@ def environment(device: torch.device) -> Rows:
 
 
 def parity(device: torch.device) -> Rows:
-    """Compare the device with the CPU: the largest difference, relative to the largest value."""
+    """Compare the device with the CPU, and the CPU with other convolutions of its own.
+
+    The numbers are the norm of the difference relative to the norm. Rounding moves the place of a
+    maximum, and with it a whole example's gradient, so that gradients differ more than losses do.
+    """
     config = configured(device, "data.train_size=null")
     split, cpu = random_split(config, 64), torch.device("cpu")
-    found = {}
-    for place in (cpu, device):
-        with compute_precision("fp32", place):
-            found[place.type] = _numbers_of(config, split, place)
-    for name, expected in found["cpu"].items():
-        difference = (found[device.type][name].double() - expected.double()).abs().max()
-        yield name, (difference / expected.abs().max().clamp(min=1e-30)).item()
+    expected = _numbers_of(config, split, cpu)
+    with compute_precision("fp32", device):
+        found = _numbers_of(config, split, device)
+    with torch.backends.mkldnn.flags(enabled=False):
+        other = _numbers_of(config, split, cpu)
+    for name, value in expected.items():
+        yield (
+            name,
+            {
+                "from the CPU": relative_difference(found[name], value),
+                "between two ways on the CPU": relative_difference(other[name], value),
+            },
+        )
+
+
+def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the norm of the difference, relative to that of the expected values."""
+    difference = (found.double() - expected.double()).norm()
+    return (difference / expected.double().norm().clamp(min=1e-30)).item()
 
 
 def _numbers_of(config: Config, split: Split, device: torch.device) -> dict[str, torch.Tensor]:
@@ -205,12 +222,16 @@ def tolerantly(work: Callable[..., object], *arguments: object) -> object:
 
 
 @contextmanager
-def in_way(model: nn.Module, way: str, device: torch.device) -> Iterator[nn.Module]:
+def in_way(model: nn.Module, way: str) -> Iterator[nn.Module]:
     """Yield the network in one of the ways of computing it."""
     wanted = {"compiled": True, "graphs": "graphs"}.get(way, False)
-    tuned = nullcontext() if way == "eager" else tuned_convolutions(device)
-    with tuned, compiled(model, wanted) as network:
-        yield network
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = way == "tuned"
+    try:
+        with compiled(model, wanted) as network:
+            yield network
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def time_step(
@@ -231,7 +252,7 @@ def time_step(
     with compute_precision(precision, device):
         with Counter() as counter:
             train_epoch(model, optimizer, split, config, 1, backward)
-        with in_way(model, way, device) as network:
+        with in_way(model, way) as network:
             work = partial(train_epoch, network, optimizer, split, config, 1, backward)
             work()
             seconds = min(timed(work, device)[0] for _ in range(3)) / count
@@ -310,6 +331,22 @@ def resume(device: torch.device) -> Rows:
         yield "same history", tables[0].read_bytes() == tables[1].read_bytes()
 
 
+def gpu_tests(device: torch.device) -> Rows:
+    """Run the tests that need a GPU; each is passed, failed, skipped or an error."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-p", "no:cacheprovider"]
+    if device.type != "cuda":
+        return
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            yield from tested(line)
+
+
+def tested(line: str) -> Rows:
+    """Yield the name and the outcome of the test that a line of pytest reports."""
+    if found := re.match(r"\[gw\d+\] .*(PASSED|FAILED|ERROR|SKIPPED) (tests/.*\S)", line):
+        yield found.group(2), found.group(1).lower()
+
+
 def configs(device: torch.device) -> Rows:
     """Estimate what each of the paper's configurations takes."""
     for path in size_for(device).configs:
@@ -330,8 +367,9 @@ STAGES: dict[str, tuple[Callable[[torch.device], Rows], float]] = {
     "flipping": (flipping, 0.1),
     "evaluation": (evaluation, 0.05),
     "resume": (resume, 0.1),
-    "models": (models, 0.1),
-    "compiled": (compiled_steps, 0.2),
+    "models": (models, 0.05),
+    "tests": (gpu_tests, 0.1),
+    "compiled": (compiled_steps, 0.15),
     "configs": (configs, 0.1),
 }
 

@@ -27,10 +27,9 @@ from engine.runs.tables import HISTORY
 from engine.training import epoch as epochs
 from engine.training import loop
 from engine.training.build import load_split, make_model
-from engine.training.compiling import compiled
 from engine.training.devices import compute_precision
-from engine.training.evaluation import evaluate_split, quickest
-from engine.training.record import PlainBackward, Record
+from engine.training.evaluation import evaluate_split
+from engine.training.record import PlainBackward
 from gradient_accounting import GradientAccountant
 from models.folding import folded
 from models.layer_groups import layer_groups
@@ -181,29 +180,6 @@ def test_evaluation_stays_on_its_device_in_every_precision(tiny, fake_cuda, over
     half = torch.bfloat16 if precision == "bf16" else torch.float32
     assert set(seen) <= {half}
     assert bool(seen) == ("model.name=vit_small" not in overrides)
-
-
-def test_a_training_is_recorded_with_folded_batch_norms(tiny, monkeypatch):
-    """On the CPU it is not: its record has the bits of the weights as they are."""
-    config = tiny()
-    split = load_split(config)
-    model, evaluated = make_model(config, split), []
-    assert quickest(model, torch.device("cpu")) is model
-    copy = quickest(model, torch.device("cuda"))
-    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in copy.modules())
-    with compiled(model, "graphs") as network:
-        assert quickest(network, torch.device("cuda")) is network
-
-    def quick(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-        evaluated.append(device.type)
-        return copy
-
-    rows = [Record().measure(model, split, 0, 0.0)]
-    monkeypatch.setattr("engine.training.record.quickest", quick)
-    rows.append(Record().measure(model, split, 0, 0.0))
-    assert evaluated == ["cpu"]
-    assert rows[0] != rows[1], "other roundings"
-    assert rows[0] == pytest.approx(rows[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

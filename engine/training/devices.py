@@ -94,17 +94,6 @@ def compute_precision(precision: str, device: torch.device) -> Iterator[None]:
             backend.fp32_precision = value
 
 
-@contextmanager
-def tuned_convolutions(device: torch.device) -> Iterator[None]:
-    """Let cuDNN time its algorithms once for every shape: for work whose shapes stay the same."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = device.type == "cuda"
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
-
-
 def derive_seed(purpose: str, *numbers: int) -> int:
     """Return a seed for torch's generators; no two purposes share a stream."""
     return int(random_stream(purpose, *numbers).integers(2**63))

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from data import Split, normalize
 from models.dropout import examples
-from models.folding import folded
-from models.layer_groups import StagedModel
 
 LARGE_GPU = 14 << 30  # bytes; what such a GPU may hold does not depend on what is free
 
@@ -50,16 +48,6 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-def quickest(model: nn.Module, device: torch.device) -> nn.Module:
-    """Return what computes the same in eval mode, in less time.
-
-    On a GPU that is a copy with batch norms folded into convolutions. A compiled model is left
-    alone, and on a CPU any model, so that an epoch is recorded with the bits of its weights.
-    """
-    folding = device.type == "cuda" and isinstance(model, StagedModel)
-    return folded(model) if folding else model
 
 
 @torch.no_grad()

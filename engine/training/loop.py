@@ -31,7 +31,7 @@ from engine.training import resume
 from engine.training.background import BackgroundWriter
 from engine.training.build import load_split
 from engine.training.compiling import compiled
-from engine.training.devices import compute_precision, require_precision, tuned_convolutions
+from engine.training.devices import compute_precision, require_precision
 from engine.training.epoch import Diverged, Position, diverged, learning_rate, walk_epoch
 from engine.training.record import Accountant, PlainBackward, Record, plain_backward
 from models.dropout import examples, tied_layers
@@ -157,7 +157,6 @@ def _train_epochs(
     with (
         _progress(run, max(last, 0) * steps + (start.done if start else 0), steps) as bar,
         compute_precision(config.precision, device),
-        tuned_convolutions(device),
         compiled(model, train.compile) as network,
         finishing_steps() as asked_to_stop,
         BackgroundWriter() as writer,

@@ -20,7 +20,6 @@ from engine.training.evaluation import (
     compute_margin,
     evaluate_split,
     mean_by_subset,
-    quickest,
 )
 
 PER_EXAMPLE = ("loss", "margin", "error_norm")  # what examples.npz has beside `correct`
@@ -81,7 +80,7 @@ class Record:
 
     def measure(self, model: nn.Module, split: Split, epoch: int, lr: float) -> dict[str, float]:
         """Evaluate every example, append the results, and return the history's new row."""
-        train, test = evaluate_split(quickest(model, split.label.device), split)
+        train, test = evaluate_split(model, split)
         row = {"epoch": epoch, "lr": lr}
         row |= mean_by_subset(train.loss, split.memorized, "loss")
         row["loss_test"] = test.loss.double().mean().item()

@@ -7,7 +7,6 @@ import math
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -104,19 +103,28 @@ def test_a_stage_measures_numbers(gpu, name):
     if name == "environment":
         assert found["provenance"]["precision"] == "fp32"
     elif name == "parity":
-        assert set(found.values()) == {0.0}, "a CPU agrees with itself"
         assert len(found) == 5
+        for ways in found.values():
+            assert ways["from the CPU"] == 0, "a CPU agrees with itself"
+        assert 0 < found["clean gradient"]["between two ways on the CPU"] < 0.1
     else:
         assert found
         for value in found.values():
             assert all(v > 0 for v in value.values() if v is not None), found
 
 
+def test_each_test_of_a_gpu_is_reported(gpu):
+    line = "[gw1] [ 50%] FAILED tests/test_on_a_gpu.py::test_it[bf16-a, b] \n"
+    assert list(gpu.tested(line)) == [("tests/test_on_a_gpu.py::test_it[bf16-a, b]", "failed")]
+    assert not list(gpu.tested("FAILED tests/test_on_a_gpu.py::test_it - AssertionError\n"))
+
+
 def test_parity_sees_a_difference(gpu, monkeypatch):
-    numbers = iter([{"a": torch.tensor([1.0, 4.0])}, {"a": torch.tensor([1.0, 4.2])}])
+    numbers = iter([{"a": torch.tensor(v)} for v in ([3.0, 4.0], [3.0, 4.2], [3.0, 4.0])])
     monkeypatch.setattr(gpu, "_numbers_of", lambda *_: next(numbers))
-    monkeypatch.setattr(gpu, "compute_precision", lambda *_: nullcontext())
-    assert dict(gpu.parity(torch.device("meta")))["a"] == pytest.approx(0.05)
+    found = dict(gpu.parity(CPU))["a"]
+    assert found["from the CPU"] == pytest.approx(0.04)
+    assert found["between two ways on the CPU"] == 0
 
 
 @pytest.mark.slow(reason="nine processes, two of them train: minutes on a busy CPU")
