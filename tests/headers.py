@@ -80,9 +80,13 @@ def settings_of(config: Config) -> dict:
 
 
 def _alike(settings: dict) -> dict:
-    """Leave out the seed and contents of files; CIFAR-10 is the file of the kept results."""
+    """Leave out the seed, tf32 (auto's choice on a GPU) and contents of files.
+
+    CIFAR-10 is the file of the kept results.
+    """
     everything = settings.get("data.train_size") == 50_000
     left_out = {"seed", *(["data.train_size"] if everything else [])}
+    left_out |= {"precision"} if settings.get("precision") == "tf32" else set()
     kept = {k: v for k, v in settings.items() if k not in left_out and not k.endswith(".sha256")}
     return kept | {"data.name": {"npz": "cifar10"}.get(kept["data.name"], kept["data.name"])}
 
