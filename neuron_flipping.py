@@ -122,7 +122,8 @@ def compute_flipping(
 
     `reference_seed` draws the reference batch; null: the run's seed.
     """
-    settings, seed, device = run.config.flipping, run.config.seed, split.label.device
+    settings = run.config.flipping.spelled_out()
+    seed, device = run.config.seed, split.label.device
 
     def copies_of(row: int, copies: int) -> Tensor:
         image = normalize(split.images[row])
@@ -142,7 +143,7 @@ def compute_flipping(
         memory = free_memory(device)
         of_batch = (reference_images, split.label[of_reference], memory / 4)
         of_batch += (split.index[of_reference],)
-        if settings.reference_rows is None:
+        if (settings.reference_rows or len(of_reference)) >= len(of_reference):
             reference = ReferenceGradient(model, gates, *of_batch)
         else:
             reference = SampledGradient(model, gates, *of_batch, settings.reference_rows)
@@ -188,9 +189,16 @@ def compute_flipping(
             }
 
 
+def settings_of(run: Run) -> dict[str, object]:
+    """Return what decides the tables, in the same words however it was asked for."""
+    settings = asdict(run.config.flipping.spelled_out())
+    del settings["exact"]
+    return settings
+
+
 def search_measurement(run: Run) -> Measurement:
     """Declare the table of searched examples; a search can be extended by more examples."""
-    settings = asdict(run.config.flipping) | measuring_settings(run.config)
+    settings = settings_of(run) | measuring_settings(run.config)
     del settings["second_split"]
     return Measurement(run, FLIPPING, settings, {"examples": settings.pop("examples")})
 
@@ -307,7 +315,7 @@ def describe(means: Sequence[dict], areas: Sequence[dict]) -> str:
 
 
 def detection_measurement(run: Run) -> Measurement:
-    return Measurement(run, DETECTION, asdict(run.config.flipping))
+    return Measurement(run, DETECTION, settings_of(run))
 
 
 def measure(run: Run) -> None:
@@ -333,7 +341,7 @@ def conclude(runs: Sequence[Run]) -> Iterator[tuple[str, Path]]:
             continue
         means, areas = compute_means(together), detect(together)
         source = {"runs": [run.directory.name for run in together]}
-        source["settings"] = asdict(together[0].config.flipping)
+        source["settings"] = settings_of(together[0])
         source_path = MEANS.path(folder).with_suffix(".json")
         keep_aside(source_path, source["settings"], MEANS.path(folder), DETECTION.path(folder))
         MEANS.update(folder, means)
@@ -349,7 +357,7 @@ def measurements(run: Run) -> list[Measurement]:
 
 def estimate_passes(run: Run) -> float:
     """Count, per neuron, the example and the references; then all others; half a network each."""
-    settings, (train, test) = run.config.flipping, count_examples(run.config)
+    settings, (train, test) = run.config.flipping.spelled_out(), count_examples(run.config)
     references = min(settings.reference_batch, settings.reference_rows or settings.reference_batch)
     references *= settings.reference_copies or settings.noise_copies
     search = NEURONS * 3 * (settings.noise_copies + references / settings.refresh_reference)

@@ -277,10 +277,22 @@ def _unusual(run: Run, file_name: str) -> dict[str, object]:
     known = load_experiments().values()
     section = next((e.key for e in known if file_name in [t.name for t in e.tables]), None)
     settings = measured(run, file_name) or {} if section else {}
+    if section == "flipping":
+        settings = _with_exact(settings)
     paths = {f"{section}.{key}": value for key, value in settings.items()}
     return {
         key: value for key, value in paths.items() if key in SCHEMA and value != SCHEMA[key].default
     }
+
+
+def _with_exact(settings: dict[str, object]) -> dict[str, object]:
+    """Write the keys of an exact search of neurons as `exact`, the way to ask for it."""
+    spelled_out = {"reference_copies": None, "reference_rows": None, "refresh_reference": 1}
+    # An earlier version had no reference_rows, and took all of them.
+    recorded = {"reference_rows": None} | settings
+    if any(recorded.get(key, key) != value for key, value in spelled_out.items()):
+        return settings
+    return {k: v for k, v in settings.items() if k not in spelled_out} | {"exact": True}
 
 
 def _name_left_out(family: Family) -> None:

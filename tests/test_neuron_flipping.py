@@ -27,6 +27,7 @@ from neuron_flipping import (
     compute_flipping,
     noisy_copies,
 )
+from plotting.families import find_families
 from tests.slow_neurons import SlowNeurons, slow_search
 
 TRAINED = (
@@ -185,7 +186,7 @@ def test_a_search_that_gives_up_is_neither_dropped_nor_called_flipped(run_of):
 
 
 def test_a_sampled_reference_is_reproducible_and_close_to_the_exact_search(run_of):
-    exact = run_of(*SMALL)
+    exact = run_of(*SMALL, "flipping.exact=true")
     neuron_flipping.EXPERIMENT.main(exact)
     first = [row["neurons_ids"].split()[:1] for row in results(exact)]
     run = run_of(*SMALL, "flipping.reference_rows=15")
@@ -197,6 +198,54 @@ def test_a_sampled_reference_is_reproducible_and_close_to_the_exact_search(run_o
     assert FLIPPING.path(run.directory).read_bytes() == expected
     found = [row["neurons_ids"].split()[:1] for row in results(run)]
     assert sum(a == b for a, b in zip(first, found)) >= 6, "of 8, by three quarters of the batch"
+
+
+def test_an_exact_search_is_the_one_whose_keys_name_no_estimate(run_of, monkeypatch):
+    """So that the tables of earlier versions, which had no such flag, are finished."""
+    spelled_out = ("flipping.reference_copies=null", "flipping.reference_rows=null")
+    run = run_of(*SMALL, *spelled_out)
+    neuron_flipping.EXPERIMENT.main(run)
+    monkeypatch.setattr(neuron_flipping, "compute_flipping", None)
+    again = run_of(*SMALL, "flipping.exact=true", "flipping.refresh_reference=3")
+    assert again.directory == run.directory
+    assert neuron_flipping.search_measurement(again).finished
+    assert not neuron_flipping.search_measurement(run_of(*SMALL)).finished
+    (family,) = find_families([run.directory])
+    assert family.measured_with["flipping.exact"] is True
+    assert "exact" not in family.having(FLIPPING.name).title
+
+
+def test_the_reference_is_estimated_only_where_it_is_larger_than_the_sample(run_of, monkeypatch):
+    made = []
+    for name in ("ReferenceGradient", "SampledGradient"):
+        whole = getattr(neuron_flipping, name)
+        monkeypatch.setattr(
+            neuron_flipping, name, lambda *given, whole=whole, name=name: (
+                made.append((name, given[2].shape[:2])), whole(*given),
+            )[1],
+        )  # fmt: skip
+    for rows in (19, 20, 128):
+        neuron_flipping.EXPERIMENT.main(run_of(*SMALL, f"flipping.reference_rows={rows}"))
+    neuron_flipping.EXPERIMENT.main(run_of(*SMALL, "flipping.exact=true"))
+    of_one_copy = ("ReferenceGradient", (20, 1))
+    assert made == [
+        ("SampledGradient", (20, 1)), of_one_copy, of_one_copy, ("ReferenceGradient", (20, 2))
+    ]  # fmt: skip
+
+
+def test_another_draw_of_the_reference_batch(run_of, monkeypatch):
+    """It changes nothing else that is drawn."""
+    run = run_of(*SMALL)
+    split = load_split(run.config)
+    model = load_final_model(run, split, torch.device("cpu")).eval().requires_grad_(False)
+    drawn, whole = [], neuron_flipping.draw_rows
+    monkeypatch.setattr(
+        neuron_flipping, "draw_rows", lambda *given: drawn.append(given[:2]) or whole(*given)
+    )
+    for seed in (None, 1000):
+        list(compute_flipping(run, split, model, [0], seed))
+    own = [(f"flipping {name}", run.config.seed) for name in ("reference", "remaining", "test")]
+    assert drawn == [*own, ("flipping reference", 1000), *own[1:]]
 
 
 def test_noise_that_flips_an_example_is_said(run_of):

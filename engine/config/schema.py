@@ -174,22 +174,33 @@ class FlippingConfig:
         "activation", one_of("activation", "weight"), "quantity that a closed gate multiplies by 0"
     )
     remaining: int | None = option(
-        None,
+        5000,
         optional(integer(2)),
         "training examples for the accuracy after removal, half as many test images; null: all",
     )
-    refresh_reference: int = option(
-        1, integer(1), "approximate above 1: steps between gradients of the reference batch"
+    exact: bool = option(
+        False, flag(), "all of the reference batch, in noise_copies copies, at every step"
     )
     reference_copies: int | None = option(
-        None, optional(integer(1)), "approximate: noisy copies of the reference batch; null: exact"
+        1, optional(integer(1)), "unless exact: noisy copies of the reference batch; null: as many"
     )
     reference_rows: int | None = option(
-        None, optional(integer(1)), "approximate: examples in a sample of the batch; null: exact"
+        128, optional(integer(1)), "unless exact: examples in a sample of the batch; null: all"
+    )
+    refresh_reference: int = option(
+        1, integer(1), "unless exact: steps between gradients of the reference batch"
     )
     second_split: bool = option(
         False, flag(), "measure forgetting times: train on one half, then on the other"
     )
+
+    def spelled_out(self) -> "FlippingConfig":
+        """Return the same search with `exact` written as the keys that it overrides."""
+        if not self.exact:
+            return self
+        return dataclasses.replace(
+            self, exact=False, reference_copies=None, reference_rows=None, refresh_reference=1
+        )
 
 
 @dataclass(frozen=True)
