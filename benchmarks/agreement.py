@@ -19,7 +19,7 @@ from pathlib import Path
 
 import common  # noqa: F401
 import numpy as np
-from flipping import Clock
+from flipping import DEFAULT, Clock
 
 from engine.config.schema import FlippingConfig
 from engine.runs.identity import measuring_precision
@@ -35,9 +35,9 @@ SEARCHES: dict[str, dict[str, object]] = {
     "exact": {"exact": True},
     "second draw": {"exact": True, "draw": 1000},
     "third draw": {"exact": True, "draw": 2000},
-    "default": {},
-    "one copy": {"reference_rows": None},
-    "one copy, 256 rows": {"reference_rows": 256},
+    "default": DEFAULT,
+    "one copy": DEFAULT | {"reference_rows": None},
+    "one copy, 256 rows": DEFAULT | {"reference_rows": 256},
 }
 COLUMNS = ("run", "seed", "search", "example", "memorized", "neurons", "flipped",
            "acc_remaining_after", "acc_test_after", "seconds", "neurons_ids")  # fmt: skip

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import gradient_accounting
 from data import Split, normalize
+from engine.config.schema import FlippingConfig
 from engine.flipping import cached_passes
 from engine.flipping.gates import neuron_sites
 from engine.flipping.search import best_gates
@@ -145,7 +146,12 @@ class Clock:
         return timed
 
 
-SEARCHES = {"exact": {"exact": True, "remaining": None}, "default": {}}
+# Spelled out: the configuration of a finished run may name other values.
+DEFAULT = {
+    key: getattr(FlippingConfig(), key)
+    for key in ("exact", "reference_copies", "reference_rows", "refresh_reference", "remaining")
+}
+SEARCHES = {"exact": {"exact": True, "remaining": None}, "default": DEFAULT}
 
 
 def timed_searches(run: Run, split: Split, model: nn.Module, rows: list[int], clock: Clock) -> dict:
