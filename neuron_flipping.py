@@ -120,7 +120,7 @@ def compute_flipping(
 ) -> Iterator[dict[str, object]]:
     """Yield a row of results for each example; the model must be in eval mode.
 
-    `reference_seed` draws the reference batch; null: the run's seed.
+    `reference_seed` draws the reference batch; None stands for the run's seed.
     """
     settings = run.config.flipping.spelled_out()
     seed, device = run.config.seed, split.label.device
@@ -143,10 +143,11 @@ def compute_flipping(
         memory = free_memory(device)
         of_batch = (reference_images, split.label[of_reference], memory / 4)
         of_batch += (split.index[of_reference],)
-        if (settings.reference_rows or len(of_reference)) >= len(of_reference):
+        sample = settings.reference_rows
+        if sample is None or sample >= len(of_reference):
             reference = ReferenceGradient(model, gates, *of_batch)
         else:
-            reference = SampledGradient(model, gates, *of_batch, settings.reference_rows)
+            reference = SampledGradient(model, gates, *of_batch, sample)
         remaining = Correctness(
             model,
             gates,

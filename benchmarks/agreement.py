@@ -17,7 +17,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import common  # noqa: F401
 import numpy as np
 from flipping import DEFAULT, Clock
 

@@ -7,7 +7,7 @@
 
 Stages run one after another, the most informative first, each in a process of its own with a
 timeout. The output file is rewritten after each stage; what a stage had measured before it failed,
-or ran out of time, is kept, and so are the stages that the file had before. README.md beside this
+or ran out of time, is kept. `--stages` adds to the stages that the file has. README.md beside this
 file says how to read it.
 """
 
@@ -339,6 +339,8 @@ def gpu_tests(device: torch.device) -> Rows:
     with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             yield from tested(line)
+    if process.returncode > 1:  # 1: a test failed
+        raise RuntimeError(f"pytest ended with status {process.returncode}")
 
 
 def tested(line: str) -> Rows:
@@ -408,13 +410,22 @@ def measure_stage(command: Sequence[str], path: Path, timeout: float) -> dict[st
     return end | {"results": results}
 
 
+def earlier_stages(given: argparse.Namespace) -> dict[str, object]:
+    """Return the stages of a report that named stages are added to; a whole run starts anew."""
+    if not (given.stages and given.output.exists()):
+        return {}
+    earlier = json.loads(given.output.read_text())
+    if earlier["device"] != given.device:
+        sys.exit(f"{given.output}: is a report of {earlier['device']}; name another file")
+    return earlier["stages"]
+
+
 def measure(given: argparse.Namespace) -> dict[str, object]:
     """Measure the stages, as far as the time goes; the file is whole after each."""
     deadline = time.monotonic() + 60 * given.minutes
-    known = json.loads(given.output.read_text())["stages"] if given.output.exists() else {}
-    report = {"device": given.device, "minutes": given.minutes, "stages": known}
+    report = {"device": given.device, "minutes": given.minutes, "stages": earlier_stages(given)}
     with tempfile.TemporaryDirectory() as folder:
-        for name in given.stages:
+        for name in given.stages or STAGES:
             share = STAGES[name][1]
             left, path = deadline - time.monotonic(), Path(folder) / f"{name}.json"
             command = [sys.executable, __file__, "--device", given.device]
@@ -457,7 +468,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--output", type=Path, default=Path("gpu.json"))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--stages", nargs="+", choices=STAGES)
     parser.add_argument("--stage", choices=STAGES, help="do only this one, in this process")
     parser.add_argument("--table", type=Path, metavar="JSON", help="only print a report")
     return parser.parse_args(arguments)

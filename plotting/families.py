@@ -13,7 +13,7 @@ import numpy as np
 
 from data import DataError
 from engine.config.load import SCHEMA, flatten
-from engine.config.schema import Config
+from engine.config.schema import EXACT_SEARCH, Config
 from engine.errors import UserError
 from engine.launch.experiments import load_experiments
 from engine.runs import files
@@ -287,12 +287,11 @@ def _unusual(run: Run, file_name: str) -> dict[str, object]:
 
 def _with_exact(settings: dict[str, object]) -> dict[str, object]:
     """Write the keys of an exact search of neurons as `exact`, the way to ask for it."""
-    spelled_out = {"reference_copies": None, "reference_rows": None, "refresh_reference": 1}
     # An earlier version had no reference_rows, and took all of them.
     recorded = {"reference_rows": None} | settings
-    if any(recorded.get(key, key) != value for key, value in spelled_out.items()):
+    if any(recorded.get(key, key) != value for key, value in EXACT_SEARCH.items()):
         return settings
-    return {k: v for k, v in settings.items() if k not in spelled_out} | {"exact": True}
+    return {k: v for k, v in settings.items() if k not in EXACT_SEARCH} | {"exact": True}
 
 
 def _name_left_out(family: Family) -> None:

@@ -161,6 +161,10 @@ class RetrainingConfig:
     )
 
 
+# The keys of an exact search, as `flipping.exact` sets them.
+EXACT_SEARCH = {"reference_copies": None, "reference_rows": None, "refresh_reference": 1}
+
+
 @dataclass(frozen=True)
 class FlippingConfig:
     examples: int = option(1000, integer(1), "memorized examples to search, and as many clean ones")
@@ -196,11 +200,7 @@ class FlippingConfig:
 
     def spelled_out(self) -> "FlippingConfig":
         """Return the same search with `exact` written as the keys that it overrides."""
-        if not self.exact:
-            return self
-        return dataclasses.replace(
-            self, exact=False, reference_copies=None, reference_rows=None, refresh_reference=1
-        )
+        return dataclasses.replace(self, exact=False, **EXACT_SEARCH) if self.exact else self
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def test_the_report_is_whole_after_every_stage(gpu, tmp_path, monkeypatch):
         return {"results": {"x": 2.5}, "seconds": 0.1}
 
     monkeypatch.setattr(gpu, "measure_stage", stage)
-    given = argparse.Namespace(minutes=10, device="cpu", output=output, stages=list(gpu.STAGES))
+    given = argparse.Namespace(minutes=10, device="cpu", output=output, stages=None)
     report = gpu.measure(given)
     assert json.loads(output.read_text()) == report
     assert list(report["stages"]) == list(gpu.STAGES)
@@ -76,9 +76,16 @@ def test_the_report_is_whole_after_every_stage(gpu, tmp_path, monkeypatch):
 def test_a_report_is_completed_stage_by_stage(gpu, tmp_path, monkeypatch):
     output = tmp_path / "gpu.json"
     monkeypatch.setattr(gpu, "measure_stage", lambda *_: {"results": {"x": 1}, "seconds": 0.1})
-    for stages in (["parity"], ["rates", "steps"]):
-        gpu.measure(argparse.Namespace(minutes=1, device="cpu", output=output, stages=stages))
-    assert list(json.loads(output.read_text())["stages"]) == ["parity", "rates", "steps"]
+
+    def stages_of(stages: list[str] | None, device: str = "cpu") -> list[str]:
+        gpu.measure(argparse.Namespace(minutes=1, device=device, output=output, stages=stages))
+        return list(json.loads(output.read_text())["stages"])
+
+    assert stages_of(["parity"]) == ["parity"]
+    assert stages_of(["rates", "steps"]) == ["parity", "rates", "steps"]
+    with pytest.raises(SystemExit, match="is a report of cpu"):
+        stages_of(["rates"], device="cuda")
+    assert stages_of(None) == list(gpu.STAGES), "a whole run starts anew"
 
 
 def test_a_way_that_fails_is_told_and_the_others_are_measured(gpu, monkeypatch):
