@@ -25,8 +25,7 @@ from torch import Tensor
 
 from data import Split, normalize
 from data.random_streams import random_stream
-from engine.config.schema import FlippingConfig
-from engine.flipping.cached_passes import Correctness, ReferenceGradient, SampledGradient
+from engine.flipping.estimates import correctness, reference_gradient
 from engine.flipping.gates import Gates
 from engine.flipping.search import Candidate, chunk_size, search
 from engine.flipping.second_split import forgetting_measurement, measure_forgetting, read_forgetting
@@ -103,9 +102,9 @@ def draw_rows(purpose: str, seed: int, n: int, size: int | None) -> Tensor:
     return torch.from_numpy(order[:size]).sort().values
 
 
-def sample_of_test(settings: FlippingConfig) -> int | None:
-    """Return half of the size of the training sample: the test set costs less, and suffices."""
-    return settings.remaining and settings.remaining // 2
+def half(size: int | None) -> int | None:
+    """Return half of a sample's size: the test set gets half as many images."""
+    return size and size // 2
 
 
 # ---------------------------------------------------------------- one run
@@ -135,30 +134,24 @@ def compute_flipping(
     of_reference = of_reference.to(device)
     reference_images = torch.stack([copies_of(row, others) for row in of_reference.tolist()])
     of_remaining = draw_rows("flipping remaining", seed, split.n, settings.remaining).to(device)
-    of_test = draw_rows("flipping test", seed, len(split.test_label), sample_of_test(settings))
+    of_test = draw_rows("flipping test", seed, len(split.test_label), half(settings.remaining))
     of_test = of_test.to(device)
 
     model = folded(model)
     with Gates(model, settings.ablate) as gates:
         memory = free_memory(device)
-        of_batch = (reference_images, split.label[of_reference], memory / 4)
-        of_batch += (split.index[of_reference],)
-        sample = settings.reference_rows
-        if sample is None or sample >= len(of_reference):
-            reference = ReferenceGradient(model, gates, *of_batch)
-        else:
-            reference = SampledGradient(model, gates, *of_batch, sample)
-        remaining = Correctness(
-            model,
-            gates,
-            split.images[of_remaining],
-            split.label[of_remaining],
-            memory / 4,
-            split.index[of_remaining],
-        )
-        test = Correctness(
-            model, gates, split.test_images[of_test], split.test_label[of_test], memory / 4
-        )
+        reference = reference_gradient(
+            model, gates, reference_images, split.label[of_reference], memory / 4,
+            split.index[of_reference], settings.reference_rows,
+        )  # fmt: skip
+        remaining = correctness(
+            model, gates, split.images[of_remaining], split.label[of_remaining], memory / 4,
+            split.index[of_remaining], settings.remaining_rows,
+        )  # fmt: skip
+        test = correctness(
+            model, gates, split.test_images[of_test], split.test_label[of_test], memory / 4,
+            None, half(settings.remaining_rows),
+        )  # fmt: skip
         candidates = (
             Candidate(
                 row, split.label[row], copies_of(row, copies), split.index[row].expand(copies)
@@ -166,23 +159,21 @@ def compute_flipping(
             for row in rows
         )
         chunk = chunk_size(model, gates, copies_of(rows[0], copies))
-        before, test_before = remaining.of(frozenset()), test.of(frozenset())
+        place_of = {row: place for place, row in enumerate(of_remaining.tolist())}
         for candidate, flipped in search(
             model, gates, reference, candidates, chunk, settings.max_neurons,
             settings.refresh_reference,
         ):  # fmt: skip
-            others = of_remaining != candidate.row
-            closed = frozenset(candidate.closed)
-            after = remaining.of(closed)
+            closed, own = candidate.closed, place_of.get(candidate.row)
             yield {
                 "example": int(split.index[candidate.row]),
                 "memorized": int(split.memorized[candidate.row]),
                 "neurons": len(candidate.closed),
                 "flipped": int(flipped),
-                "acc_remaining_before": before[others].double().mean().item(),
-                "acc_remaining_after": after[others].double().mean().item(),
-                "acc_test_before": test_before.double().mean().item(),
-                "acc_test_after": test.of(closed).double().mean().item(),
+                "acc_remaining_before": remaining.accuracy((), own),
+                "acc_remaining_after": remaining.accuracy(closed, own),
+                "acc_test_before": test.accuracy(()),
+                "acc_test_after": test.accuracy(closed),
                 "groups": " ".join(str(gates.site_of(gate).group) for gate in candidate.closed),
                 "neurons_ids": " ".join(
                     gates.site_of(gate).describe(gate) for gate in candidate.closed
@@ -194,12 +185,14 @@ def settings_of(run: Run) -> dict[str, object]:
     """Return what decides the tables, in the same words however it was asked for."""
     settings = asdict(run.config.flipping.spelled_out())
     del settings["exact"]
-    return settings
+    if settings["remaining_rows"] is None:  # earlier versions did not have this key
+        del settings["remaining_rows"]
+    return settings | measuring_settings(run.config)
 
 
 def search_measurement(run: Run) -> Measurement:
     """Declare the table of searched examples; a search can be extended by more examples."""
-    settings = settings_of(run) | measuring_settings(run.config)
+    settings = settings_of(run)
     del settings["second_split"]
     return Measurement(run, FLIPPING, settings, {"examples": settings.pop("examples")})
 
@@ -357,12 +350,13 @@ def measurements(run: Run) -> list[Measurement]:
 
 
 def estimate_passes(run: Run) -> float:
-    """Count, per neuron, the example and the references; then all others; half a network each."""
+    """Count, per neuron, the example and the references; then the others; half a network each."""
     settings, (train, test) = run.config.flipping.spelled_out(), count_examples(run.config)
     references = min(settings.reference_batch, settings.reference_rows or settings.reference_batch)
     references *= settings.reference_copies or settings.noise_copies
     search = NEURONS * 3 * (settings.noise_copies + references / settings.refresh_reference)
-    kept = min(settings.remaining or train, train) + min(sample_of_test(settings) or test, test)
+    samples = settings.remaining, settings.remaining_rows
+    kept = min(filter(None, (train, *samples))) + min(filter(None, (test, *map(half, samples))))
     passes = min(2 * settings.examples, train) * (search + kept) / 2
     halves = 8 * train * run.config.train.epochs  # trained on in turn, in both orders
     return passes + halves * settings.second_split

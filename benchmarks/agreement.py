@@ -35,6 +35,7 @@ SEARCHES: dict[str, dict[str, object]] = {
     "second draw": {"exact": True, "draw": 1000},
     "third draw": {"exact": True, "draw": 2000},
     "default": DEFAULT,
+    "default, all remaining": DEFAULT | {"remaining_rows": None},
     "one copy": DEFAULT | {"reference_rows": None},
     "one copy, 256 rows": DEFAULT | {"reference_rows": 256},
 }

@@ -4,10 +4,10 @@
     python benchmarks/flipping.py [key.path=value ...] [--examples 60] [--slow 2]
 
 Trains a run in a temporary folder (or takes the run whose directory `--run` names), searches
-`--examples` memorized and as many clean examples exactly and by default, and the first `--slow` of
-each in the slow way: a fresh copy of the model for each, one forward and backward pass of the
-whole model for every neuron, and an accuracy on all remaining examples at the end. The three take
-turns. README.md beside this file says how to read it.
+`--examples` memorized and as many clean examples exactly and by default (or as `--searches` says),
+and the first `--slow` of each in the slow way: a fresh copy of the model for each, one forward and
+backward pass of the whole model for every neuron, and an accuracy on all remaining examples at the
+end. The searches take turns. README.md beside this file says how to read it.
 """
 
 import copy
@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import gradient_accounting
 from data import Split, normalize
-from engine.config.schema import FlippingConfig
+from engine.config.schema import EXACT_SEARCH, FlippingConfig
 from engine.flipping import cached_passes
 from engine.flipping.gates import neuron_sites
 from engine.flipping.search import best_gates
@@ -147,24 +147,23 @@ class Clock:
 
 
 # Spelled out: the configuration of a finished run may name other values.
-DEFAULT = {
-    key: getattr(FlippingConfig(), key)
-    for key in ("exact", "reference_copies", "reference_rows", "refresh_reference", "remaining")
-}
+DEFAULT = {key: getattr(FlippingConfig(), key) for key in ("exact", "remaining", *EXACT_SEARCH)}
 SEARCHES = {"exact": {"exact": True, "remaining": None}, "default": DEFAULT}
 
 
-def timed_searches(run: Run, split: Split, model: nn.Module, rows: list[int], clock: Clock) -> dict:
+def timed_searches(
+    kinds: Sequence[str], run: Run, split: Split, model: nn.Module, rows: list[int], clock: Clock
+) -> dict[str, Callable]:
     """Return a function for each kind of search that searches the next example."""
     searches = {}
-    for kind, changed in SEARCHES.items():
-        settings = replace(run.config.flipping, **changed)
+    for kind in kinds:
+        settings = replace(run.config.flipping, **SEARCHES[kind])
         found = compute_flipping(Run.of(replace(run.config, flipping=settings)), split, model, rows)
         searches[kind] = clock.around(kind, partial(next, found))
     return searches
 
 
-def measure(run: Run, count: int, slow_count: int) -> None:
+def measure(run: Run, kinds: Sequence[str], count: int, slow_count: int) -> None:
     device = resolve_device(run.config)
     split = load_split(run.config).to(device)
     model = load_final_model(run, split, device).eval().requires_grad_(False)
@@ -174,7 +173,7 @@ def measure(run: Run, count: int, slow_count: int) -> None:
     slow_count = max(1, min(slow_count, half))
     every = max(1, half // slow_count)
     slow_rows = [*rows[:half:every][:slow_count], *rows[half::every][:slow_count]]
-    searches = timed_searches(run, split, model, rows, clock)
+    searches = timed_searches(kinds, run, split, model, rows, clock)
     slow_search = clock.around("slow", SlowSearch(run, split, model).search)
     turns = {round(len(rows) * (k + 1) / (len(slow_rows) + 1)): r for k, r in enumerate(slow_rows)}
     neurons = {kind: {} for kind in [*searches, "slow"]}
@@ -202,7 +201,8 @@ def measure(run: Run, count: int, slow_count: int) -> None:
             f"{slow_seconds / slow_neurons / (seconds / mean):.1f} times a neuron; as many neurons "
             f"for {same} of {len(slow)} examples"
         )
-    differing = {e: (neurons["exact"][e], n) for e, n in slow.items() if neurons["exact"][e] != n}
+    exact = neurons.get("exact", slow)
+    differing = {e: (exact[e], n) for e, n in slow.items() if exact[e] != n}
     if differing:
         sys.exit(f"other numbers of neurons, exact and slow, by example: {differing}")
 
@@ -211,6 +211,7 @@ def main() -> None:
     parser = make_parser(__doc__, rounds=None)
     parser.add_argument("--run", help="the directory of a finished run")
     parser.add_argument("--full-width", action="store_true", help="4,000 MNIST images, width 1.0")
+    parser.add_argument("--searches", nargs="+", choices=SEARCHES, default=list(SEARCHES))
     parser.add_argument("--examples", type=int, default=60)
     parser.add_argument("--slow", type=int, default=2)
     given = parser.parse_intermixed_args()
@@ -222,7 +223,7 @@ def main() -> None:
         if not given.run:
             gradient_accounting.EXPERIMENT.main(run)
         with compute_precision(run.config.precision, resolve_device(run.config)):
-            measure(run, given.examples, given.slow)
+            measure(run, given.searches, given.examples, given.slow)
 
 
 if __name__ == "__main__":

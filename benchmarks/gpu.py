@@ -33,7 +33,7 @@ from torch import nn
 
 from data import Split, normalize
 from engine.config.schema import Config
-from engine.flipping.cached_passes import Correctness, ReferenceGradient
+from engine.flipping.cached_passes import Logits, ReferenceGradient
 from engine.flipping.gates import Gates
 from engine.launch.estimates import random_images
 from engine.machine import default_precision
@@ -279,7 +279,7 @@ def flipping(device: torch.device) -> Rows:
                     ReferenceGradient, model, gates, images, split.label[few], memory
                 ),
                 "accuracy": partial(
-                    Correctness, model, gates, split.images, split.label, memory
+                    Logits, model, gates, split.images, memory
                 ),
             }  # fmt: skip
             for name, make in pieces.items():

@@ -277,8 +277,9 @@ def _unusual(run: Run, file_name: str) -> dict[str, object]:
     known = load_experiments().values()
     section = next((e.key for e in known if file_name in [t.name for t in e.tables]), None)
     settings = measured(run, file_name) or {} if section else {}
-    if section == "flipping":
-        settings = _with_exact(settings)
+    if section == "flipping" and settings:
+        # Earlier versions did not have this key, and took all of the remaining examples.
+        settings = _with_exact({"remaining_rows": None} | settings)
     paths = {f"{section}.{key}": value for key, value in settings.items()}
     return {
         key: value for key, value in paths.items() if key in SCHEMA and value != SCHEMA[key].default
@@ -287,8 +288,7 @@ def _unusual(run: Run, file_name: str) -> dict[str, object]:
 
 def _with_exact(settings: dict[str, object]) -> dict[str, object]:
     """Write the keys of an exact search of neurons as `exact`, the way to ask for it."""
-    # An earlier version had no reference_rows, and took all of them.
-    recorded = {"reference_rows": None} | settings
+    recorded = {"reference_rows": None} | settings  # an earlier version took all rows
     if any(recorded.get(key, key) != value for key, value in EXACT_SEARCH.items()):
         return settings
     return {k: v for k, v in settings.items() if k not in EXACT_SEARCH} | {"exact": True}
@@ -338,10 +338,10 @@ def name_models(families: Sequence[Family]) -> list[str]:
     """Name each family's model and what tells it from others: 'resnet9 width 0.25, peak_lr 0.1'."""
     names = []
     for family in families:
-        name, values = family.config.model.name, flatten(family.config)
+        name, values = family.config.model.name, family.settings | flatten(family.config)
         keys = differing([other for other in families if other.config.model.name == name])
         apart = [
-            f"{key.partition('.')[2]} {values[key]}"
+            f"{key.partition('.')[2].removesuffix('.sha256')} {values.get(key)!s:.12}"
             for key in keys
             if key.startswith(("model.", "train.")) and key != "model.width"
         ]

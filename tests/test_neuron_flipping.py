@@ -12,6 +12,7 @@ import gradient_accounting
 import neuron_flipping
 from data import normalize
 from engine.errors import UserError
+from engine.flipping import estimates
 from engine.flipping.gates import Gates
 from engine.launch.cli import run_script
 from engine.runs import files
@@ -27,7 +28,7 @@ from neuron_flipping import (
     compute_flipping,
     noisy_copies,
 )
-from plotting.families import find_families
+from plotting.families import find_families, name_other_settings
 from tests.slow_neurons import SlowNeurons, slow_search
 
 TRAINED = (
@@ -202,9 +203,11 @@ def test_a_sampled_reference_is_reproducible_and_close_to_the_exact_search(run_o
 
 def test_an_exact_search_is_the_one_whose_keys_name_no_estimate(run_of, monkeypatch):
     """So that the tables of earlier versions, which had no such flag, are finished."""
-    spelled_out = ("flipping.reference_copies=null", "flipping.reference_rows=null")
-    run = run_of(*SMALL, *spelled_out)
+    keys = ("reference_copies", "reference_rows", "remaining_rows")
+    run = run_of(*SMALL, *(f"flipping.{key}=null" for key in keys))
     neuron_flipping.EXPERIMENT.main(run)
+    settings = files.read_json(run.directory / "neuron_flipping.json")["settings"]
+    assert "remaining_rows" not in settings, "which earlier versions did not know"
     monkeypatch.setattr(neuron_flipping, "compute_flipping", None)
     again = run_of(*SMALL, "flipping.exact=true", "flipping.refresh_reference=3")
     assert again.directory == run.directory
@@ -215,12 +218,36 @@ def test_an_exact_search_is_the_one_whose_keys_name_no_estimate(run_of, monkeypa
     assert "exact" not in family.having(FLIPPING.name).title
 
 
+def test_tables_of_another_precision_are_kept_and_come_back_together(run_of):
+    sampled = (*SMALL, "flipping.reference_rows=15", "flipping.remaining_rows=30")
+    run = run_of(*sampled)
+    neuron_flipping.EXPERIMENT.main(run)
+    neuron_flipping.EXPERIMENT.main(run_of(*sampled, "measure_precision=bf16"))
+    neuron_flipping.EXPERIMENT.main(run)
+    for table in (FLIPPING, DETECTION):
+        source = files.read_json(table.path(run.directory).with_suffix(".json"))
+        assert "measure_precision" not in source["settings"], table.name
+
+
+def test_an_unsampled_table_beside_a_sampled_one_is_named(run_of):
+    run = run_of(*SMALL, "flipping.remaining_rows=null")
+    neuron_flipping.EXPERIMENT.main(run)
+    (family,) = find_families([run.directory])
+    assert "flipping.remaining_rows" in family.measured_with
+    neuron_flipping.EXPERIMENT.main(run_of(*SMALL))
+    (family,) = find_families([run.directory])
+    assert "flipping.remaining_rows" not in family.measured_with
+    lines = [line for line in name_other_settings([family]) if FLIPPING.name in line]
+    assert len(lines) == 1
+    assert "shown with remaining_rows=1000; also measured, with remaining_rows=None" in lines[0]
+
+
 def test_the_reference_is_estimated_only_where_it_is_larger_than_the_sample(run_of, monkeypatch):
     made = []
     for name in ("ReferenceGradient", "SampledGradient"):
-        whole = getattr(neuron_flipping, name)
+        whole = getattr(estimates, name)
         monkeypatch.setattr(
-            neuron_flipping, name, lambda *given, whole=whole, name=name: (
+            estimates, name, lambda *given, whole=whole, name=name: (
                 made.append((name, given[2].shape[:2])), whole(*given),
             )[1],
         )  # fmt: skip

@@ -73,7 +73,9 @@ class DataConfig:
         0.5, number(0, 1), "scores below are atypical (split: atypical)"
     )
     keep_memorized: bool = option(
-        False, flag(), "train_size draws among clean examples only (split: human, atypical)"
+        False,
+        flag(),
+        "keep all memorized examples; train_size samples clean ones (split: human, atypical)",
     )
     augment: bool = option(
         False, flag(), "random crop and mirror while training; mirrored digits keep their label"
@@ -162,7 +164,12 @@ class RetrainingConfig:
 
 
 # The keys of an exact search, as `flipping.exact` sets them.
-EXACT_SEARCH = {"reference_copies": None, "reference_rows": None, "refresh_reference": 1}
+EXACT_SEARCH = {
+    "reference_copies": None,
+    "reference_rows": None,
+    "refresh_reference": 1,
+    "remaining_rows": None,
+}
 
 
 @dataclass(frozen=True)
@@ -183,7 +190,7 @@ class FlippingConfig:
         "training examples for the accuracy after removal, half as many test images; null: all",
     )
     exact: bool = option(
-        False, flag(), "all of the reference batch, in noise_copies copies, at every step"
+        False, flag(), "no estimates: all of each batch, in noise_copies copies, at every step"
     )
     reference_copies: int | None = option(
         1, optional(integer(1)), "unless exact: noisy copies of the reference batch; null: as many"
@@ -193,6 +200,11 @@ class FlippingConfig:
     )
     refresh_reference: int = option(
         1, integer(1), "unless exact: steps between gradients of the reference batch"
+    )
+    remaining_rows: int | None = option(
+        1000,
+        optional(integer(2)),
+        "unless exact: examples in a sample of the remaining ones; null: all",
     )
     second_split: bool = option(
         False, flag(), "measure forgetting times: train on one half, then on the other"
@@ -327,7 +339,8 @@ class Config:
     experiments: str | tuple[str, ...] = option(
         "all",
         some_of(*list(EXPERIMENTS)[1:]),
-        "measurements that reproduce.py makes after training; all: the paper's four",
+        "measurements that reproduce.py makes after training; all: rewinding, retraining, flipping, "
+        "dropout",
     )
     device: str = option("auto", one_of("auto", "cpu", "cuda"), "auto: the GPU if there is one")
     precision: str = option(

@@ -5,7 +5,7 @@ all gates open: forward passes go on from stored states there. How much is store
 memory that is free; what comes out does not, because batches are cut the same way in any case.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from weakref import WeakMethod
@@ -24,8 +24,6 @@ from models.layer_groups import StagedModel, State, layer_groups, run_stages
 ROWS = {"cpu": 80, "cuda": 2048}
 PASS_BYTES = {"cpu": 1 << 31, "cuda": 1 << 32}
 CACHE_BYTES = 1 << 28
-# Of samples of the reference batch: closed gates between draws, and the share drawn evenly.
-REDRAW, EVEN = 4, 0.1
 
 
 def mean_output(logits: Tensor, copies: int) -> Tensor:
@@ -87,10 +85,11 @@ def rows_at_once(model: StagedModel, gates: Gates, images: Tensor) -> int:
     return max(1, min(ROWS[kind], PASS_BYTES[kind] // bytes_each(model, gates, images[:1])))
 
 
-def _remembering(method: Callable, most: int) -> Callable:
-    """A method that knows its latest results, and does not keep alive whose method it is.
+def remembering(method: Callable, most: int) -> Callable:
+    """Cache a method's latest results, without keeping its object alive.
 
-    What it computes with may fill a GPU, which is not to wait for Python's garbage collector.
+    An object's tensors may fill a GPU: they must be freed at once, not by Python's garbage
+    collector.
     """
     weak = WeakMethod(method)
     return lru_cache(maxsize=most)(lambda closed: weak()(closed))
@@ -111,6 +110,20 @@ def _split_index(
 
 def _nbytes(state: State) -> int:
     return sum(tensor.nbytes for tensor in _tensors(state))
+
+
+def rows_of(state: State | None, rows: Tensor) -> State | None:
+    """Return some rows of a state; None of None."""
+    if isinstance(state, tuple):
+        return tuple(tensor[rows] for tensor in state)
+    return None if state is None else state[rows]
+
+
+def _join(states: Sequence[State]) -> State:
+    """Concatenate the states of several batches."""
+    if isinstance(states[0], tuple):
+        return tuple(map(torch.cat, zip(*states)))
+    return torch.cat(states)
 
 
 @dataclass(frozen=True)
@@ -155,7 +168,7 @@ class ReferenceGradient:
             if memory < 0:
                 break
             self.graphs.append(graph)
-        self._known = _remembering(self._compute, max(64, CACHE_BYTES // (4 * gates.count)))
+        self._known = remembering(self._compute, max(64, CACHE_BYTES // (4 * gates.count)))
 
     def of(self, closed: Sequence[int]) -> Tensor:
         return self._known(frozenset(closed))
@@ -211,24 +224,26 @@ class Logits:
     ) -> None:
         """`prepare` makes the network's input of a batch of images."""
         self.model, self.groups, self.gates = model, layer_groups(model), gates
-        self.prepare = prepare
-        rows = rows_at_once(model, gates, prepare(images[:1]))
-        self.batches = images.split(rows)
-        self.index = _split_index(index, rows, len(self.batches))
+        self.images, self.index, self.prepare = images, index, prepare
+        self.batch_size = rows_at_once(model, gates, prepare(images[:1]))
+        self.all_rows = torch.arange(len(images), device=images.device)
         gates.close([()])
         with torch.no_grad():
-            sizes = [_nbytes(state) for state in self._states(0, 0)]
-            self.lowest = self._lowest_stored([len(self.batches) * size for size in sizes], memory)
-            self.states = [self._states(i, self.lowest) for i in range(len(self.batches))]
+            sizes = [_nbytes(state) for state in self._states(self.all_rows[: self.batch_size])]
+            batches = self.all_rows.split(self.batch_size)
+            self.lowest = self._lowest_stored([len(batches) * size for size in sizes], memory)
+            kept = [self._states(rows)[self.lowest :] for rows in batches]
+        # State by state: what is joined is let go of before the next is.
+        self.states = [_join([states.pop(0) for states in kept]) for _ in sizes[self.lowest :]]
 
-    def _states(self, batch: int, lowest: int) -> list[State]:
-        """The states in front of the groups lowest, lowest + 1, ..., and the logits."""
-        state, states = self.prepare(self.batches[batch]), []
-        with examples(self.model, self.index[batch]):
+    def _states(self, rows: Tensor) -> list[State]:
+        """Return the states in front of every group, and the logits."""
+        state, states = self.prepare(self.images[rows]), []
+        with examples(self.model, rows_of(self.index, rows)):
             for group in self.groups:
                 states.append(state)
                 state = group.forward(state)
-        return [*states, state][lowest:]
+        return [*states, state]
 
     @staticmethod
     def _lowest_stored(sizes: Sequence[int], memory: float) -> int:
@@ -239,21 +254,23 @@ class Logits:
         return lowest
 
     @torch.no_grad()
-    def of(self, closed: frozenset[int]) -> Tensor:
+    def of(self, closed: Collection[int], rows: Tensor | None = None) -> Tensor:
+        """Return the logits of some rows, or of all."""
         self.gates.close([closed])
         start = self.gates.first_group(closed, default=len(self.groups))
         logits = []
-        for images, rows, states in zip(self.batches, self.index, self.states):
-            with examples(self.model, rows):
+        for batch in (self.all_rows if rows is None else rows).split(self.batch_size):
+            with examples(self.model, rows_of(self.index, batch)):
                 if start >= self.lowest:
-                    logits.append(run_stages(self.groups, states[start - self.lowest], start))
+                    state = rows_of(self.states[start - self.lowest], batch)
+                    logits.append(run_stages(self.groups, state, start))
                 else:
-                    logits.append(run_stages(self.groups, self.prepare(images)))
+                    logits.append(run_stages(self.groups, self.prepare(self.images[batch])))
         return torch.cat(logits)
 
 
 class Correctness:
-    """Correctness of many images for any set of closed gates; no noise is added."""
+    """Accuracy on a fixed set of images for any set of closed gates; no noise is added."""
 
     def __init__(
         self,
@@ -265,65 +282,20 @@ class Correctness:
         index: Tensor | None = None,
     ) -> None:
         self.logits, self.label = Logits(model, gates, images, memory, index), label
-        self.of = _remembering(self._compute, 64)
+        self._known = remembering(self._compute, 64)
 
-    def _compute(self, closed: frozenset[int]) -> Tensor:
-        return self.logits.of(closed).argmax(1) == self.label
+    def accuracy(self, closed: Collection[int], without: int | None = None) -> float:
+        """Return the accuracy on all images, or on all but the one in this place."""
+        rows, weight, correct = self._known(frozenset(closed))
+        weight = weight * (rows != (-1 if without is None else without))
+        return float(weight @ correct / weight.sum())
 
+    def _compute(self, closed: frozenset[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return rows, their weights and, as 0 or 1, whether each is correct."""
+        rows, weight = self._choose(closed)
+        correct = self.logits.of(closed, rows).argmax(1) == self.label[rows]
+        return rows, weight, correct.double()
 
-class SampledGradient:
-    """Estimate the reference batch's gradient from a sample of it, drawn by the examples' errors.
-
-    An example's error is the L1 distance of its softmax output from its label. `rows` draws go to
-    the examples in proportion to it, at even steps through the cumulative sum instead of at random,
-    and weights undo the proportion. The errors are those of the first 0, REDRAW, 2 * REDRAW, ...
-    closed gates.
-    """
-
-    def __init__(
-        self,
-        model: StagedModel,
-        gates: Gates,
-        images: Tensor,
-        label: Tensor,
-        memory: float,
-        index: Tensor | None,
-        rows: int,
-    ) -> None:
-        """Images are normalized and noisy, [n, copies, channels, height, width]."""
-        self.model, self.gates, self.images, self.label = model, gates, images, label
-        self.index, self.rows, self.copies = index, rows, images.shape[1]
-        repeated = index if index is None else index.repeat_interleave(self.copies)
-        self.logits = Logits(model, gates, images.flatten(0, 1), memory, repeated, lambda x: x)
-        self.each = max(1, rows_at_once(model, gates, images[0]) // self.copies)
-        self._sample = _remembering(self._draw, 64)
-        self._known = _remembering(self._compute, max(64, CACHE_BYTES // (4 * gates.count)))
-
-    def of(self, closed: Sequence[int]) -> Tensor:
-        return self._known((frozenset(closed[: len(closed) // REDRAW * REDRAW]), frozenset(closed)))
-
-    def _draw(self, closed: frozenset[int]) -> tuple[Tensor, Tensor]:
-        """Return the sampled rows and their weights, which sum up to about 1."""
-        output = mean_output(self.logits.of(closed), self.copies)
-        error = (output.softmax(1) - F.one_hot(self.label, output.shape[1])).abs().sum(1)
-        share = (1 - EVEN) * error / error.sum().clamp(min=1e-300) + EVEN / len(error)
-        share = share / share.sum()
-        steps = (torch.arange(self.rows, dtype=share.dtype, device=share.device) + 0.5) / self.rows
-        drawn = torch.searchsorted(share.cumsum(0), steps).clamp(max=len(share) - 1)
-        rows, times = drawn.unique(return_counts=True)
-        return rows, times / (self.rows * share[rows] * len(share))
-
-    def _compute(self, sets: tuple[frozenset[int], frozenset[int]]) -> Tensor:
-        drawn_at, closed = sets
-        rows, weight = self._sample(drawn_at)
-        self.gates.close([closed])
-        return sum(map(self._of_rows, rows.split(self.each), weight.split(self.each)))
-
-    def _of_rows(self, rows: Tensor, weight: Tensor) -> Tensor:
-        index = None if self.index is None else self.index[rows].repeat_interleave(self.copies)
-        with examples(self.model, index):
-            logits = self.model(self.images[rows].flatten(0, 1))
-        taps, output = self.gates.take_taps(), mean_output(logits, self.copies)
-        loss = weight @ F.cross_entropy(output, self.label[rows], reduction="none")
-        gradients = torch.autograd.grad(loss, [tap.output for tap in taps])
-        return self.gates.gradients(taps, gradients, 1)[0]
+    def _choose(self, closed: frozenset[int]) -> tuple[Tensor, Tensor]:
+        rows = self.logits.all_rows
+        return rows, torch.ones(len(rows), dtype=torch.double, device=rows.device)

@@ -8,12 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.flipping.cached_passes import (
-    ReferenceGradient,
-    SampledGradient,
-    bytes_each,
-    mean_output,
-)
+from engine.flipping.cached_passes import ReferenceGradient, bytes_each, mean_output
+from engine.flipping.estimates import SampledGradient
 from engine.flipping.gates import Gates
 from engine.training.devices import free_memory
 from models.dropout import examples
@@ -37,7 +33,7 @@ class Candidate:
 
 
 def best_gates(score: Tensor, closed: Sequence[Sequence[int]]) -> list[int]:
-    """For each row of scores the open gate of the highest; the lowest number among equals."""
+    """Return, for each row of scores, the open gate with the highest; the first among equals."""
     pairs = [(row, number) for row, numbers in enumerate(closed) for number in numbers]
     rows, numbers = torch.tensor(pairs, dtype=torch.long, device=score.device).view(-1, 2).T
     score = score.index_put((rows, numbers), score.new_tensor(-torch.inf))

@@ -50,10 +50,10 @@ class KeptTable:
                 yield cls(source.with_suffix(".csv"), settings)
 
     def differences(self, current: Mapping[str, object] | None) -> dict[str, object]:
-        """Return the settings that `current` does not have, or has with another value."""
-        absent = object()
+        """Return the values of all settings that differ; None for one that this table lacks."""
         current = current or {}
-        return {k: v for k, v in self.settings.items() if current.get(k, absent) != v}
+        keys = {**self.settings, **current}
+        return {k: self.settings.get(k) for k in keys if self.settings.get(k) != current.get(k)}
 
 
 def keep_aside(source: Path, settings: Mapping[str, object], *tables: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.flipping import cached_passes
-from engine.flipping.cached_passes import Correctness, ReferenceGradient, SampledGradient
+from engine.flipping.cached_passes import Correctness, ReferenceGradient
 from engine.flipping.gates import Gates
 from models.folding import folded
 from tests.flipping_problems import EVERYTHING, Problem
@@ -48,7 +48,7 @@ def test_what_was_kept_is_let_go_of_at_once():
         correct = Correctness(model, gates, problem.images, problem.label, EVERYTHING)
         kept = [weakref.ref(reference), weakref.ref(correct)]
         reference.of([3])
-        correct.of(frozenset({3}))
+        correct.accuracy({3})
         gc.disable()
         try:
             del reference, correct
@@ -93,12 +93,10 @@ def test_accuracy_on_the_remaining_examples(name, memory):
             slow = SlowNeurons(fresh, name, "activation")
             for gate in closed:
                 slow.close(gate)
-            correct = correctness.of(frozenset(closed))
-            seen.add(int(correct.sum()))
+            seen.add(correctness.accuracy(closed))
             for row in (0, 35):
-                kept = torch.arange(40) != row
                 expected = slow.accuracy(problem.images, problem.label, row)
-                assert correct[kept].double().mean().item() == pytest.approx(expected)
+                assert correctness.accuracy(closed, row) == pytest.approx(expected)
         assert len(seen) > 2
 
 
@@ -155,59 +153,3 @@ def test_the_bytes_of_a_pass_are_those_that_its_graph_saved(name):
         expected = sum(count for place, count in found.items() if place not in own)
         del output, taps
         assert cached_passes.bytes_each(model, gates, images) == expected
-
-
-def sampled(problem: Problem, gates: Gates, rows: int) -> SampledGradient:
-    model, (images, label) = problem.model, problem.reference
-    return SampledGradient(model, gates, images, label, EVERYTHING, None, rows)
-
-
-def test_a_large_sample_has_the_gradient_of_the_whole_batch():
-    problem = Problem("resnet9")
-    with Gates(problem.model) as gates:
-        reference = ReferenceGradient(problem.model, gates, *problem.reference, EVERYTHING)
-        closed = [gates.count - 2, 3, 40, gates.count - 9, 7, 90]
-        for k in range(len(closed) + 1):
-            exact = reference.of(closed[:k])
-            found = sampled(problem, gates, 100_000).of(closed[:k])
-            torch.testing.assert_close(found.double(), exact.double(), rtol=1e-2, atol=1e-4)
-
-
-def test_a_sample_takes_the_examples_with_the_largest_errors_and_weights_them():
-    problem = Problem("resnet9")
-    closed = [3, 40]
-    with Gates(problem.model) as gates:
-        reference = sampled(problem, gates, 6)
-        slow = SlowNeurons(copy.deepcopy(problem.model), "resnet9", "activation")
-        for gate in closed:
-            slow.close(gate)
-        images, label = problem.reference
-        probability = slow.averaged(images).softmax(1).detach()
-        error = [
-            sum(abs(float(p) - (c == int(y))) for c, p in enumerate(row))
-            for row, y in zip(probability, label)
-        ]
-        n, share = len(label), [e / sum(error) * 0.9 + 0.1 / len(error) for e in error]
-        expected, below, row = {}, 0.0, 0
-        for step in range(6):
-            while below + share[row] < (step + 0.5) / 6:
-                below += share[row]
-                row += 1
-            expected[row] = expected.get(row, 0) + 1 / (6 * n * share[row])
-        rows, weight = reference._draw(frozenset(closed))
-        found = dict(zip(rows.tolist(), weight.tolist()))
-        assert found == pytest.approx(expected, rel=1e-4)
-        assert len(found) > 1
-
-
-def test_samples_are_redrawn_after_every_fourth_gate_only(monkeypatch):
-    problem, drawn = Problem("resnet9"), []
-    draw = SampledGradient._draw
-    monkeypatch.setattr(
-        SampledGradient, "_draw", lambda self, closed: (drawn.append(closed), draw(self, closed))[1]
-    )
-    with Gates(problem.model) as gates:
-        reference = sampled(problem, gates, 6)
-        for k in range(9):
-            reference.of(range(k))
-    assert drawn == [frozenset(range(k)) for k in (0, 4, 8)]
