@@ -309,10 +309,15 @@ def train(run: Run, device: torch.device) -> None:
     split = load_split(run.config).to(device)
     model = make_model(run.config, split).to(device)
     train_run(run, split, model, device)
-    if (dropout := run.config.dropout).kind != "none":  # what Figure 6 needs of a network's code
-        places = find_places(model, dropout.sites, normalize(split.images[:2]))
-        rows = [{"site": name, "channels": place.channels} for name, place in places.items()]
-        DROPOUT_SITES.write(run.directory, rows)
+
+
+def write_sites(run: Run, device: torch.device) -> None:
+    """Write where a finished run has dropout: what Figure 6 needs of a network's code."""
+    split = load_split(run.config).to(device)
+    model = make_model(run.config, split).to(device)
+    places = find_places(model, run.config.dropout.sites, normalize(split.images[:2]))
+    rows = [{"site": name, "channels": place.channels} for name, place in places.items()]
+    DROPOUT_SITES.write(run.directory, rows)
 
 
 def dropout_title(config: Config) -> str:
@@ -340,6 +345,8 @@ def measure(run: Run) -> None:
         train(run, device)
     restore_results(run)
     run.discard(run.resumable_epochs())
+    if run.config.dropout.kind != "none" and not DROPOUT_SITES.path(run.directory).exists():
+        write_sites(run, device)
     if not all(measurement.finished for measurement in measurements(run)):
         measure_tables(run, device)
 

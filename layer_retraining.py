@@ -97,7 +97,7 @@ def compute_retraining(
         accuracy = mean_by_subset(outcome.correct, split.memorized, "acc")
         accuracy["acc_train"] = accuracy.pop("acc_total")
         yield {"group": group.index, "epoch": epoch} | accuracy
-        perfect = perfect + 1 if accuracy["acc_clean"] == 1 else 0
+        perfect = perfect + 1 if epoch > 0 and accuracy["acc_clean"] == 1 else 0
         if perfect == config.retraining.patience:
             return
 

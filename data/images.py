@@ -6,7 +6,9 @@ Images stay uint8, a quarter of the memory of floats; batches normalize them.
 import contextlib
 import difflib
 import io
+import os
 import socket
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -182,8 +184,9 @@ def _load_published(name: str, root: Path) -> Dataset:
     missing = source.missing(root)
     try:
         with _considerate_network():
-            train = _read_half(name, root, True, download=bool(missing))
-            test = _read_half(name, root, False, download=bool(missing))
+            if missing:
+                _download(name, root, source)
+            train, test = (_read_half(name, root, train) for train in (True, False))
     except ModuleNotFoundError:
         raise  # SVHN without scipy is a broken installation, not a broken file
     except Exception as error:  # torchvision raises nearly anything when a file is damaged
@@ -199,8 +202,23 @@ def _load_published(name: str, root: Path) -> Dataset:
     return Dataset(name, *train, *test, source.class_names)
 
 
+def _download(name: str, root: Path, source: _Published) -> None:
+    """Download all files into a folder of their own, and take over the missing ones.
+
+    torchvision extracts whole archives, and would replace the other files too.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as folder:
+        for train in (True, False):
+            _read_half(name, Path(folder), train, download=True)
+        for file in source.missing(root):
+            path = Path(source.folder, file)
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(Path(folder) / path, root / path)
+
+
 def _read_half(
-    name: str, root: Path, train: bool, download: bool
+    name: str, root: Path, train: bool, download: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Read training or test images uint8 NCHW and labels int64, through torchvision."""
     from torchvision import datasets as published  # takes more than a second to import

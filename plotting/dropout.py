@@ -14,7 +14,9 @@ from engine.runs.tables import DROPOUT_SITES
 from engine.training.build import load_split_at_hand, make_model
 from example_tied_dropout import FORGOTTEN
 from models import network_file
+from models.any_network import example_images
 from models.dropout import ExampleTiedDropout, tied_layers
+from models.dropout_places import find_places
 from plotting.examples import draw_sheets
 from plotting.families import Family
 from plotting.figure_kind import FigureKind
@@ -34,7 +36,8 @@ def remake_layers(family: Family, split: Split) -> dict[str, ExampleTiedDropout]
         if network_file(family.config.model.name) is not None:
             raise DataError(f"{directory}: has no {DROPOUT_SITES.name}, as of an earlier version")
         model = make_model(family.config, split, proof=False)
-        return dict(zip(model.dropout_sites(own.sites), tied_layers(model)))
+        places = find_places(model, own.sites, example_images(split.shape[0], split.shape[1:], 2))
+        return dict(zip(places, tied_layers(model)))
     n = int(split.index.max()) + 1
     return {
         row["site"]: ExampleTiedDropout(

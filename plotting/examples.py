@@ -21,8 +21,8 @@ PITCH, ROOM = 1.15, 0.5  # in images: from one to the next, and for a caption ab
 def choose_shown(split: Split, kind: str) -> list[tuple[str, np.ndarray]]:
     """Two halves of a sheet, each with its heading and its rows of the split.
 
-    Where typicality is known: the most and the least typical. Else: clean examples and memorized
-    ones, the first of each.
+    Of atypical examples: the least and the most typical ones. Else: the first memorized examples
+    and the first clean ones.
     """
     count = ACROSS * DOWN
     memorized = split.memorized.cpu().numpy()

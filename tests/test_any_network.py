@@ -13,6 +13,7 @@ import layer_retraining
 import layer_rewinding
 import neuron_flipping
 import plot_results
+import reproduce
 from engine.config.load import load_configs
 from engine.launch.cli import run_script
 from engine.runs import files
@@ -196,6 +197,18 @@ def test_an_edited_network_is_another_run_and_a_moved_one_is_not(mine):
     assert the_run(mine, "model.name=elsewhere/mine.py:make").identity == before
     Path("nets/mine.py").write_text(FILE + "\n")
     assert identity_of(the_run(mine).config) != before
+
+
+def test_a_network_with_options_through_reproduce_and_before_and_after_an_edit(mine, capsys):
+    """Options are part of keys; a file's digest is a setting that no configuration has."""
+    overrides = ["model.options={width: 5}", "experiments=[rewinding]"]
+    assert reproduce.main([str(mine), "--dry-run", *overrides]) == 0
+    assert run(gradient_accounting, mine, *overrides) == 0
+    Path("nets/mine.py").write_text(FILE + "\n")
+    assert run(gradient_accounting, mine, *overrides) == 0
+    capsys.readouterr()
+    assert plot_results.main(["runs", "--figure", "2", "--format", "png"]) == 0
+    assert capsys.readouterr().out.endswith(".png\n")
 
 
 def test_a_directory_that_holds_a_network_asks_for_trust(mine, capsys):

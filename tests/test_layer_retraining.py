@@ -269,6 +269,9 @@ def test_patience_ends_a_group_early(finished, monkeypatch):
     assert [row["acc_clean"] for row in setting.retrain()] == [0.5, 1.0, 0.9, 1.0, 1.0]
     perfect = iter([1.0] * 7)
     assert len(Setting(at(finished, "retraining.epochs=6"), 0).retrain()) == 7
+    perfect = iter([1.0] * 7)
+    setting = Setting(at(finished, "retraining.epochs=6", "retraining.patience=1"), 0)
+    assert len(setting.retrain()) == 2, "the reset layer's accuracy is no epoch's"
 
 
 # ---------------------------------------------------------------- mistakes

@@ -203,6 +203,13 @@ def names(*words: str) -> Kind:
     return Kind(f"one of {', '.join(words)}, or {listed}" if words else listed, parse, words)
 
 
+class Options(dict):
+    """Names and plain values; hashable, as the configuration that holds them is a key of caches."""
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+
 def mapping() -> Kind:
     """Names and plain values, such as {groups: 4}, in the order of the names."""
 
@@ -211,11 +218,11 @@ def mapping() -> Kind:
             return all(map(plain, value))
         return value is None or isinstance(value, (bool, int, float, str))
 
-    def parse(value: object) -> dict[str, object]:
+    def parse(value: object) -> Options:
         _require(isinstance(value, dict))
         _require(all(isinstance(key, str) and key.isidentifier() for key in value))
         _require(all(map(plain, value.values())))
-        return dict(sorted(value.items()))
+        return Options(sorted(value.items()))
 
     return Kind("names and plain values, such as {groups: 4}", parse)
 

@@ -96,6 +96,7 @@ class Holder:
     @classmethod
     def of(cls, path: Path) -> "Holder | None":
         """Read a lock's file; without a pid if it is damaged, or is being written right now."""
+        seen = 0.0
         try:
             seen = path.stat().st_mtime
             found = cls(**json.loads(path.read_bytes()), seen=seen) if path.is_file() else None

@@ -100,7 +100,7 @@ def load_split_at_hand(config: Config) -> Split:
 def load_typicality(config: Config, split: Split) -> Tensor | None:
     """Return each training example's typicality; None where that needs a download."""
     data = config.data
-    if split.typicality is not None:
+    if split.typicality is not None and (data.c_scores is None or data.split == "atypical"):
         return split.typicality
     if data.c_scores is None and not c_scores_at_hand(data.name, data.root):
         return None

@@ -18,7 +18,7 @@ SHARED_BY = "MEMORY_SHARED_BY"  # environment variable: how many processes compu
 
 
 def resolve_device(config: Config) -> torch.device:
-    """Return the device that auto, cpu or cuda names; it must exist."""
+    """Return the device that auto, cpu or cuda names; it must exist, and be able to measure."""
     name = config.device
     if name == "cuda" and not torch.cuda.is_available():
         problem = gpu_problem()
@@ -26,13 +26,19 @@ def resolve_device(config: Config) -> torch.device:
             "device: 'cuda' is not allowed: this machine has no usable GPU; use cpu"
             + (f" ({problem})" if problem else "")
         )
-    return torch.device(device_type(name))
+    device = torch.device(device_type(name))
+    _require_has(device, "measure_precision", config.measure_precision)
+    return device
 
 
 def require_precision(config: Config, device: torch.device) -> None:
     """Refuse to train in a precision that the device does not have."""
-    if device.type == "cpu" and config.precision == "tf32":
-        raise UserError("precision: 'tf32' is not allowed: a CPU has none; use fp32 or bf16")
+    _require_has(device, "precision", config.precision)
+
+
+def _require_has(device: torch.device, key: str, precision: str) -> None:
+    if device.type == "cpu" and precision == "tf32":
+        raise UserError(f"{key}: 'tf32' is not allowed: a CPU has none; use fp32 or bf16")
 
 
 def describe_computing(configs: Sequence[Config]) -> str:

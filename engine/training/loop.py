@@ -213,7 +213,8 @@ def _require_finite_weights(
     model: nn.Module, epoch: int, position: Position, steps: int, train: TrainConfig
 ) -> None:
     """Refuse to save weights that the last step made infinite, while its loss was still finite."""
-    worst = max(parameter.detach().abs().max().item() for parameter in model.parameters())
+    largest = [parameter.detach().abs().max() for parameter in model.parameters()]
+    worst = torch.stack(largest).max().item()  # NaN if any is; Python's max would lose it
     if not math.isfinite(worst):
         raise diverged(worst, epoch, position.done - 1, steps, train, name="largest weight")
 

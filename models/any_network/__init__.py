@@ -44,9 +44,9 @@ def build_network(
     options: Mapping[str, object] | None = None,
     proof: bool = True,
 ) -> StagedModel:
-    """Return the network of this name as a proven chain, on the CPU, in training mode.
+    """Return the network of this name as a verified chain, on the CPU, in training mode.
 
-    The weights are drawn from torch's global generator; the proof leaves its state as it is.
+    The weights are drawn from torch's global generator; the check leaves its state as it is.
     """
     network = load_network(name, channels, classes, image_size, options or {})
     try:
@@ -64,8 +64,8 @@ def as_chain(
 ) -> StagedModel:
     """Return the network as a chain of stages; a StagedModel is one already.
 
-    Three or more images are needed for the proof. It takes a few passes with gradients: a network
-    that was proven before its training need not be proven again before each measurement.
+    Three or more images are needed for the check. It takes a few passes with gradients: a network
+    that was verified before its training need not be verified again before each measurement.
     """
     require_classifier(network, images[: SIZES[0]], classes)
     if isinstance(network, StagedModel):

@@ -13,7 +13,7 @@ from plotting.families import Family
 from plotting.figure_kind import FigureKind
 from plotting.style import COLORS, COLUMN, PAGE, entitle, names_of
 
-PAPER_AUC = {"neurons": 0.89, "learning_time": 0.87, "forgetting_time": 0.93}  # Section 6.1
+PAPER_AUC = {"neurons": 0.89, "learning time": 0.87, "forgetting time": 0.93}  # Section 6.1
 CURVES = ("neurons", "learning_time", "forgetting_time", "summed_loss", "aum", "prediction_depth")
 CURVE_COLORS = ("#000000", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00")
 
@@ -123,8 +123,8 @@ def _draw_areas(axes: Axes, family: Family, on: str) -> None:
     names = sorted((n for n in SCORES if np.isfinite(of[n]).any()), key=lambda n: np.mean(of[n]))
     for place, name in enumerate(names):
         axes.plot(of[name], [place] * len(of[name]), "o", color=COLORS["clean"])
-        if name in PAPER_AUC:
-            axes.plot(PAPER_AUC[name], place, "D", color=COLORS["noisy"], fillstyle="none")
+        if paper := PAPER_AUC.get(readable(name)):
+            axes.plot(paper, place, "D", color=COLORS["noisy"], fillstyle="none")
     axes.plot([], [], "o", color=COLORS["clean"], label="ours")
     axes.plot([], [], "D", color=COLORS["noisy"], fillstyle="none", label="paper, CIFAR-10")
     axes.axvline(0.5, color="0.7", lw=0.6, zorder=0)

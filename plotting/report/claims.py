@@ -14,10 +14,11 @@ from gradient_accounting import ACCOUNTS
 from layer_retraining import RETRAINING
 from layer_rewinding import REWINDING
 from neuron_flipping import DETECTION, FLIPPING
+from plotting.beyond.scores import PAPER_AUC
 from plotting.families import Family
 from plotting.report import headline_numbers
 from plotting.report.headline_numbers import Values
-from plotting.report.tables import PAPER_AUC, PAPER_TABLE_3
+from plotting.report.tables import PAPER_TABLE_3
 
 
 @dataclass(frozen=True)

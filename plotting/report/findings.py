@@ -70,6 +70,8 @@ def _judge(claim: Claim, family: Family) -> Finding:
 def _trends(claim: Claim, families: Sequence[Family]) -> Iterator[Finding]:
     """Yield rank correlations of the measure with the claim's setting, for every common seed."""
     measured = [part for family in families if (part := family.having(claim.source))]
+    # A noise rate of 0 leaves nothing to measure, and no place in a trend.
+    measured = [family for family in measured if np.isfinite(claim.measure(family)).any()]
     for group in families_over(claim.over, measured):
         settings = [setting_of(family, claim.over) for family in group]
         each = [

@@ -271,7 +271,12 @@ def _chapter(
 
 
 def _runs_of(name: str, families: Sequence[Family]) -> list[Path]:
-    chosen = [f for f in families if (f.config.dropout.kind != "none") == (name == "dropout")]
+    """Return the runs that a script measures: of beyond/, those that it has measured."""
+    experiment = load_experiments()[name]
+    if experiment.section:  # the paper's
+        chosen = [f for f in families if (f.config.dropout.kind != "none") == (name == "dropout")]
+    else:
+        chosen = [f for f in families if any(f.having(table.name) for table in experiment.tables)]
     return [run.directory for family in chosen for run in family.runs]
 
 

@@ -37,7 +37,7 @@ def table_networks(families: Sequence[Family], findings: Sequence[Finding]) -> T
 def _training(family: Family) -> Hashable:
     """Return what decides a family's training, except dropout and what is accounted."""
     config = family.config
-    return config.data, repr(config.model), replace(config.train, account_gradients=True)
+    return config.data, config.model, replace(config.train, account_gradients=True)
 
 
 def _apart(titles: Sequence[str]) -> list[str]:

@@ -1,11 +1,12 @@
 import hashlib
 import pickle
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from scipy.io import savemat
-from torchvision.datasets import CIFAR10, SVHN
+from torchvision.datasets import CIFAR10, MNIST, SVHN
 
 from data import DataError, file_digest, load_dataset
 
@@ -112,6 +113,26 @@ def test_one_missing_file_is_named(mnist_root):
     (mnist_root / "MNIST/raw/t10k-labels-idx1-ubyte").unlink()
     with pytest.raises(DataError, match="t10k-labels-idx1-ubyte is not there"):
         load_dataset("mnist", root=mnist_root)
+
+
+def test_a_download_replaces_no_file_that_is_there(mnist_root, tmp_path_factory, monkeypatch):
+    """torchvision would extract all four again."""
+    published = tmp_path_factory.mktemp("published")
+    shutil.copytree(mnist_root / "MNIST", published / "MNIST")
+    own = mnist_root / "MNIST/raw"
+    labels = idx_file(np.full(10, 7))
+    (own / "t10k-labels-idx1-ubyte").write_bytes(labels)
+    (own / "train-labels-idx1-ubyte").unlink()
+
+    def download(self):
+        shutil.copytree(published / "MNIST/raw", self.raw_folder, dirs_exist_ok=True)
+
+    monkeypatch.setattr(MNIST, "download", download)
+    dataset = load_dataset("mnist", root=mnist_root)
+    assert dataset.label.tolist() == [i % 10 for i in range(30)]
+    assert set(dataset.test_label.tolist()) == {7}
+    assert (own / "t10k-labels-idx1-ubyte").read_bytes() == labels
+    assert [path.name for path in mnist_root.iterdir()] == ["MNIST"]
 
 
 @pytest.mark.parametrize("size", [0, 3, 10, 5000])

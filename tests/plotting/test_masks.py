@@ -1,5 +1,6 @@
 """Figure 6 shows the masks that a run was trained with, of runs of earlier versions too."""
 
+import pytest
 import torch
 
 import example_tied_dropout
@@ -10,8 +11,10 @@ from plotting.dropout import remake_layers
 from plotting.families import find_families
 
 
-def test_a_run_without_a_table_of_sites_shows_the_same_masks(tiny, tmp_path):
+@pytest.mark.parametrize("sites", ["blocks", "[conv8, conv1]"])
+def test_a_run_without_a_table_of_sites_shows_the_same_masks(tiny, tmp_path, sites):
     own = ("model.width=0.1", "dropout.kind=example_tied", "dropout.forget_draws=1")
+    own += (f"dropout.sites={sites}",)
     run = Run.of(example_tied_dropout.without_accounting(tiny(*own, "train.epochs=2")))
     example_tied_dropout.EXPERIMENT.main(run)
     (family,) = find_families([tmp_path / "runs"])
@@ -23,3 +26,5 @@ def test_a_run_without_a_table_of_sites_shows_the_same_masks(tiny, tmp_path):
     for site, layer in found.items():
         assert torch.equal(layer.masks, expected[site].masks)
         assert layer.generalization == expected[site].generalization
+    example_tied_dropout.EXPERIMENT.main(run)
+    assert DROPOUT_SITES.path(run.directory).exists()

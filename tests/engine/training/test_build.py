@@ -5,18 +5,19 @@ import shlex
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import gradient_accounting
-from data import DataError
+from data import DataError, load_dataset
 from engine.errors import UserError
 from engine.runs import locking
 from engine.runs.locking import FILE_NAME as CLAIM
 from engine.runs.locking import holder_of
 from engine.runs.run import Run
 from engine.training import build, loop
-from engine.training.build import load_final_model, load_split
+from engine.training.build import load_final_model, load_split, load_typicality
 
 CPU = torch.device("cpu")
 
@@ -44,6 +45,18 @@ def test_one_process_downloads_and_others_wait(tiny, tmp_path, monkeypatch):
     with pytest.raises(DataError):
         load_split(config)
     assert seen[2].pid == os.getpid(), "it waited"
+
+
+def test_scores_of_a_file_come_before_the_data_sets_own(tiny, tmp_path):
+    """Except in an atypical split, which they have chosen already."""
+    split = load_split(tiny())
+    assert torch.equal(load_typicality(tiny(), split), split.typicality)
+    dataset = load_dataset("glyphs", train_size=150, test_size=40)
+    scores = np.linspace(0, 1, 150)
+    np.savez(tmp_path / "own.npz", labels=dataset.label.numpy(), scores=scores)
+    config = tiny(f"data.c_scores={tmp_path / 'own.npz'}")
+    found = load_typicality(config, load_split(config))
+    assert found.tolist() == scores[split.index.numpy()].tolist()
 
 
 def complaint(run: Run) -> str:

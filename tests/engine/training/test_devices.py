@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 
 import gradient_accounting
+from engine.errors import UserError
 from engine.runs.run import Run
 from engine.runs.tables import HISTORY
-from engine.training.devices import compute_precision
+from engine.training.devices import compute_precision, resolve_device
 
 RUN = ("data.train_size=300", "data.test_size=300", "model.width=0.1", "train.epochs=8",
        "train.peak_epoch=2")  # fmt: skip
@@ -57,6 +58,12 @@ def rounding(precision: str, device: str) -> float:
     with compute_precision(precision, device):
         found = F.conv2d(image, kernel).flatten(2) @ matrix
     return ((found.double() - exact).abs() / exact).max().item()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may have tf32")
+def test_a_cpu_measures_nothing_in_tf32(tiny):
+    with pytest.raises(UserError, match="measure_precision: 'tf32' is not allowed: a CPU has none"):
+        resolve_device(tiny("measure_precision=tf32"))
 
 
 def test_rounding_on_the_cpu():

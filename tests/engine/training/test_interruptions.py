@@ -6,13 +6,16 @@ import signal
 
 import pytest
 import torch
+from torch import nn
 
 import gradient_accounting
+from engine.config.schema import TrainConfig
 from engine.errors import RunFailed, UserError
 from engine.runs import files
 from engine.runs.run import Run
 from engine.runs.stopping import Terminated, ending_on_signals
 from engine.training import epoch as one_epoch
+from engine.training import loop
 from tests.killing import killed_after_epoch, killed_at_write
 
 
@@ -192,6 +195,14 @@ def test_a_signal_after_a_loss_that_is_no_number_saves_nothing(
     send_signal_at(run, monkeypatch, signal_at, said=said)
     assert run.state == "interrupted after epoch 1"
     assert not run.within_path.exists()
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_one_weight_that_is_no_number_is_enough(place):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    [*model.parameters()][place].data[-1] = math.nan
+    with pytest.raises(one_epoch.Diverged, match="the largest weight became nan"):
+        loop._require_finite_weights(model, 1, one_epoch.Position(2, {}), 5, TrainConfig())
 
 
 def test_a_rate_that_is_far_too_high_stops_the_run(tiny):

@@ -1,5 +1,6 @@
 """Claims: every measure against a slow look at the same files, and verdicts by their rules."""
 
+import math
 import statistics
 
 import numpy as np
@@ -289,6 +290,20 @@ def test_a_trend_is_over_runs_that_differ_in_nothing_else(tiny_file):
     assert found["dropout.clean_over_p_gen"].verdict == "agrees"
     assert found["dropout.noisy_over_p_gen"].values == (pytest.approx(-1), pytest.approx(1))
     assert found["dropout.noisy_over_p_gen"].verdict == "1 of 2 seeds agree"
+
+
+def test_a_noise_rate_of_zero_takes_no_part_in_a_trend(tiny):
+    def family(rate: float) -> Family:
+        run = planted(tiny, 0, f"data.noise_rate={rate}")
+        rows = rows_of(run, "gradient_accounting.csv")
+        rows = [row | {"norm_noisy": rate * float(row["norm_clean"]) or math.nan} for row in rows]
+        files.write_csv(run.directory / "gradient_accounting.csv", ACCOUNTS, rows)
+        return Family(run.directory.parent, (run,))
+
+    families = [family(rate) for rate in (0, 0.1, 0.2, 0.3)]
+    (finding,) = (f for f in find(families) if f.claim.over == "data.noise_rate")
+    assert finding.values == (pytest.approx(1),)
+    assert finding.about == "data.noise_rate from 0.1 to 0.3"
 
 
 def test_stability_is_over_all_choices_of_trainings(family):

@@ -20,8 +20,9 @@ import plot_results
 from engine.config.load import load_configs
 from engine.runs.provenance import REPOSITORY
 from engine.runs.run import Run
+from plotting.families import find_families
 from plotting.figures import Drawing, figure_kinds
-from plotting.report.html import _figures
+from plotting.report.html import _figures, _runs_of
 from tests.conftest import TINY
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
@@ -118,6 +119,19 @@ def test_results_can_be_kept_apart_from_their_runs(folder, tmp_path, capsys):
         assert str(tmp_path.parent) not in json.dumps(source), "no path of this machine"
     assert (kept / "summary.json").read_bytes() == (folder / "summary.json").read_bytes()
     assert list((kept / "figures").glob("*/gradient_norms.png"))
+
+
+def test_each_chapter_names_the_runs_that_its_script_measures(folder):
+    families = find_families([folder])
+    of = {family.config.dropout.kind: family.runs[0].directory for family in families}
+    plain, tied = of["none"], of["example_tied"]
+    assert _runs_of("rewinding", families) == [plain]
+    assert _runs_of("dropout", families) == [tied]
+    assert _runs_of("planted", families) == []
+    table = tied / "planted_memorization.csv"
+    table.write_text("")
+    assert _runs_of("planted", families) == [tied]
+    table.unlink()
 
 
 def test_it_lists_every_deviation_of_the_docs(page):
