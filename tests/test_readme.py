@@ -149,7 +149,9 @@ def test_the_disagreements_in_the_readme_are_those_of_the_kept_summaries():
     (text,) = re.findall(r"Disagreements remain: (.*?)\[All", README.read_text("utf-8"), re.DOTALL)
     area = kept_claim("cifar10_jpeg_50000_half_width", "flipping.auc_neurons")
     layers = kept_claim("mnist_4000", "retraining.layers")
-    assert area["verdict"] == layers["verdict"] == "differs"
+    rewound = kept_claim("paper_size", "rewinding.most_layers")
+    assert area["verdict"] == layers["verdict"] == rewound["verdict"] == "differs"
+    assert text.startswith(f"at the paper's size {rewound['mean']:.1%} of the layers")
     assert f"AUC of {area['mean']:.2f} (paper: {area['paper']})" in text
     assert f"{layers['mean']:.1%} of the layers" in text
 

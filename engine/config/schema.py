@@ -339,8 +339,8 @@ class Config:
     experiments: str | tuple[str, ...] = option(
         "all",
         some_of(*list(EXPERIMENTS)[1:]),
-        "measurements that reproduce.py makes after training; all: rewinding, retraining, flipping, "
-        "dropout",
+        "measurements that reproduce.py makes after training; all: rewinding, retraining, "
+        "flipping, dropout",
     )
     device: str = option("auto", one_of("auto", "cpu", "cuda"), "auto: the GPU if there is one")
     precision: str = option(
