@@ -288,7 +288,7 @@ class Correctness:
         """Return the accuracy on all images, or on all but the one in this place."""
         rows, weight, correct = self._known(frozenset(closed))
         weight = weight * (rows != (-1 if without is None else without))
-        return float(weight @ correct / weight.sum())
+        return min(1.0, float(weight @ correct / weight.sum()))  # but for rounding, at most 1
 
     def _compute(self, closed: frozenset[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Return rows, their weights and, as 0 or 1, whether each is correct."""
