@@ -311,10 +311,10 @@ def train(run: Run, device: torch.device) -> None:
     train_run(run, split, model, device)
 
 
-def write_sites(run: Run, device: torch.device) -> None:
+def write_sites(run: Run) -> None:
     """Write where a finished run has dropout: what Figure 6 needs of a network's code."""
-    split = load_split(run.config).to(device)
-    model = make_model(run.config, split).to(device)
+    split = load_split(run.config)
+    model = make_model(run.config, split, proof=False)  # the training has verified it
     places = find_places(model, run.config.dropout.sites, normalize(split.images[:2]))
     rows = [{"site": name, "channels": place.channels} for name, place in places.items()]
     DROPOUT_SITES.write(run.directory, rows)
@@ -345,10 +345,10 @@ def measure(run: Run) -> None:
         train(run, device)
     restore_results(run)
     run.discard(run.resumable_epochs())
-    if run.config.dropout.kind != "none" and not DROPOUT_SITES.path(run.directory).exists():
-        write_sites(run, device)
     if not all(measurement.finished for measurement in measurements(run)):
-        measure_tables(run, device)
+        measure_tables(run, device)  # refuses damaged files, before anything is written
+    if run.config.dropout.kind != "none" and not DROPOUT_SITES.path(run.directory).exists():
+        write_sites(run)
 
 
 def summarize(run: Run) -> str:

@@ -33,7 +33,7 @@ from torch import nn
 
 from data import Split, normalize
 from engine.config.schema import Config
-from engine.flipping.cached_passes import Logits, ReferenceGradient
+from engine.flipping.cached_passes import Correctness, ReferenceGradient
 from engine.flipping.gates import Gates
 from engine.launch.estimates import random_images
 from engine.machine import default_precision
@@ -275,18 +275,16 @@ def flipping(device: torch.device) -> Rows:
             images = normalize(split.images[few])[:, None].expand(-1, 5, -1, -1, -1)
             memory = free_memory(device) / 3
             pieces = {
-                "reference gradient": partial(
-                    ReferenceGradient, model, gates, images, split.label[few], memory
+                "reference gradient": (
+                    ReferenceGradient, ReferenceGradient.of, images, split.label[few]
                 ),
-                "accuracy": partial(
-                    Logits, model, gates, split.images, memory
-                ),
+                "accuracy": (Correctness, Correctness.accuracy, split.images, split.label),
             }  # fmt: skip
-            for name, make in pieces.items():
+            for name, (make, ask, *batch) in pieces.items():
                 peak_memory(device)
-                piece = make()
-                piece.of(frozenset())
-                new = [partial(piece.of, frozenset({gate})) for gate in range(3)]
+                piece = make(model, gates, *batch, memory)
+                ask(piece, frozenset())
+                new = [partial(ask, piece, frozenset({gate})) for gate in range(3)]
                 times = [timed(work, device)[0] for work in new]  # a set is computed once
                 yield f"{name} {precision}", {"seconds": min(times), "GiB": peak_memory(device)}
 

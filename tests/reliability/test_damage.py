@@ -173,7 +173,7 @@ def all_cases(runs: Runs) -> list[tuple]:
 
 def test_some_damage(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(Bomb, "trace", tmp_path / "executed")
-    cases = random.Random(0).sample(all_cases(runs), 15)
+    cases = random.Random(0).sample(all_cases(runs), 25)
     results = [check(runs, *case, tmp_path) for case in cases]
     assert {"refused", "not needed", "made again"} == set(results)
 

@@ -186,9 +186,9 @@ def test_many_at_once_lose_no_count(other, tmp_path):
     (tmp_path / "run").rename(tmp_path / "folder")
     other.send_signal(signal.SIGKILL)
     other.wait()
-    processes = [start(COUNT, counter, 20) for _ in range(3)]
-    assert [process.wait(timeout=240) for process in processes] == [0] * 3
-    assert counter.read_text() == "60"
+    processes = [start(COUNT, counter, 40) for _ in range(4)]
+    assert [process.wait(timeout=240) for process in processes] == [0] * 4
+    assert counter.read_text() == "160"
 
 
 def test_only_what_the_dead_holder_was_writing_is_removed(other, tmp_path):
