@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import Split, normalize
+from data import Examples, Split, normalize
 from data.random_streams import random_stream
 from engine.flipping.estimates import correctness, reference_gradient
 from engine.flipping.gates import Gates
@@ -128,30 +128,30 @@ def compute_flipping(
         image = normalize(split.images[row])
         return noisy_copies(image, int(split.index[row]), seed, copies, settings.noise_ratio)
 
-    copies, others = settings.noise_copies, settings.reference_copies or settings.noise_copies
     drawn_by = seed if reference_seed is None else reference_seed
-    of_reference = draw_rows("flipping reference", drawn_by, split.n, settings.reference_batch)
-    of_reference = of_reference.to(device)
-    reference_images = torch.stack([copies_of(row, others) for row in of_reference.tolist()])
-    of_remaining = draw_rows("flipping remaining", seed, split.n, settings.remaining).to(device)
-    of_test = draw_rows("flipping test", seed, len(split.test_label), half(settings.remaining))
-    of_test = of_test.to(device)
+    rows_of_reference = draw_rows(
+        "flipping reference", drawn_by, split.n, settings.reference_batch
+    ).to(device)
+    kept = draw_rows("flipping remaining", seed, split.n, settings.remaining).to(device)
+    tested = draw_rows("flipping test", seed, len(split.test_label), half(settings.remaining))
+    tested = tested.to(device)
+
+    copies = settings.noise_copies
+    reference_copies = settings.reference_copies or copies
+    reference = Examples(
+        torch.stack([copies_of(row, reference_copies) for row in rows_of_reference.tolist()]),
+        split.label[rows_of_reference],
+        split.index[rows_of_reference],
+    )
+    remaining = Examples(split.images[kept], split.label[kept], split.index[kept])
+    test = Examples(split.test_images[tested], split.test_label[tested])
 
     model = folded(model)
     with Gates(model, settings.ablate) as gates:
-        memory = free_memory(device)
-        reference = reference_gradient(
-            model, gates, reference_images, split.label[of_reference], memory / 4,
-            split.index[of_reference], settings.reference_rows,
-        )  # fmt: skip
-        remaining = correctness(
-            model, gates, split.images[of_remaining], split.label[of_remaining], memory / 4,
-            split.index[of_remaining], settings.remaining_rows,
-        )  # fmt: skip
-        test = correctness(
-            model, gates, split.test_images[of_test], split.test_label[of_test], memory / 4,
-            None, half(settings.remaining_rows),
-        )  # fmt: skip
+        memory, sampled = free_memory(device) / 4, settings.remaining_rows
+        gradient = reference_gradient(model, gates, reference, memory, settings.reference_rows)
+        on_remaining = correctness(model, gates, remaining, memory, sampled)
+        on_test = correctness(model, gates, test, memory, half(sampled))
         candidates = (
             Candidate(
                 row, split.label[row], copies_of(row, copies), split.index[row].expand(copies)
@@ -159,9 +159,9 @@ def compute_flipping(
             for row in rows
         )
         chunk = chunk_size(model, gates, copies_of(rows[0], copies))
-        place_of = {row: place for place, row in enumerate(of_remaining.tolist())}
+        place_of = {row: place for place, row in enumerate(kept.tolist())}
         for candidate, flipped in search(
-            model, gates, reference, candidates, chunk, settings.max_neurons,
+            model, gates, gradient, candidates, chunk, settings.max_neurons,
             settings.refresh_reference,
         ):  # fmt: skip
             closed, own = candidate.closed, place_of.get(candidate.row)
@@ -170,10 +170,10 @@ def compute_flipping(
                 "memorized": int(split.memorized[candidate.row]),
                 "neurons": len(candidate.closed),
                 "flipped": int(flipped),
-                "acc_remaining_before": remaining.accuracy((), own),
-                "acc_remaining_after": remaining.accuracy(closed, own),
-                "acc_test_before": test.accuracy(()),
-                "acc_test_after": test.accuracy(closed),
+                "acc_remaining_before": on_remaining.accuracy((), own),
+                "acc_remaining_after": on_remaining.accuracy(closed, own),
+                "acc_test_before": on_test.accuracy(()),
+                "acc_test_after": on_test.accuracy(closed),
                 "groups": " ".join(str(gates.site_of(gate).group) for gate in candidate.closed),
                 "neurons_ids": " ".join(
                     gates.site_of(gate).describe(gate) for gate in candidate.closed

@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from data import Split, normalize
+from data import Examples, Split, normalize
 from engine.config.schema import Config, DropoutConfig, ModelConfig
 from engine.flipping.cached_passes import ReferenceGradient
 from engine.flipping.gates import Gates
@@ -127,12 +127,12 @@ def reference_gradient(model: StagedModel, split: Split) -> Callable[[], object]
     model = folded(model)
     gates = Gates(model)
     with gates:
-        images = normalize(split.images)[:, None]
-        reference = ReferenceGradient(model, gates, images, split.label, memory=0)
+        reference = Examples(normalize(split.images)[:, None], split.label)
+        gradient = ReferenceGradient(model, gates, reference, memory=0)
 
     def compute() -> None:
         with gates:
-            reference._compute(frozenset())
+            gradient._compute(frozenset())
 
     return compute
 

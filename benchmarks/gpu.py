@@ -31,7 +31,7 @@ from common import REPOSITORY, quickstart, timed
 from floors import MATRICES, Counter, bandwidth, matrix_rate
 from torch import nn
 
-from data import Split, normalize
+from data import Examples, Split, normalize
 from engine.config.schema import Config
 from engine.flipping.cached_passes import Correctness, ReferenceGradient
 from engine.flipping.gates import Gates
@@ -166,7 +166,7 @@ def _numbers_of(config: Config, split: Split, device: torch.device) -> dict[str,
     quiet = folded(model)
     with Gates(quiet) as gates:
         images = normalize(part.images[:16])[:, None]
-        reference = ReferenceGradient(quiet, gates, images, part.label[:16], memory=0)
+        reference = ReferenceGradient(quiet, gates, Examples(images, part.label[:16]), memory=0)
         found["gates' scores"] = reference.of(frozenset())
     found["dropout mask"] = ExampleTiedDropout(32, 64, 0.4).to(device).masks.float()
     return {name: value.detach().cpu() for name, value in found.items()}
@@ -273,16 +273,16 @@ def flipping(device: torch.device) -> Rows:
         with compute_precision(precision, device), Gates(model) as gates:
             few = slice(0, size.references)
             images = normalize(split.images[few])[:, None].expand(-1, 5, -1, -1, -1)
+            reference = Examples(images, split.label[few])
+            others = Examples(split.images, split.label)
             memory = free_memory(device) / 3
             pieces = {
-                "reference gradient": (
-                    ReferenceGradient, ReferenceGradient.of, images, split.label[few]
-                ),
-                "accuracy": (Correctness, Correctness.accuracy, split.images, split.label),
-            }  # fmt: skip
-            for name, (make, ask, *batch) in pieces.items():
+                "reference gradient": (ReferenceGradient, ReferenceGradient.of, reference),
+                "accuracy": (Correctness, Correctness.accuracy, others),
+            }
+            for name, (make, ask, given) in pieces.items():
                 peak_memory(device)
-                piece = make(model, gates, *batch, memory)
+                piece = make(model, gates, given, memory)
                 ask(piece, frozenset())
                 new = [partial(ask, piece, frozenset({gate})) for gate in range(3)]
                 times = [timed(work, device)[0] for work in new]  # a set is computed once

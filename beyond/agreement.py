@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from beyond.localizers import Examples, UnitGates, rank_units, run_gated
+from beyond.localizers import UnitGates, rank_units, run_gated
+from data import Examples
 from data.random_streams import random_stream
 
 SHARES_AT = (1, 5, 10)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from beyond.channel_planting import Channels, find_channels
-from beyond.localizers import Examples, UnitGates
-from data import Split, normalize
+from beyond.localizers import UnitGates
+from data import Examples, Split, normalize
 from data.random_streams import random_stream
 from engine.runs.run import Run
 from engine.training.evaluation import evaluate
@@ -36,7 +36,7 @@ class Bench:
         """Return a subset's examples; for `other_mask`, each under the next one's mask."""
         batch = Examples.of(self.split, self.rows[subset])
         if truth == "other_mask":
-            return Examples(batch.images, batch.label, torch.roll(batch.index, 1))
+            return batch.under_masks_of(torch.roll(batch.index, 1))
         return batch
 
 

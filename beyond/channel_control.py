@@ -15,8 +15,8 @@ from torch import Tensor
 from beyond.agreement import compute_agreement, compute_cost, compute_interval, mean
 from beyond.bench import Bench
 from beyond.channel_planting import plant_channel
-from beyond.localizers import LOCALIZERS, Examples, UnitGates, rank_units
-from data import Split
+from beyond.localizers import LOCALIZERS, UnitGates, rank_units
+from data import Examples, Split
 from data.random_streams import random_stream
 from engine.runs.measurement import Measurement
 from engine.runs.run import Run

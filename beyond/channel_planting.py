@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from beyond.localizers import Examples
+from data import Examples
 from models.dropout import examples
 from models.wiring import WiredLayer, Wiring
 

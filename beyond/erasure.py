@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beyond.agreement import closed_gate, compute_deletion, order_units
-from beyond.localizers import Examples, UnitGates, score_flipping
-from data import Split
+from beyond.localizers import UnitGates, score_flipping
+from data import Examples, Split
 from data.random_streams import random_stream
 from engine.config.schema import Config, DropoutConfig
 from engine.errors import RunFailed

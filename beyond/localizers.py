@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import Split, normalize
+from data import Examples
 from data.random_streams import random_stream
 from models.dropout import ExampleTiedDropout, examples, tied_layers
 from models.dropout_places import own_places
@@ -31,30 +31,7 @@ GREEDY_STEPS = 10
 NODES = 32  # of the quadrature of integrated gradients
 ROWS = 100  # images in a forward pass
 
-# ---------------------------------------------------------------- examples and units
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Training examples as a network sees them."""
-
-    images: Tensor  # normalized [n, channels, height, width]
-    label: Tensor  # trained label [n]
-    index: Tensor  # whose masks they pass under [n]
-
-    @classmethod
-    def of(cls, split: Split, rows: Tensor) -> "Examples":
-        return cls(normalize(split.images[rows]), split.label[rows], split.index[rows])
-
-    def __len__(self) -> int:
-        return len(self.label)
-
-    def take(self, rows: Tensor | slice) -> "Examples":
-        return Examples(self.images[rows], self.label[rows], self.index[rows])
-
-    def under_masks_of(self, index: Tensor) -> "Examples":
-        """Return the same images and labels under other examples' masks."""
-        return Examples(self.images, self.label, index.expand(len(self)))
+# ---------------------------------------------------------------- units
 
 
 @dataclass(frozen=True)

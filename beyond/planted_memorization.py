@@ -37,7 +37,8 @@ from beyond.agreement import (
 from beyond.bench import PLANTED_SITES, SUBSETS, Bench, make_bench
 from beyond.channel_control import CHANNEL_RANKS, channel_rows
 from beyond.channel_planting import HELD
-from beyond.localizers import GREEDY_STEPS, LOCALIZERS, Examples
+from beyond.localizers import GREEDY_STEPS, LOCALIZERS
+from data import Examples
 from engine.errors import RunFailed, UserError
 from engine.launch.cli import run_script
 from engine.launch.estimates import count_examples

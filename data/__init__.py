@@ -9,7 +9,7 @@
 Independent of models and of training; no draw uses a global random generator.
 """
 
-from data.batches import Batch, augment, batch_rows, batches, epoch_order, normalize
+from data.batches import Batch, Examples, augment, batch_rows, batches, epoch_order, normalize
 from data.c_scores import c_scores_at_hand, c_scores_published, load_c_scores, tfds_order
 from data.dataset import DataError, Dataset, expanded, file_digest
 from data.human_labels import load_human_labels
@@ -21,6 +21,7 @@ __all__ = [
     "Batch",
     "DataError",
     "Dataset",
+    "Examples",
     "Split",
     "add_label_noise",
     "at_hand",

@@ -25,6 +25,34 @@ class Batch:
     index: torch.Tensor  # in the data set's original order
 
 
+@dataclass(frozen=True)
+class Examples:
+    """Images with their labels and, if they pass under example-tied masks, whose masks these are.
+
+    An example may be several images: noisy copies.
+    """
+
+    images: torch.Tensor  # [n, channels, height, width] or [n, copies, channels, height, width]
+    label: torch.Tensor  # [n]
+    index: torch.Tensor | None = None  # [n]
+
+    @classmethod
+    def of(cls, split: Split, rows: torch.Tensor) -> "Examples":
+        """Return training examples, normalized."""
+        return cls(normalize(split.images[rows]), split.label[rows], split.index[rows])
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def take(self, rows: torch.Tensor | slice) -> "Examples":
+        index = None if self.index is None else self.index[rows]
+        return Examples(self.images[rows], self.label[rows], index)
+
+    def under_masks_of(self, index: torch.Tensor) -> "Examples":
+        """Return the same images and labels under other examples' masks."""
+        return Examples(self.images, self.label, index.expand(len(self)))
+
+
 def normalize(images: torch.Tensor) -> torch.Tensor:
     """Convert uint8 to float32 in [-1, 1], to the same bits on every device.
 

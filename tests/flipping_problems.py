@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-from data import normalize
+from data import Examples, normalize
 from engine.flipping.cached_passes import ReferenceGradient
 from engine.flipping.gates import Gates
 from engine.flipping.search import Candidate, search
@@ -59,7 +59,8 @@ class Problem:
         self.copies = torch.stack(
             [noisy_copies(image, i, 7, copies, 0.05) for i, image in enumerate(clean)]
         )
-        self.reference = self.copies[28:], self.label[28:]
+        self.reference = Examples(self.copies[28:], self.label[28:])
+        self.examples = Examples(self.images, self.label)
         self.rows = range(count)
 
     def candidates(self):
@@ -68,6 +69,6 @@ class Problem:
     def search(self, ablate, chunk, most, memory=EVERYTHING, **options):
         model = folded(self.model)  # as real searches do
         with Gates(model, ablate) as gates:
-            reference = ReferenceGradient(model, gates, *self.reference, memory)
+            reference = ReferenceGradient(model, gates, self.reference, memory)
             found = search(model, gates, reference, self.candidates(), chunk, most, **options)
             return {c.row: (c.closed, flipped) for c, flipped in found}

@@ -18,7 +18,7 @@ import gradient_accounting
 import layer_retraining
 import layer_rewinding
 import neuron_flipping
-from data import Split, normalize
+from data import Examples, Split, normalize
 from engine.config.load import load_configs
 from engine.flipping import cached_passes
 from engine.flipping.gates import Gates
@@ -114,10 +114,10 @@ def test_flipping_waits_for_scores_alone(tiny, monkeypatch):
     model = folded(make_model(config, split)).to(device)
     images, label = split.images[:40].to(device), split.label[:40].to(device)
     with Gates(model) as gates:
-        reference = cached_passes.ReferenceGradient(
-            model, gates, normalize(images[:, None].expand(-1, 2, -1, -1, -1)), label, memory=1e9
-        )
-        correct = cached_passes.Correctness(model, gates, images, label, memory=1e9)
+        copies = Examples(normalize(images[:, None].expand(-1, 2, -1, -1, -1)), label)
+        reference = cached_passes.ReferenceGradient(model, gates, copies, memory=1e9)
+        given = Examples(images, label)
+        correct = cached_passes.Correctness(model, gates, given, memory=1e9)
         with WaitingCopies() as copies:
             for closed in (frozenset(), frozenset({0, 40}), frozenset({gates.count - 1})):
                 assert reference.of(closed).shape == (gates.count,)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import normalize
+from data import Examples, normalize
 from engine.flipping.gates import Gates, Tap
 from models.dropout import examples
 from models.layer_groups import StagedModel, State, layer_groups, run_stages
@@ -99,13 +99,10 @@ def _leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
-def _split_index(
-    index: Tensor | None, size: int, batches: int, copies: int = 1
-) -> Sequence[Tensor | None]:
-    """The indices of each batch's images, where every example stands `copies` times."""
-    if index is None:
-        return [None] * batches
-    return index.repeat_interleave(copies).split(size * copies)
+def flatten_copies(reference: Examples) -> tuple[Tensor, Tensor | None]:
+    """Return the noisy copies of all examples as one batch of images, and the index of each."""
+    images, index = reference.images, reference.index
+    return images.flatten(0, 1), None if index is None else index.repeat_interleave(images.shape[1])
 
 
 def _nbytes(state: State) -> int:
@@ -142,28 +139,19 @@ class ReferenceGradient:
     """
 
     def __init__(
-        self,
-        model: StagedModel,
-        gates: Gates,
-        images: Tensor,
-        label: Tensor,
-        memory: float,
-        index: Tensor | None = None,
+        self, model: StagedModel, gates: Gates, reference: Examples, memory: float
     ) -> None:
-        """Images are normalized and noisy, [n, copies, channels, height, width].
-
-        With their `index`, examples go through example-tied dropout under masks of their own.
-        """
+        """The examples are normalized, noisy copies."""
         self.model, self.groups, self.gates = model, layer_groups(model), gates
-        self.n, self.copies = len(label), images.shape[1]
-        each = max(1, rows_at_once(model, gates, images[0]) // self.copies)
-        self.batches = list(zip(images.split(each), label.split(each)))
-        self.index = _split_index(index, each, len(self.batches), self.copies)
+        self.n, self.copies = len(reference), reference.images.shape[1]
+        each = max(1, rows_at_once(model, gates, reference.images[0]) // self.copies)
+        self.batches = [reference.take(slice(i, i + each)) for i in range(0, self.n, each)]
         self.graphs: list[_Graph] = []
         gates.close([()])
-        for (batch, _), rows in zip(self.batches, self.index):
-            with examples(model, rows), GraphBytes(model) as kept:
-                graph = self._open_graph(batch.flatten(0, 1))
+        for batch in self.batches:
+            images, index = flatten_copies(batch)
+            with examples(model, index), GraphBytes(model) as kept:
+                graph = self._open_graph(images)
             memory -= kept.total(graph.taps)
             if memory < 0:
                 break
@@ -184,15 +172,16 @@ class ReferenceGradient:
         return sum(self._of_batch(i, closed) for i in range(len(self.batches))) / self.n
 
     def _of_batch(self, batch: int, closed: frozenset[int]) -> Tensor:
-        images, label = self.batches[batch]
+        images, index = flatten_copies(self.batches[batch])
         graph = self.graphs[batch] if batch < len(self.graphs) else None
         start = self.gates.first_group(closed, default=len(self.groups)) if graph else 0
-        below = _tensors(graph.states[start] if graph else images.flatten(0, 1))
+        below = _tensors(graph.states[start] if graph else images)
         leaves = tuple(_leaf(tensor) for tensor in below)
-        with examples(self.model, self.index[batch]):
+        with examples(self.model, index):
             logits = run_stages(self.groups, leaves if len(leaves) > 1 else leaves[0], start)
         taps = self.gates.take_taps()
-        loss = F.cross_entropy(mean_output(logits, self.copies), label, reduction="sum")
+        output = mean_output(logits, self.copies)
+        loss = F.cross_entropy(output, self.batches[batch].label, reduction="sum")
 
         onwards = [(leaf, tensor) for leaf, tensor in zip(leaves, below) if leaf.requires_grad]
         wanted = [tap.output for tap in taps] + [leaf for leaf, _ in onwards]
@@ -270,18 +259,12 @@ class Logits:
 
 
 class Correctness:
-    """Accuracy on a fixed set of images for any set of closed gates; no noise is added."""
+    """Accuracy on a fixed set of images for any set of closed gates."""
 
-    def __init__(
-        self,
-        model: StagedModel,
-        gates: Gates,
-        images: Tensor,
-        label: Tensor,
-        memory: float,
-        index: Tensor | None = None,
-    ) -> None:
-        self.logits, self.label = Logits(model, gates, images, memory, index), label
+    def __init__(self, model: StagedModel, gates: Gates, given: Examples, memory: float) -> None:
+        """Images are as they are stored; no noise is added to them."""
+        self.logits = Logits(model, gates, given.images, memory, given.index)
+        self.label = given.label
         self._known = remembering(self._compute, 64)
 
     def accuracy(self, closed: Collection[int], without: int | None = None) -> float:

@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data import Examples
 from engine.flipping.cached_passes import (
     CACHE_BYTES,
     Correctness,
     Logits,
     ReferenceGradient,
+    flatten_copies,
     mean_output,
     remembering,
     rows_at_once,
@@ -50,21 +52,14 @@ class SampledGradient:
     """
 
     def __init__(
-        self,
-        model: StagedModel,
-        gates: Gates,
-        images: Tensor,
-        label: Tensor,
-        memory: float,
-        index: Tensor | None,
-        sample: int,
+        self, model: StagedModel, gates: Gates, reference: Examples, memory: float, sample: int
     ) -> None:
-        """Images are normalized and noisy, [n, copies, channels, height, width]."""
-        self.model, self.gates, self.images, self.label = model, gates, images, label
-        self.index, self.sample, self.copies = index, sample, images.shape[1]
-        repeated = index if index is None else index.repeat_interleave(self.copies)
-        self.logits = Logits(model, gates, images.flatten(0, 1), memory, repeated, lambda x: x)
-        self.each = max(1, rows_at_once(model, gates, images[0]) // self.copies)
+        """The examples are normalized, noisy copies."""
+        self.model, self.gates, self.reference, self.sample = model, gates, reference, sample
+        self.copies = reference.images.shape[1]
+        images, index = flatten_copies(reference)
+        self.logits = Logits(model, gates, images, memory, index, prepare=lambda x: x)
+        self.each = max(1, rows_at_once(model, gates, reference.images[0]) // self.copies)
         self._drawn = remembering(self._draw, 64)
         self._known = remembering(self._compute, max(64, CACHE_BYTES // (4 * gates.count)))
 
@@ -73,7 +68,8 @@ class SampledGradient:
 
     def _draw(self, closed: frozenset[int]) -> tuple[Tensor, Tensor]:
         output = mean_output(self.logits.of(closed), self.copies)
-        error = (output.softmax(1) - F.one_hot(self.label, output.shape[1])).abs().sum(1)
+        label = F.one_hot(self.reference.label, output.shape[1])
+        error = (output.softmax(1) - label).abs().sum(1)
         return draw_weighted(error, self.sample)
 
     def _compute(self, sets: tuple[frozenset[int], frozenset[int]]) -> Tensor:
@@ -83,11 +79,12 @@ class SampledGradient:
         return sum(map(self._of_rows, rows.split(self.each), weight.split(self.each)))
 
     def _of_rows(self, rows: Tensor, weight: Tensor) -> Tensor:
-        index = None if self.index is None else self.index[rows].repeat_interleave(self.copies)
+        drawn = self.reference.take(rows)
+        images, index = flatten_copies(drawn)
         with examples(self.model, index):
-            logits = self.model(self.images[rows].flatten(0, 1))
+            logits = self.model(images)
         taps, output = self.gates.take_taps(), mean_output(logits, self.copies)
-        loss = weight @ F.cross_entropy(output, self.label[rows], reduction="none")
+        loss = weight @ F.cross_entropy(output, drawn.label, reduction="none")
         gradients = torch.autograd.grad(loss, [tap.output for tap in taps])
         return self.gates.gradients(taps, gradients, 1)[0]
 
@@ -101,20 +98,13 @@ class SampledCorrectness(Correctness):
     """
 
     def __init__(
-        self,
-        model: StagedModel,
-        gates: Gates,
-        images: Tensor,
-        label: Tensor,
-        memory: float,
-        index: Tensor | None,
-        sample: int,
+        self, model: StagedModel, gates: Gates, given: Examples, memory: float, sample: int
     ) -> None:
-        memory -= 2 * len(images) * gates.count  # for the derivatives
-        super().__init__(model, gates, images, label, memory, index)
+        memory -= 2 * len(given) * gates.count  # for the derivatives
+        super().__init__(model, gates, given, memory)
         self.sample = sample
-        self.margin = torch.empty(len(images), dtype=torch.double, device=images.device)
-        self.by_gate = self.margin.new_empty(len(images), gates.count, dtype=torch.half)
+        self.margin = torch.empty(len(given), dtype=torch.double, device=given.label.device)
+        self.by_gate = self.margin.new_empty(len(given), gates.count, dtype=torch.half)
         for rows in self.logits.all_rows.split(self.logits.batch_size):
             self.margin[rows], self.by_gate[rows] = self._margins(gates, rows)
 
@@ -142,30 +132,18 @@ class SampledCorrectness(Correctness):
 
 
 def reference_gradient(
-    model: StagedModel,
-    gates: Gates,
-    images: Tensor,
-    label: Tensor,
-    memory: float,
-    index: Tensor | None,
-    sample: int | None,
+    model: StagedModel, gates: Gates, reference: Examples, memory: float, sample: int | None
 ) -> ReferenceGradient | SampledGradient:
-    """Compute the gradient from `sample` rows where the batch has more, or from all of it."""
-    given = model, gates, images, label, memory, index
-    whole = sample is None or sample >= len(label)
-    return ReferenceGradient(*given) if whole else SampledGradient(*given, sample)
+    """Compute the gradient from `sample` examples if there are more; None stands for all."""
+    if sample is None or sample >= len(reference):
+        return ReferenceGradient(model, gates, reference, memory)
+    return SampledGradient(model, gates, reference, memory, sample)
 
 
 def correctness(
-    model: StagedModel,
-    gates: Gates,
-    images: Tensor,
-    label: Tensor,
-    memory: float,
-    index: Tensor | None,
-    sample: int | None,
+    model: StagedModel, gates: Gates, given: Examples, memory: float, sample: int | None
 ) -> Correctness:
-    """Compute the accuracy from `sample` images where there are more, or from all of them."""
-    given = model, gates, images, label, memory, index
-    whole = sample is None or sample >= len(label)
-    return Correctness(*given) if whole else SampledCorrectness(*given, sample)
+    """Compute the accuracy from `sample` examples if there are more; None stands for all."""
+    if sample is None or sample >= len(given):
+        return Correctness(model, gates, given, memory)
+    return SampledCorrectness(model, gates, given, memory, sample)

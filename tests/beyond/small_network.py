@@ -3,7 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-from beyond.localizers import Examples, UnitGates
+from beyond.localizers import UnitGates
+from data import Examples
 from models import build_model
 from models.dropout import ExampleTiedDropout, insert_dropout
 

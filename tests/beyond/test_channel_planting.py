@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from beyond.channel_planting import channel_masks, find_channels, plant_channel
-from beyond.localizers import LOCALIZERS, Examples, UnitGates, rank_units, run_gated
+from beyond.localizers import LOCALIZERS, UnitGates, rank_units, run_gated
+from data import Examples
 from models.any_network import as_chain, example_images
 from models.wiring import observe
 from tests.beyond.small_network import make, make_batch

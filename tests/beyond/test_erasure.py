@@ -17,8 +17,8 @@ from beyond.erasure import (
     make_task,
     methods_of,
 )
-from beyond.localizers import Examples, UnitGates, run_gated
-from data import normalize
+from beyond.localizers import UnitGates, run_gated
+from data import Examples, normalize
 from engine.config.schema import DropoutConfig
 from engine.runs.run import Run
 from engine.training.build import load_split

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 import example_tied_dropout
 from beyond import erasure
 from beyond.channel_control import CHANNEL_RANKS
-from beyond.localizers import LOCALIZERS, Examples, UnitGates, compute_activations, compute_losses
+from beyond.localizers import LOCALIZERS, UnitGates, compute_activations, compute_losses
 from beyond.planted_memorization import EXPERIMENT, TRUTHS
+from data import Examples
 from engine.config.load import load_configs
 from engine.runs.run import Run
 from models.any_network import as_chain, example_images

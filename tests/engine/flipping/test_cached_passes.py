@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from data import Examples
 from engine.flipping import cached_passes
 from engine.flipping.cached_passes import Correctness, ReferenceGradient
 from engine.flipping.gates import Gates
@@ -42,10 +43,11 @@ def test_a_pass_takes_fewer_images_of_a_larger_model(monkeypatch):
 def test_what_was_kept_is_let_go_of_at_once():
     """Without Python's garbage collector, which knows nothing of a GPU's memory."""
     problem = Problem("resnet9")
-    model, (images, label) = problem.model.float(), problem.reference
+    model, given = problem.model.float(), problem.reference
     with Gates(model) as gates:
-        reference = ReferenceGradient(model, gates, images.float(), label, EVERYTHING)
-        correct = Correctness(model, gates, problem.images, problem.label, EVERYTHING)
+        copies = Examples(given.images.float(), given.label)
+        reference = ReferenceGradient(model, gates, copies, EVERYTHING)
+        correct = Correctness(model, gates, problem.examples, EVERYTHING)
         kept = [weakref.ref(reference), weakref.ref(correct)]
         reference.of([3])
         correct.accuracy({3})
@@ -65,7 +67,7 @@ def test_the_reference_gradient_of_any_set_of_closed_gates(name):
     label = torch.tensor([3, 1])
     fresh = copy.deepcopy(model)
     with Gates(model) as gates:
-        reference = ReferenceGradient(model, gates, images, label, EVERYTHING)
+        reference = ReferenceGradient(model, gates, Examples(images, label), EVERYTHING)
         assert len(reference.graphs) == len(reference.batches)
         lowest, middle = gates.sites[0].first, gates.sites[len(gates.sites) // 2].first + 1
         for closed in ([gates.count - 1], [middle, gates.count - 2], [lowest, middle], []):
@@ -85,7 +87,7 @@ def test_accuracy_on_the_remaining_examples(name, memory):
     model = problem.model.float()
     fresh = copy.deepcopy(model)
     with Gates(model) as gates:
-        correctness = Correctness(model, gates, problem.images, problem.label, memory)
+        correctness = Correctness(model, gates, problem.examples, memory)
         # Many at once, so that predictions change.
         lower_half = [*range(0, gates.sites[3].first, 2), gates.count - 2]
         seen = set()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from data import normalize
+from data import Examples, normalize
 from engine.flipping.cached_passes import Correctness, ReferenceGradient
 from engine.flipping.estimates import SampledCorrectness, SampledGradient, draw_weighted
 from engine.flipping.gates import Gates
@@ -41,14 +41,13 @@ def test_what_is_drawn_more_often_weighs_less():
 
 
 def sampled(problem: Problem, gates: Gates, rows: int) -> SampledGradient:
-    model, (images, label) = problem.model, problem.reference
-    return SampledGradient(model, gates, images, label, EVERYTHING, None, rows)
+    return SampledGradient(problem.model, gates, problem.reference, EVERYTHING, rows)
 
 
 def test_a_large_sample_has_the_gradient_of_the_whole_batch():
     problem = Problem("resnet9")
     with Gates(problem.model) as gates:
-        reference = ReferenceGradient(problem.model, gates, *problem.reference, EVERYTHING)
+        reference = ReferenceGradient(problem.model, gates, problem.reference, EVERYTHING)
         closed = [gates.count - 2, 3, 40, gates.count - 9, 7, 90]
         for k in range(len(closed) + 1):
             exact = reference.of(closed[:k])
@@ -64,7 +63,7 @@ def test_a_sample_takes_the_examples_with_the_largest_errors():
         slow = SlowNeurons(copy.deepcopy(problem.model), "resnet9", "activation")
         for gate in closed:
             slow.close(gate)
-        images, label = problem.reference
+        images, label = problem.reference.images, problem.reference.label
         probability = slow.averaged(images).softmax(1).detach()
         error = [
             sum(abs(float(p) - (c == int(y))) for c, p in enumerate(row))
@@ -109,7 +108,7 @@ def test_uncertain_images_are_drawn_and_weighted(name):
     fresh = copy.deepcopy(model)
     margins = slow_margins(fresh, name, images, label).double()
     with Gates(model) as gates:
-        accuracy = SampledCorrectness(model, gates, images, label, EVERYTHING, None, 12)
+        accuracy = SampledCorrectness(model, gates, problem.examples, EVERYTHING, 12)
         for closed in ([3], [gates.count - 2, 5, 40], [*range(20)]):
             predicted = margins[:, 0] - margins[:, [1 + gate for gate in closed]].sum(1)
             blur = 0.2 * margins[:, 0].abs().median()
@@ -134,12 +133,11 @@ def test_uncertain_images_are_drawn_and_weighted(name):
 def test_a_large_sample_has_the_accuracy_of_all_images():
     """Also where kept states are few, and with more images than one pass takes."""
     problem = Problem("resnet9")
-    model, images, label = problem.model.float(), problem.images, problem.label
-    found = set()
+    model, found = problem.model.float(), set()
     with Gates(model) as gates:
-        exact = Correctness(model, gates, images, label, EVERYTHING)
+        exact = Correctness(model, gates, problem.examples, EVERYTHING)
         for memory in (0, 100_000, EVERYTHING):
-            sample = SampledCorrectness(model, gates, images, label, memory, None, 100_000)
+            sample = SampledCorrectness(model, gates, problem.examples, memory, 100_000)
             for closed in ([3], [*range(0, 60, 2)], [*range(gates.count - 60, gates.count)]):
                 found.add(exact.accuracy(closed))
                 expected = exact.accuracy(closed, 5)
@@ -155,7 +153,8 @@ def test_margins_are_those_under_each_examples_own_mask():
     model.eval()
     index = torch.arange(len(label))
     with Gates(model) as gates:
-        sample = SampledCorrectness(model, gates, images, label, EVERYTHING, index, 12)
+        given = Examples(images, label, index)
+        sample = SampledCorrectness(model, gates, given, EVERYTHING, 12)
     with torch.no_grad(), examples(model, index):
         logits = model(normalize(images))
     own = logits.gather(1, label[:, None])[:, 0]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from data import Examples
 from engine.flipping.cached_passes import ReferenceGradient
 from engine.flipping.gates import Gates
 from engine.flipping.search import Candidate, best_gates, search
@@ -20,7 +21,14 @@ def test_same_gates_as_the_slow_search(name, ablate):
     for row in problem.rows:
         image, label = problem.copies[row], problem.label[row]
         closed, flipped, _ = slow_search(
-            problem.model, name, ablate, image, label, *problem.reference, most=9
+            problem.model,
+            name,
+            ablate,
+            image,
+            label,
+            problem.reference.images,
+            problem.reference.label,
+            most=9,
         )
         expected[row] = closed, flipped
     assert len({tuple(closed) for closed, _ in expected.values()}) > 1
@@ -33,12 +41,12 @@ def test_in_float32_too():
     problem = Problem("resnet9")
     problem.model = problem.model.float()
     problem.copies = problem.copies.float()
-    problem.reference = problem.copies[28:], problem.label[28:]
+    problem.reference = Examples(problem.copies[28:], problem.label[28:])
     expected = {}
     for row in problem.rows:
         closed, flipped, _ = slow_search(
             problem.model, "resnet9", "activation", problem.copies[row], problem.label[row],
-            *problem.reference, most=8,
+            problem.reference.images, problem.reference.label, most=8,
         )  # fmt: skip
         expected[row] = closed, flipped
     for chunk in (1, 4):
@@ -85,7 +93,7 @@ def test_a_planted_neuron_is_found_first_and_alone(kind, ablate):
     label = model(plain).argmax(1)
     assert (label == 1).all()
     with Gates(model, ablate) as gates:
-        reference = ReferenceGradient(model, gates, plain[:, None], label, EVERYTHING)
+        reference = ReferenceGradient(model, gates, Examples(plain[:, None], label), EVERYTHING)
         candidate = Candidate(0, torch.tensor(2), odd)
         ((found, flipped),) = search(model, gates, reference, [candidate], 8, 20)
         names = [gates.site_of(gate).describe(gate) for gate in found.closed]
