@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from data import Split, batch_rows, expanded, normalize
 from data.random_streams import random_stream
-from engine.config.schema import Config, DropoutConfig
+from engine.config.schema import Config
 from engine.errors import UserError
 from engine.launch.cli import run_script
 from engine.launch.estimates import count_examples, training_passes
@@ -320,24 +320,6 @@ def write_sites(run: Run) -> None:
     DROPOUT_SITES.write(run.directory, rows)
 
 
-def dropout_title(config: Config) -> str:
-    """Return the title of a run with its kind of dropout."""
-    dropout = config.dropout
-    shares = {
-        "example_tied": f" {dropout.p_gen:g} {dropout.p_mem:g}",
-        "none": " dropout",
-        "standard": standard_title(dropout),
-    }.get(dropout.kind, f" {dropout.p_gen:g}")
-    return f"{title(config)}, {dropout.kind}{shares}"
-
-
-def standard_title(dropout: DropoutConfig) -> str:
-    """Return the settings of standard dropout that differ from keeping single activations."""
-    verb = "" if dropout.standard == "keep" else f" {dropout.standard}"
-    units = "" if dropout.units == "activations" else f" {dropout.units}"
-    return f"{verb} {dropout.p_gen:g}{units}"
-
-
 def measure(run: Run) -> None:
     """Train one run unless that is done, and measure its missing tables."""
     device = resolve_device(run.config)
@@ -358,7 +340,7 @@ def summarize(run: Run) -> str:
         f"{name.removeprefix('acc_')} {before[name]:.2%} -> {after[name]:.2%}"
         for name in ACCURACIES
     )
-    return f"{dropout_title(run.config)}: {', '.join(changes)}"
+    return f"{title(run.config)}: {', '.join(changes)}"
 
 
 def estimate_passes(run: Run) -> float:

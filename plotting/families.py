@@ -18,11 +18,10 @@ from engine.errors import UserError
 from engine.launch.experiments import load_experiments
 from engine.runs import files
 from engine.runs.commands import printable
-from engine.runs.identity import run_name, short_name, title
+from engine.runs.identity import family_title, run_name, short_name, without_dropout
 from engine.runs.measurement import KeptTable
 from engine.runs.run import Run
 from engine.runs.tables import LAYERS, ResultTable
-from example_tied_dropout import standard_title
 
 # With these, another quantity is measured than the paper's, and every title says so.
 REDEFINING = {
@@ -86,21 +85,11 @@ class Family:
     @property
     def trained(self) -> str:
         """The title without what is said of dropout."""
-        return self._title_with("")
+        return family_title(without_dropout(self.config)) + self.apart
 
     @property
     def title(self) -> str:
-        dropout = self.config.dropout
-        if dropout.kind == "example_tied":
-            return self._title_with(f", example-tied {dropout.p_gen:g}, {dropout.p_mem:g}")
-        if dropout.kind == "standard":
-            return self._title_with(f", standard{standard_title(dropout)}")
-        if dropout.kind != "none":
-            return self._title_with(f", {dropout.kind} {dropout.p_gen:g}")
-        return self.trained
-
-    def _title_with(self, dropout: str) -> str:
-        return title(self.config).rpartition(" seed")[0] + dropout + self.apart
+        return family_title(self.config) + self.apart
 
     @property
     def seeds(self) -> str:
@@ -115,7 +104,7 @@ class Family:
     @property
     def data(self) -> str:
         """The data set, and the number of training images where it is not all of them."""
-        return title(self.config).partition(f" {short_name(self.config.model.name)}")[0]
+        return family_title(self.config).partition(f" {short_name(self.config.model.name)}")[0]
 
     @property
     def model(self) -> str:

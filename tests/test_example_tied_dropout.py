@@ -173,7 +173,7 @@ def test_a_step_trains_each_example_with_its_own_neurons(run_of, monkeypatch):
 def test_every_model_has_its_sites(run_of, model, kind):
     run = run_of(*MODELS[model], f"dropout.kind={kind}", "train.epochs=1")
     line = example_tied_dropout.EXPERIMENT.main(run)
-    assert f"{kind} 0.4" in line
+    assert f"{kind.replace('_', '-')} 0.4" in line
     assert set(states(run)) == {"before", "after"}
 
 

@@ -9,7 +9,7 @@ import example_tied_dropout
 from data import normalize
 from engine.config.load import load_configs
 from engine.errors import UserError
-from engine.runs.identity import deciding_settings
+from engine.runs.identity import deciding_settings, title
 from engine.runs.run import Run
 from engine.training.build import load_final_model, load_split, make_model
 from engine.training.evaluation import evaluate
@@ -40,7 +40,7 @@ def test_each_reading_is_another_run_and_has_a_title_of_its_own(tiny):
     changes = ("standard=keep", "standard=drop", "units=channels")
     configs = [tiny(STANDARD, f"dropout.{change}") for change in changes]
     assert len({Run.of(config).directory for config in configs}) == 3
-    assert len({example_tied_dropout.dropout_title(config) for config in configs}) == 3
+    assert len({title(config) for config in configs}) == 3
     for kind in ("example_tied", "sparse", "none"):
         runs = [Run.of(tiny(f"dropout.kind={kind}", f"dropout.{c}")) for c in changes]
         assert len({run.directory for run in runs}) == 1

@@ -251,6 +251,12 @@ def without_dropout(config: Config) -> Config:
 
 def title(config: Config) -> str:
     """Return a run in a few words, for the beginning of its line."""
+    dropout = "" if config.dropout.kind == "none" else ","
+    return f"{family_title(config)}{dropout} seed {config.seed}"
+
+
+def family_title(config: Config) -> str:
+    """Return what runs that differ only in their seed have in common, in a few words."""
     own = config.data.name == "npz" and config.data.human_labels == HumanLabelsConfig()
     split = {
         "noise": f"noise {config.data.noise_rate:g}",
@@ -262,4 +268,17 @@ def title(config: Config) -> str:
     size = f" {config.data.train_size:,}" if config.data.train_size else ""
     width = config.model.arguments.get("width", 1)
     width = "" if width == 1 else f" width {width:g}"
-    return f"{data}{size} {short_name(config.model.name)}{width} {split} seed {config.seed}"
+    trained = f"{data}{size} {short_name(config.model.name)}{width} {split}"
+    return ", ".join(filter(None, (trained, describe_dropout(config.dropout))))
+
+
+def describe_dropout(dropout: DropoutConfig) -> str:
+    """Return the kind of dropout with its rates; nothing without dropout."""
+    if dropout.kind == "none":
+        return ""
+    if dropout.kind == "example_tied":
+        return f"example-tied {dropout.p_gen:g}, {dropout.p_mem:g}"
+    if dropout.kind == "standard":
+        units = "" if dropout.units == "activations" else ", whole channels"
+        return f"standard, {dropout.standard}s {dropout.p_gen:.0%}{units}"
+    return f"{dropout.kind} {dropout.p_gen:g}"

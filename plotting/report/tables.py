@@ -11,7 +11,7 @@ from itertools import combinations
 import numpy as np
 
 from beyond.example_scores import AREAS, SCORES, WITH_NEURONS
-from engine.config.schema import DropoutConfig
+from engine.runs.identity import describe_dropout
 from engine.stats import compute_area, rank_correlation
 from example_tied_dropout import DROPOUT
 from neuron_flipping import DETECTION, FLIPPING
@@ -151,14 +151,6 @@ def table_2(families: Sequence[Family]) -> Table:
     return Table("table_2", caption, header, tuple(rows))
 
 
-def describe_method(dropout: DropoutConfig) -> str:
-    """Return the kind of dropout, and for standard dropout the share that it keeps or drops."""
-    if dropout.kind != "standard":
-        return dropout.kind
-    units = "" if dropout.units == "activations" else ", whole channels"
-    return f"standard, {dropout.standard}s {dropout.p_gen:.0%}{units}"
-
-
 def table_3(families: Sequence[Family]) -> Table:
     """Compare example-tied dropout, after dropping, with both baselines and no dropout."""
     rows = []
@@ -167,7 +159,7 @@ def table_3(families: Sequence[Family]) -> Table:
         dropout = family.config.dropout
         ours = (spread([row[f"acc_{k}"] for row in after]) for k in ("clean", "noisy"))
         paper = (spread([value]) for value in PAPER_TABLE_3.get(dropout.kind, (math.nan, math.nan)))
-        method = describe_method(dropout)
+        method = describe_dropout(dropout) or "none"
         rows.append((family.title, method, str(len(family.runs)), *ours, *paper))
     header = ("data", "method", "n", "clean", "noisy", "paper: clean", "paper: noisy")
     caption = "Table 3: accuracy of example-tied dropout and its baselines (paper: CIFAR-10)"

@@ -29,7 +29,7 @@ def test_both_readings_have_a_row_of_their_own(tiny):
         "standard, keeps 40%": ("1", "100.0%", "2.0%", *paper),
         "standard, drops 40%": ("1", "100.0%", "95.0%", *paper),
         "standard, keeps 40%, whole channels": ("1", "100.0%", "50.0%", *paper),
-        "sparse": ("1", "100.0%", "90.0%", "100.0%", "99.8%"),
+        "sparse 0.4": ("1", "100.0%", "90.0%", "100.0%", "99.8%"),
     }
     assert len({one.title for one in families}) == len(families)
     found = [f for f in find(families) if f.claim.name == "dropout.standard_noisy"]
