@@ -355,7 +355,7 @@ def describe(families: Sequence[Family]) -> str:
     """Return what several families have in common: data sets, models, splits, and seeds."""
     each = (
         [family.data for family in families],
-        name_models(families),
+        [family.model for family in families],
         [family.split for family in families],
     )
     common = [", ".join(dict.fromkeys(words)) for words in each]
