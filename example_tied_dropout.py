@@ -16,6 +16,7 @@ compared with training.
 """
 
 import copy
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data import Split, batch_rows, expanded, normalize
+from data import Split, normalize
 from data.random_streams import random_stream
 from engine.config.schema import Config
 from engine.errors import UserError
@@ -34,9 +35,9 @@ from engine.launch.cli import run_script
 from engine.launch.estimates import count_examples, training_passes
 from engine.runs.experiment import Experiment
 from engine.runs.identity import (
-    digest_of,
     measuring_precision,
     measuring_settings,
+    scores_given,
     title,
     without_accounting,
 )
@@ -84,7 +85,8 @@ BOOTSTRAP_DRAWS = 2000
 def recalibrated(model: nn.Module, images: Tensor, batch_size: int = 500) -> Iterator[None]:
     """Recompute batch-norm statistics on these images (uint8) in the model's current state.
 
-    No label is used. Restores every batch norm on exit.
+    The batches have `batch_size` images or somewhat fewer, all about equally many, as each counts
+    the same. No label is used. Restores every batch norm on exit.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [(copy.deepcopy(norm.state_dict()), norm.momentum) for norm in norms]
@@ -94,8 +96,8 @@ def recalibrated(model: nn.Module, images: Tensor, batch_size: int = 500) -> Ite
                 norm.reset_running_stats()
                 norm.momentum = None  # the plain mean over all batches
                 norm.train()
-            for start, stop in batch_rows(len(images), batch_size):
-                model(normalize(images[start:stop]))
+            for batch in images.tensor_split(math.ceil(len(images) / batch_size)):
+                model(normalize(batch))
         yield
     finally:
         for norm, (state, momentum) in zip(norms, before):
@@ -229,14 +231,6 @@ def measurements(run: Run) -> list[Measurement]:
             Measurement(run, UNLEARNING, measured, draws),
         ]
     return found
-
-
-def scores_given(config: Config) -> dict[str, str]:
-    """Digest of a file of C-scores that no training of this split reads, only these tables."""
-    path = config.data.c_scores
-    if path is None or config.data.split == "atypical":
-        return {}
-    return {"c_scores": digest_of(expanded(path))}
 
 
 def table_1(config: Config, before: dict, after: dict) -> list[dict[str, object]]:

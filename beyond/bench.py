@@ -33,11 +33,15 @@ class Bench:
     test: Examples
 
     def batch(self, subset: str, truth: str = "own") -> Examples:
-        """Return a subset's examples; for `other_mask`, each under the next one's mask."""
-        batch = Examples.of(self.split, self.rows[subset])
-        if truth == "other_mask":
-            return batch.under_masks_of(torch.roll(batch.index, 1))
-        return batch
+        """Return a subset's examples; for `other_mask`, each under the next one's mask.
+
+        A subset of one example takes the mask of another example of the training set.
+        """
+        batch, index = Examples.of(self.split, self.rows[subset]), self.split.index
+        if truth != "other_mask":
+            return batch
+        others = torch.roll(batch.index, 1) if len(batch) > 1 else index[index != batch.index][:1]
+        return batch.under_masks_of(others)
 
 
 def choose_rows(split: Split, correct: Tensor, count: int) -> dict[str, Tensor]:

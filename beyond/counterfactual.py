@@ -139,8 +139,9 @@ def summarize(run: Run) -> str:
     for name, kind in (("memorized", memorized), ("clean", ~memorized)):
         values = table["memorization"][kind & np.isfinite(table["memorization"])]
         parts.append(f"{name} {values.mean():.3f}" if len(values) else f"{name} none")
-    error = np.nanmedian(table["standard_error"])
-    words = f"{', '.join(parts)}; median standard error {error:.3f}"
+    errors = table["standard_error"][np.isfinite(table["standard_error"])]
+    error = f"{np.median(errors):.3f}" if len(errors) else "none"
+    words = f"{', '.join(parts)}; median standard error {error}"
     return f"{title(run.config)}: counterfactual memorization: {words}"
 
 

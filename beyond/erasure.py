@@ -202,6 +202,8 @@ def retrain_critical(task: Task) -> Iterator[Erased]:
 
 def train(model: StagedModel, split: Split, config: Config, **changes: object) -> None:
     """Train the model's free weights on a split, in the run's way but for some settings."""
+    if split.n < 2:
+        raise RunFailed(f"erasure: {split.n} examples to train on; it needs 2 or more")
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))
     optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], config.train)
     with compute_precision(config.precision, split.label.device):

@@ -35,7 +35,7 @@ from engine.launch.estimates import count_examples
 from engine.progress import with_progress
 from engine.runs import files
 from engine.runs.experiment import Experiment
-from engine.runs.identity import measuring_precision, measuring_settings, title
+from engine.runs.identity import measuring_precision, measuring_settings, scores_given, title
 from engine.runs.locking import lock
 from engine.runs.measurement import Measurement
 from engine.runs.run import Run
@@ -343,6 +343,7 @@ def make_measurements(run: Run, dropped: Run | None) -> list[Measurement]:
         "neurons": measured(run, FLIPPING.name),
         "forgetting_time": forgetting_measurement(run).finished,
         "dropped": dropped is not None,
+        **scores_given(run.config),
     }
     return [Measurement(run, table, settings, selection) for table in TABLES]
 

@@ -304,8 +304,19 @@ def test_recalibrated_statistics_are_those_of_the_images_and_are_put_back(finish
         assert torch.equal(value, before[name]), name
     assert norm.momentum == 0.1
     assert all(layer.mode == "memorize" for layer in tied_layers(model))
-    with recalibrated(model, split.images[:51], batch_size=50):
-        pass  # a last batch of one image would have no variance
+
+
+@pytest.mark.parametrize("n", [51, 102])
+def test_recalibration_has_no_small_last_batch(finished, n):
+    """A batch of one image has no variance, and one of two would count as much as the others."""
+    split = load_split(finished.config)
+    model = load_final_model(finished, split, CPU)
+    with torch.no_grad():
+        out = model.conv1.conv(normalize(split.images[:n]))
+    with recalibrated(model, split.images[:n], batch_size=50):
+        norm = model.conv1.bn
+        torch.testing.assert_close(norm.running_mean, out.mean((0, 2, 3)), rtol=0.01, atol=1e-3)
+        torch.testing.assert_close(norm.running_var, out.var((0, 2, 3)), rtol=0.01, atol=1e-3)
 
 
 def test_the_forgotten_are_clean_and_only_right_before(finished):

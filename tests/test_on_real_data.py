@@ -126,3 +126,27 @@ def test_the_mislabeled_flip_with_fewer_neurons_and_less_damage(mnist_run):
     assert np.mean([row["neurons"] for row in memorized]) < 4
     (area,) = [row for row in neuron_flipping.detect([run]) if row["method"] == "neurons"]
     assert area["low"] > 0.5
+
+
+@pytest.mark.real_data
+def test_c_scores_that_came_later_are_used(real_data, tmp_path):
+    root = tmp_path / "datasets"
+    root.mkdir()
+    (root / "MNIST").symlink_to(real_data / "MNIST")
+    overrides = [
+        f"data.root={root}", f"output_dir={tmp_path / 'runs'}", "device=cpu", "model.width=0.05",
+        "data.train_size=200", "data.test_size=50", "train.epochs=2", "train.peak_epoch=1",
+        "sweep.dropout.kind=[example_tied]", "dropout.forget_draws=1",
+        "train.account_gradients=false",
+    ]  # fmt: skip
+    (config,) = load_configs(SMALL / "dropout_mnist.yaml", overrides)
+    run, known = Run.of(config), []
+    for at_hand in (False, True):
+        if at_hand:
+            (root / "c_scores").symlink_to(real_data / "c_scores")
+        example_tied_dropout.EXPERIMENT.main(run)
+        rows = example_tied_dropout.FORGOTTEN.read(run.directory)
+        known.append([not np.isnan(row["typicality"]) for row in rows])
+    assert len(known[0]) == len(known[1]) > 0
+    assert not any(known[0])
+    assert all(known[1])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from data import expanded, file_digest, full_sizes
+from data import c_scores_at_hand, c_scores_published, expanded, file_digest, full_sizes
 from engine.config.load import SCHEMA, flatten
 from engine.config.schema import (
     OTHER,
@@ -97,6 +97,21 @@ def measuring_settings(config: Config) -> dict[str, str]:
     asked, trained = config.measure_precision, resolved(config).precision
     as_trained = asked == trained or (asked == "auto" and trained != "bf16")
     return {} if as_trained else {"measure_precision": asked}
+
+
+def scores_given(config: Config) -> dict[str, str]:
+    """Return what decides an example's C-score where the settings of the training do not.
+
+    It is the digest of a file that no training of this split reads; or 'none' as long as published
+    scores are not below `data.root`.
+    """
+    data = config.data
+    if data.split == "atypical":
+        return {}
+    if data.c_scores is not None:
+        return {"c_scores": digest_of(expanded(data.c_scores))}
+    lacking = c_scores_published(data.name) and not c_scores_at_hand(data.name, data.root)
+    return {"c_scores": "none"} if lacking else {}
 
 
 def deciding_settings(config: Config, contents: bool = True) -> dict[str, object]:

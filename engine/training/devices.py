@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -88,8 +88,8 @@ def compute_precision(precision: str, device: torch.device) -> Iterator[None]:
     before = [backend.fp32_precision for backend in backends]
     if precision == "auto":
         precision = default_precision(device.type)
-    half = torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
-    autocast = half if precision == "bf16" else nullcontext()
+    half = precision == "bf16"  # also switches an outer autocast off
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=half, cache_enabled=False)
     try:
         for backend in backends:
             backend.fp32_precision = "tf32" if precision == "tf32" else "ieee"

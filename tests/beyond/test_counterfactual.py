@@ -117,3 +117,11 @@ def test_the_figure_needs_scores(run, tmp_path):
 def test_an_untrained_run_is_refused_in_one_line(tiny):
     with pytest.raises(UserError, match="no such run"):
         counterfactual.EXPERIMENT.main(Run.of(tiny()))
+
+
+def test_without_any_comparison_the_line_says_none(tiny, recwarn):
+    few = ("counterfactual.trainings=2", "train.epochs=1", "data.train_size=2")
+    run = Run.of(tiny(*few))
+    gradient_accounting.EXPERIMENT.main(run)
+    assert "median standard error none" in counterfactual.EXPERIMENT.main(run)
+    assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]

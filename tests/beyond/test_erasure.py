@@ -20,6 +20,7 @@ from beyond.erasure import (
 from beyond.localizers import UnitGates, run_gated
 from data import Examples, normalize
 from engine.config.schema import DropoutConfig
+from engine.errors import RunFailed
 from engine.runs.run import Run
 from engine.training.build import load_split
 from models.dropout import dropout_mode, examples, tied_layers
@@ -103,6 +104,16 @@ def test_a_method_leaves_the_trained_network_as_it_was(tied, name):
     assert all(layer.mode == "memorize" for layer in tied_layers(task.model))
     assert row["method"] == name
     assert 0 <= row["acc_others"] <= 1
+
+
+def test_training_on_fewer_than_two_examples_is_refused(tied):
+    """Accuracies of a network that was never trained would look like results."""
+    _, task = tied
+    chosen = task.split.subset(task.rows)  # noisy ones, which leave no clean ones and no others
+    alone = dataclasses.replace(task, split=chosen, rows=torch.arange(chosen.n))
+    for method in (erasure.retrain_critical, erasure.fine_tune, erasure.train_again):
+        with pytest.raises(RunFailed, match="0 examples to train on"), method(alone):
+            pass
 
 
 def test_rewinding_and_retraining_change_one_layer(tied):

@@ -121,6 +121,17 @@ def test_the_measured_network_is_left_as_it_was(run):
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
 
 
+def test_other_masks_are_never_the_own_ones(run):
+    split = load_split(run.config)
+    bench = make_bench(run, split, load_final_model(run, split, CPU))
+    for count in (1, 2, 3):
+        few = replace(bench, rows=bench.rows | {"clean": bench.rows["clean"][:count]})
+        own, other = few.batch("clean"), few.batch("clean", "other_mask")
+        assert torch.equal(own.images, other.images)
+        assert len(own) == len(other) == count
+        assert (own.index != other.index).all()
+
+
 def test_few_clean_examples_leave_none_to_compare_with_or_to_relabel(run):
     split = load_split(run.config)
     bench = make_bench(run, split, load_final_model(run, split, CPU).eval().requires_grad_(False))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import gradient_accounting
 import layer_rewinding
 from engine.errors import UserError
 from engine.runs import files
-from engine.runs.identity import deciding_settings, identity_of, run_directory
+from engine.runs.identity import deciding_settings, identity_of, run_directory, scores_given
 from engine.runs.run import Run
 
 GLYPHS = ("data.train_size=null", "data.test_size=null")
@@ -144,3 +145,20 @@ def test_each_seed_is_found_where_two_versions_trained_the_seeds(tiny):
     directories[1].mkdir(parents=True)
     assert run_directory(tiny("seed=0")) == old / "seed0"
     assert run_directory(tiny("seed=1")) == directories[1]
+
+
+def test_tables_know_which_c_scores_they_were_made_with(tiny, tmp_path, monkeypatch):
+    """A file that no training reads, and published scores that come after the tables."""
+    path = tmp_path / "scores.npz"
+    path.write_bytes(b"some")
+    given = tiny(f"data.c_scores={path}")
+    before = scores_given(given)
+    path.write_bytes(b"others")
+    assert before != scores_given(given)
+    assert scores_given(replace(given, data=replace(given.data, split="atypical"))) == {}
+    mnist = replace(tiny(), data=replace(tiny().data, name="mnist", root=str(tmp_path)))
+    assert scores_given(mnist) == {"c_scores": "none"}
+    (tmp_path / "c_scores").mkdir()
+    (tmp_path / "c_scores" / "mnist-cscores.npy").touch()
+    assert scores_given(mnist) == {}
+    assert scores_given(tiny()) == {}, "glyphs know their own"

@@ -88,3 +88,12 @@ def test_bf16_follows_the_weights():
             layer.weight += 1
         after = layer(torch.ones(1, 4))
     torch.testing.assert_close(after, before + 4, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("inner", ["fp32", "tf32"])
+def test_a_precision_inside_of_another_one_is_in_force(inner):
+    device, x = torch.device("cpu"), torch.ones(2, 2)
+    with compute_precision("bf16", device):
+        with compute_precision(inner, device):
+            assert (x @ x).dtype == torch.float32
+        assert (x @ x).dtype == torch.bfloat16
