@@ -60,12 +60,14 @@ from plotting.report.tables import TABLES, Table
 TITLE = "Where neural networks memorize"
 
 
-def choose_kinds(number: str | None) -> list[FigureKind]:
+def choose_kinds(numbers: Sequence[str]) -> list[FigureKind]:
+    """Return the kinds with one of these numbers."""
     known = list(dict.fromkeys(n for kind in figure_kinds() for n in kind.numbers))
-    if number not in (None, *known):
-        hint = nearest(number, known) or f"; allowed: {', '.join(known)}"
-        raise UserError(f"command line: --figure: {number!r} is not a figure{hint}")
-    return [kind for kind in figure_kinds() if number in (None, *kind.numbers)]
+    for number in numbers:
+        if number not in known:
+            hint = nearest(number, known) or f"; allowed: {', '.join(known)}"
+            raise UserError(f"command line: --figure: {number!r} is not a figure{hint}")
+    return [kind for kind in figure_kinds() if set(numbers) & set(kind.numbers)]
 
 
 def write_table(table: Table, folder: Path) -> Path:
@@ -128,10 +130,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words = "finished runs, or folders of them (default: runs); also plotting.KEY=VALUE"
     parser.add_argument("runs", nargs="*", metavar="RUN", help=words)
-    parser.add_argument("--figure", metavar="NUMBER", help="only this one")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="all there, to be kept")
     parser.add_argument(
-        "--format", choices=("pdf", "png"), help="only this one; else both, or PNG with --output"
+        "--figure", metavar="NUMBER", action="append", default=[],
+        help="draw this figure alone; repeat the option for several",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="collect all output in FOLDER"
+    )
+    parser.add_argument(
+        "--format", choices=("pdf", "png"), help="default: both, or PNG with --output"
     )
     parser.add_argument(
         "--compare", nargs=2, type=Path, metavar="SUMMARY", help="compare two summary.json files"
@@ -153,7 +160,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         places = [Path(word) for word in given.runs if word not in overrides] or [Path("runs")]
         folder, gather = given.output or places[0], given.output is not None
         formats = [given.format] if given.format else ["png"] if gather else ["pdf", "png"]
-        kinds, families = choose_kinds(given.figure), find_families(places, overrides)
+        kinds = choose_kinds(given.figure)
+        families = find_families(places, overrides)
         if gather and len({family.name for family in families}) < len(families):
             raise UserError("command line: --output: two folders hold seeds of the same run")
         if given.figure:

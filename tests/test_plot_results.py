@@ -118,6 +118,13 @@ def test_learning_curves_begin_with_the_initialization(family):
     plt.close(figure)
 
 
+def test_several_figures_can_be_asked_for(family, capsys):
+    command = [str(family.folder), "--figure", "1", "--figure", "2", "--format", "png"]
+    assert plot_results.main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["figure 1", "figure 2"]
+
+
 def test_a_figure_without_data_is_named_with_its_command(family, capsys):
     for run in family.runs:
         (run.directory / "gradient_accounting.csv").unlink()

@@ -167,7 +167,7 @@ FIGURES = (
         "Recall of planted memorization neurons, by localizer and setting.",
         "Whether a localizer rises above chance in some setting, and their order in each. "
         "Error bars: standard deviation over seeds; with one seed, the 95% interval over examples.",
-        compares=r"(data|model|train|dropout)\..+", page=12, beyond=True,
+        compares=r"(data|model|train|dropout)\..+", page=18, beyond=True,
     ),
     FigureKind(
         ("planted-memorization-deletion",), "planted_memorization_deletion", "planted",

@@ -176,7 +176,7 @@ def test_figures_of_atypical_examples_need_an_atypical_split(plant, tmp_path):
     family = plant(epochs=4)
     for number in ("8", "9", "19"):
         for drawing in draw_all(
-            [family], tmp_path, plot_results.choose_kinds(number), ["png"], False
+            [family], tmp_path, plot_results.choose_kinds([number]), ["png"], False
         ):
             assert str(drawing).endswith("not drawn: it needs data.split: atypical")
     assert {kind.atypical for kind in figure_kinds() if "8" in kind.numbers} == {True}
