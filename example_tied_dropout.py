@@ -33,6 +33,7 @@ from engine.config.schema import Config
 from engine.errors import UserError
 from engine.launch.cli import run_script
 from engine.launch.estimates import count_examples, training_passes
+from engine.progress import with_progress
 from engine.runs.experiment import Experiment
 from engine.runs.identity import (
     measuring_precision,
@@ -256,7 +257,8 @@ def unlearning(
     table: Measurement, config: Config, model: nn.Module, split: Split, before: Outcome
 ) -> Iterator[dict[str, object]]:
     """Measure each size and draw; skip sizes for which too few noisy examples were learned."""
-    for size, draw in product(config.dropout.forget, range(config.dropout.forget_draws)):
+    draws = [*product(config.dropout.forget, range(config.dropout.forget_draws))]
+    for size, draw in with_progress(draws, f"{title(config)}: forgetting", len(draws), "draw"):
         rows = choose_learned(split, before, size, draw)
         if len(rows) < size:
             continue
@@ -334,7 +336,8 @@ def summarize(run: Run) -> str:
         f"{name.removeprefix('acc_')} {before[name]:.2%} -> {after[name]:.2%}"
         for name in ACCURACIES
     )
-    return f"{title(run.config)}: {', '.join(changes)}"
+    without = " (no dropout: nothing was dropped)" * (run.config.dropout.kind == "none")
+    return f"{title(run.config)}: {', '.join(changes)}{without}"
 
 
 def estimate_passes(run: Run) -> float:

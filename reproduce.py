@@ -175,6 +175,7 @@ def conclude(jobs: Sequence[Job], folder: Path, title: str) -> None:
     directories = list(dict.fromkeys(job.run.directory for job in jobs))
     if directories:
         families = find_families(directories, plotting_overrides(jobs[0].run.config))
+        print("drawing figures", file=sys.stderr, flush=True)
         *_, summary, report = plot_results.present(families, folder, title=title)
         print(summary, report, sep="\n")
 

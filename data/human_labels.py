@@ -38,8 +38,10 @@ def load_human_labels(
         raise DataError(f"human labels: no column {column!r}; allowed: {', '.join(COLUMNS)}")
     path = expanded(Path(root) / FILE if path is None else path)
     if not path.is_file():
-        hint = ", or give the npz a noisy_label array" if dataset.name == "npz" else ""
-        raise DataError(f"{path} is not there; put {FILE} there from {SOURCE}{hint}")
+        remedy = f"put {FILE} there from {SOURCE}"
+        if dataset.name == "npz":
+            remedy = f"give the npz a noisy_label array or, for images of CIFAR-10, {remedy}"
+        raise DataError(f"{path} is not there; {remedy}")
     columns = _read_columns(path, ("clean_label", column))
     _check_clean_labels(path, columns["clean_label"], dataset.label.numpy())
     label = columns[column]

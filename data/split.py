@@ -145,7 +145,9 @@ def _choose(key: str, size: int | None, n: int, kept: torch.Tensor | None = None
     if size is None:
         return torch.arange(n)
     if not 1 <= size <= n:
-        raise DataError(f"{key} is {size}; allowed: 1 to {n}, the size of the data set")
+        raise DataError(
+            f"data.{key} is {size}; allowed: 1 to {n}, the size of the data set, or null for all"
+        )
     order = torch.from_numpy(random_stream("subset", n).permutation(n))
     if kept is not None:
         count = int(kept.sum())

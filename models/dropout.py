@@ -79,6 +79,11 @@ class DropoutLayer(nn.Module):
 
     def gated(self, activations: Tensor, gate: Tensor) -> Tensor:
         """Multiply the activations by a gate [1 or n, channels]."""
+        if activations.shape[self.dim] != gate.shape[1]:
+            raise ValueError(
+                f"the layer has {gate.shape[1]} channels, its input {activations.shape[self.dim]} "
+                f"in dimension {self.dim}"
+            )
         shape = [1] * activations.ndim
         shape[0], shape[self.dim] = gate.shape
         return activations * gate.to(activations.dtype).view(shape)
@@ -113,6 +118,8 @@ class ExampleTiedDropout(DropoutLayer):
         super().__init__(dim)
         if not 0 <= p_mem <= 1:
             raise ValueError(f"p_mem must be from 0 to 1, not {p_mem}")
+        if n_examples < 1:
+            raise ValueError(f"n_examples must be 1 or more, not {n_examples}")
         self.p_gen, self.p_mem = p_gen, p_mem
         self.generalization = kept_channels(p_gen, channels)
         masks = tied_masks(n_examples, channels - self.generalization, p_mem, seed, layer)
@@ -120,6 +127,13 @@ class ExampleTiedDropout(DropoutLayer):
         self.mode, self.rescale = "memorize", False
         self.index: Tensor | None = None  # indices of the examples in the next forward pass
         self.forgotten: Tensor | None = None  # bool [memorization channels], off for all examples
+
+    def extra_repr(self) -> str:
+        n_examples, tied = self.masks.shape
+        return (
+            f"channels={self.generalization + tied}, n_examples={n_examples}, "
+            f"p_gen={self.p_gen}, p_mem={self.p_mem}"
+        )
 
     def forward(self, activations: Tensor, index: Indices | None = None) -> Tensor:
         if self.masks.shape[1] == 0:
@@ -253,8 +267,26 @@ def _changed(layers: list[ExampleTiedDropout], **values: object) -> Iterator[Non
 
 
 def examples(model: nn.Module, index: Indices | None) -> AbstractContextManager[None]:
-    """Set the indices of the examples that go through the model; None: examples without masks."""
-    return _changed(tied_layers(model), index=index)
+    """Set the indices of the examples that go through the model; None: examples without masks.
+
+    To be used in a `with` statement, as all that follows.
+    """
+    layers = tied_layers(model)
+    for layer in layers:
+        _require_known(index, len(layer.masks))
+    return _changed(layers, index=index)
+
+
+def _require_known(index: Indices | None, n_examples: int) -> None:
+    """Raise IndexError for an index without a mask; a GPU's are not looked at, to save a wait."""
+    if index is None or (isinstance(index, Tensor) and index.device.type != "cpu"):
+        return
+    index = torch.as_tensor(index)
+    if index.numel() and not 0 <= index.min() <= index.max() < n_examples:
+        raise IndexError(
+            f"there are masks for the indices 0 to {n_examples - 1} (n_examples={n_examples}), "
+            f"not for {int(index.min())} to {int(index.max())}"
+        )
 
 
 def dropout_mode(
@@ -274,6 +306,8 @@ def dropout_mode(
 def forget(model: nn.Module, index: Indices | int) -> Iterator[None]:
     """Drop the memorization channels that are tied to any of these examples, for all examples."""
     layers = tied_layers(model)
+    if not layers:
+        raise ValueError("the model has no example-tied dropout: nothing can be forgotten")
     with _changed(layers, forgotten=None):
         for layer in layers:
             layer.forgotten = torch.atleast_2d(layer.masks[index]).any(dim=0)

@@ -106,6 +106,7 @@ FIGURES = (
     FigureKind(
         ("7",), "forgotten", "dropout", FORGOTTEN.name, plot_forgotten,
         "Clean examples forgotten without the memorization neurons.",
-        "Clean examples that only the memorization neurons held: mostly odd or ambiguous ones.",
+        "Clean examples that only the memorization neurons held; in the paper mostly odd or "
+        "ambiguous ones.",
     ),
 )  # fmt: skip

@@ -165,15 +165,15 @@ def plot_gradient_cosines(family: Family) -> Figure:
 
 
 _NORMS = (
-    "The memorized examples, though few, contribute about as much gradient as all others, in "
-    "every layer; the total is smaller than either, since the two oppose each other."
+    "In the paper the memorized examples, though few, contribute about as much gradient as all "
+    "others, in every layer; the total is smaller than either, since the two oppose each other."
 )
 
 FIGURES = (
     FigureKind(
         ("learning-curves",), "learning_curves", "gradients", HISTORY.name, plot_learning_curves,
         "Accuracy during training.",
-        "Clean examples are learned first; mislabeled ones only later, if at all.",
+        "In the paper clean examples are learned first, and noisy ones later.",
     ),
     FigureKind(
         ("1", "11", "12", "13", "14"), "gradient_norms", "gradients", ACCOUNTS.name,

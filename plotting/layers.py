@@ -181,8 +181,8 @@ def _entitle_retraining(figure: Figure, about: str, key: Axes) -> None:
 
 
 _REWOUND = (
-    "Lines near the top: layers that can go back without losing the memorized examples; "
-    "layers that matter for these matter for the clean ones too."
+    "Lines near the top: layers that can go back without losing the memorized examples. In the "
+    "paper, layers that matter for these matter for the clean ones too."
 )
 _RETRAINED = (
     "A high dashed line at any epoch after 0: the layer was not needed for memorizing, as what "
@@ -208,7 +208,7 @@ FIGURES = (
         ("3", "15", "16", "17"), "rewinding_compared", "rewinding", REWINDING.name,
         plot_rewinding_compared,
         "Accuracy with one layer from an earlier epoch, by noise rate and model.",
-        "Which layers are critical differs between models and noise rates.",
+        "Whether the critical layers differ between models and noise rates.",
         compares=OF_ANY_MODEL, page=9,
     ),
     FigureKind(

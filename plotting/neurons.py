@@ -148,8 +148,8 @@ FIGURES = (
     FigureKind(
         ("5",), "neurons", "flipping", FLIPPING.name, plot_flipping,
         "Neurons that hold an example, and their layers.",
-        "Memorized examples flip with fewer neurons, their removal costs the others less, and the "
-        "neurons lie in several layers.",
+        "In the paper memorized examples flip with fewer neurons, their removal costs the others "
+        "less, and the neurons lie in several layers.",
     ),
     FigureKind(
         ("5",), "neurons_compared", "flipping", FLIPPING.name, plot_flipping_compared,

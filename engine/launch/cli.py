@@ -33,6 +33,7 @@ class Parser(argparse.ArgumentParser):
     """Parser that reports a mistake in one line."""
 
     def error(self, message: str) -> None:
+        message = message.replace("CONFIG, key.path=value", "CONFIG")  # overrides are optional
         raise UserError(f"command line: {message}; see --help")
 
 
@@ -84,7 +85,8 @@ def make_parser(
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="only print what would be done, its time and its disk",
+        help="only print what would be done"
+        + (" and the disk of this measurement" if default_config is None else ", time and disk"),
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"))
     if default_config is None:

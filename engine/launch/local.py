@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from engine.errors import RunFailed
+from engine.errors import RunFailed, UserError
 from engine.launch.cli import UNFINISHED, Ending
 from engine.launch.estimates import Speeds, duration, makespan
 from engine.launch.jobs import Job, are_done, by_run
@@ -135,6 +135,10 @@ def _processes(
 
 def collect(jobs: Sequence[Job], ending: Ending) -> Iterator[Job]:
     """Print and yield every finished job, and name the unfinished ones; start nothing."""
+    if not any(job.done for job in jobs):
+        raise UserError(
+            f"none of {len(jobs)} jobs is finished; the same command without --collect does them"
+        )
     for job in jobs:
         with ending.one_of_several(job.run.directory):
             if not job.done:

@@ -34,12 +34,11 @@ from engine.runs.identity import (
     run_directory,
     short_name,
 )
-from engine.runs.locking import require_held
+from engine.runs.locking import holder_of, is_held, require_held
 from engine.runs.tables import HISTORY
 from models import network_file
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_]+\.[a-z]+")
-_AGAIN = "the script that trained this run makes it again"
 
 # Examples that rounding alone may classify otherwise on another machine: some, and a share.
 _ROUNDING = {"fp32": (1, 0.002), "tf32": (2, 0.02), "bf16": (2, 0.05)}
@@ -164,14 +163,15 @@ class Run:
         """
         for path in self.missing_results(accounts):
             restorable = self.record_path.exists() and path.suffix != ".pt"
-            remedy = f"; {_AGAIN}" if restorable else _remedy(self.directory)
+            restored = f"; `{self.training_command}` restores it"
+            remedy = restored if restorable else _remedy(self.directory)
             raise UserError(f"{path}: is missing from a finished run{remedy}")
         self.require_undamaged()
 
     def require_undamaged(self) -> None:
         """Refuse a finished run of which an existing result is not as its training wrote it."""
-        again = self.record_path.exists()
-        remedy = f"; delete it, and {_AGAIN}" if again else _remedy(self.directory)
+        again = f"; delete it, then `{self.training_command}` restores it"
+        remedy = again if self.record_path.exists() else _remedy(self.directory)
         digests = self._provenance().get("files") or {}
         # A name with a folder in it would lead out of the run.
         if not isinstance(digests, dict) or not all(map(_FILE_NAME.fullmatch, digests)):
@@ -211,6 +211,9 @@ class Run:
         if self.finished:
             return "finished"
         epochs = self.resumable_epochs()
+        holder = None if is_held(self.directory) else holder_of(self.directory)
+        if holder:
+            return f"locked by {holder}, after epoch {max(epochs, default=0)}"
         return f"interrupted after epoch {epochs[0]}" if epochs else "to do"
 
     def require_finished(self) -> None:
@@ -222,10 +225,15 @@ class Run:
             given = [a for a in sys.argv[1:] if "=" in a or a.endswith("yaml") or Path(a).is_dir()]
             command = shell_command(["python", "gradient_accounting.py", *given])
             raise UserError(f"{self.directory}: no such run; `{command}` trains it")
+        finishes = f"`{self.training_command}` finishes it"
+        raise UserError(f"{self.directory}: its training is {self.state}; {finishes}")
+
+    @property
+    def training_command(self) -> str:
+        """The command that trains this run, or restores what is missing of it."""
         kind = self.config.dropout.kind
         script = "gradient_accounting.py" if kind == "none" else "example_tied_dropout.py"
-        command = shell_command(["python", script, self.directory])
-        raise UserError(f"{self.directory}: its training is {self.state}; `{command}` finishes it")
+        return shell_command(["python", script, self.directory])
 
     # ------------------------------------------------------------ files
 
@@ -383,7 +391,10 @@ class Run:
         path = self.checkpoint_path(epoch)
         if not path.exists():
             kept = ", ".join(map(str, self.epochs_in("checkpoints")))
-            raise UserError(f"{path}: no such file; the epochs kept are {kept or 'none'}")
+            raise UserError(
+                f"{path}: no such file; the epochs kept are {kept or 'none'}; name some of these, "
+                f"or train again elsewhere (output_dir=FOLDER)"
+            )
         state = self.read_own(path, epoch).get("model")
         if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
             raise UserError(f"{path}: damaged: it holds no weights")

@@ -23,7 +23,7 @@ from engine.config.schema import Config, TrainConfig
 from engine.errors import RunFailed
 from engine.progress import PlainLines, progress_bar
 from engine.runs import files, provenance
-from engine.runs.identity import deciding_settings
+from engine.runs.identity import deciding_settings, title
 from engine.runs.run import Run, images_digest
 from engine.runs.stopping import finishing_steps, safe_point
 from engine.runs.tables import LAYERS
@@ -190,7 +190,7 @@ def _train_epochs(
 
 def _progress(run: Run, done: int, steps: int) -> tqdm | PlainLines:
     return progress_bar(
-        f"{run.directory.parent.name[:40]}/{run.directory.name}",
+        f"{title(run.config)}: training",
         run.config.train.epochs * steps,
         "step",
         initial=done,

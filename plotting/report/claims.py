@@ -103,7 +103,7 @@ CLAIMS = (
         "1 and 4",
         "Norm ratio of the last layer divided by the norm ratio of the median layer (the last "
         "layer 'does not stand out')",
-        "about 1",
+        "not above others",
         ACCOUNTS.name,
         headline_numbers.norm_ratio_last,
         below(1.5),

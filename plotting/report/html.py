@@ -191,7 +191,7 @@ def _header(
         f"Network Memorization Be Localized?</i> (Maini et al., ICML 2023). Of {said} "
         f"statements that were measured {counts['agrees']} agree with the paper, "
         f"{counts['differs']} differ, {seeds}; {counts['inapplicable']} do not apply to these "
-        f"runs, {counts['none']} were not measured.</p>"
+        f"runs, {counts['none']} not measured.</p>"
         f'<nav>{links}<a href="#tables">Tables</a><a href="#runs">What was run</a>'
         f'<a href="#deviations">Deviations</a></nav></header>'
     )
@@ -311,7 +311,8 @@ def _figure(drawing: Drawing) -> str:
     # As wide as its share of a page, so that text has the same size on every figure.
     inches = int.from_bytes(content[16:20], "big") / SETTINGS["savefig.dpi"]
     numbers = [number for number in drawing.kind.numbers if number[0].isdigit()]
-    like = f" Compare Figure {', '.join(numbers)} of the paper." if numbers else ""
+    word = "Figures" if len(numbers) > 1 else "Figure"
+    like = f" Compare {word} {', '.join(numbers)} of the paper." if numbers else ""
     kind = drawing.kind
     caption = (
         f"<b>{escape(kind.subject)}</b> {escape(kind.see)}{like}"

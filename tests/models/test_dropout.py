@@ -204,6 +204,29 @@ def test_one_example_is_forgotten_however_it_is_named(index):
         assert torch.equal(layer.forgotten, layer.masks[4])
 
 
+def test_forgetting_in_a_model_without_tied_neurons_is_a_mistake():
+    with pytest.raises(ValueError, match="nothing can be forgotten"), forget(nn.Linear(3, 3), 0):
+        pass
+
+
+def test_examples_without_masks_are_named():
+    model = nn.Sequential(ExampleTiedDropout(10, n_examples=20))
+    for index in (torch.tensor([3, 20]), [3, -1], 20):
+        with pytest.raises(IndexError, match=r"indices 0 to 19 \(n_examples=20\), not for"):
+            examples(model, index)
+    with examples(model, torch.tensor([], dtype=torch.int64)):
+        assert model(torch.ones(0, 10)).shape == (0, 10)
+
+
+def test_another_number_of_channels_is_named():
+    layer = ExampleTiedDropout(10, n_examples=20)
+    with pytest.raises(ValueError, match="has 10 channels, its input 6 in dimension 1"):
+        layer(torch.ones(2, 6), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="n_examples must be 1 or more, not 0"):
+        ExampleTiedDropout(10, n_examples=0)
+    assert repr(layer) == ("ExampleTiedDropout(channels=10, n_examples=20, p_gen=0.4, p_mem=0.2)")
+
+
 def test_p_gen_1_is_the_identity():
     layer = ExampleTiedDropout(10, 60, p_gen=1)
     x = torch.randn(3, 10)

@@ -166,6 +166,9 @@ def test_two_processes_on_the_same_runs(tiny_file, tmp_path, capsys):
         line = r"^glyphs 150 resnet9 width 0.05 noise 0.2 seed 1: clean .*/seed1$"
         assert re.search(line, printed.out)
         assert {p: p.stat().st_mtime_ns for p in seed0.rglob("*") if p.is_file()} == before
+        assert run_script(*script[:2], [*arguments, "--dry-run"]) == 0
+        state = f"noise 0.2 seed 0: locked by process {first.pid} on "
+        assert state in capsys.readouterr().out
     finally:
         first.kill()
         first.wait()

@@ -126,6 +126,14 @@ def test_a_signal_ends_all_processes(tiny_file):
         assert not (run / CLAIM).exists()
 
 
+def test_nothing_to_collect_is_one_line(tiny_file, capsys):
+    arguments = [str(tiny_file), "experiments=[rewinding]", "seed=[0,1]", "--collect"]
+    assert reproduce.main(arguments) == 2
+    assert complaints(capsys.readouterr().err) == [
+        "none of 4 jobs is finished; the same command without --collect does them"
+    ]
+
+
 def test_only_one_run_and_what_is_there_is_collected(tiny_file, capsys):
     arguments = [str(tiny_file), "train.epochs=2", "experiments=[rewinding]", "seed=[0,1]"]
     first, second = directories(tiny_file, *arguments[1:])
@@ -138,6 +146,7 @@ def test_only_one_run_and_what_is_there_is_collected(tiny_file, capsys):
     assert complaints(printed.err) == [
         f"{first}: no gradient accounting yet",
         f"{first}: no layer rewinding yet",
+        "drawing figures",
     ]
     lines = printed.out.splitlines()
     assert [line.partition(":")[0] for line in lines[:2]] == [
