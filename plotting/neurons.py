@@ -90,8 +90,8 @@ def plot_flipping(family: Family) -> Figure:
     after.xaxis.set_major_formatter(PercentFormatter(1, decimals=0 if lowest < 0.9 else 1))
     for axes in (counts, after, layers):
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    for axes in (counts, layers):
-        axes.xaxis.set_major_locator(MaxNLocator(9, integer=True))
+    counts.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    layers.xaxis.set_major_locator(MaxNLocator(9, integer=True))
     layers.legend()
     unflipped = sum(row["flipped"] == 0 for row in rows)
     more = f", {unflipped} of {len(rows)} never flipped" if unflipped else ""

@@ -101,11 +101,13 @@ def plot_roc(family: Family) -> Figure:
     table = read_scores(family.runs[0])
     searched = np.isfinite(table["neurons"])
     figure, (curves, areas) = plt.subplots(1, 2, figsize=(PAGE, 3), width_ratios=[1, 1.2])
-    for name, color in zip(CURVES, CURVE_COLORS):
+    # Thinner from curve to curve, so that one shows below another that is the same.
+    widths = np.linspace(3, 1, len(CURVES))
+    for name, color, width in zip(CURVES, CURVE_COLORS, widths):
         use = np.isfinite(table[name]) & (searched if searched.any() else True)
         if use.any():
             rates = roc_curve(table[name][use], table["memorized"][use] == 1)
-            curves.plot(*rates, color=color, lw=1, label=readable(name))
+            curves.plot(*rates, color=color, lw=width, label=readable(name))
     curves.plot([0, 1], [0, 1], color="0.7", lw=0.6, zorder=0)
     curves.set(xlabel="false positives", ylabel="memorized examples found")
     curves.legend(loc="lower right")
@@ -154,9 +156,10 @@ def plot_score_correlations(family: Family) -> Figure:
     figure, axes = plt.subplots(figsize=(PAGE, PAGE * 0.85))
     image = axes.imshow(matrix, vmin=-1, vmax=1, cmap="PuOr")
     for (i, j), rho in np.ndenumerate(matrix):
-        if i != j and np.isfinite(rho):
+        if i != j:
+            words = f"{rho:.2f}" if np.isfinite(rho) else "-"
             dark = {"color": "white"} if abs(rho) > 0.7 else {}
-            axes.text(j, i, f"{rho:.2f}", ha="center", va="center", size=6.5, **dark)
+            axes.text(j, i, words, ha="center", va="center", size=6.5, **dark)
     words = [readable(name) for name in names]
     axes.set_xticks(range(len(names)), words, rotation=45, ha="right")
     axes.set_yticks(range(len(names)), words)
