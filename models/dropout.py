@@ -153,12 +153,24 @@ class ExampleTiedDropout(DropoutLayer):
     def _memorization_gate(self, index: Tensor | None) -> Tensor:
         """Return the gate [1 or n, memorization channels]."""
         if self.mode == "memorize" and index is not None:
-            # Unlike masks[index], this refuses negative indices.
-            return self.masks.index_select(0, index.to(self.masks.device))
+            return self._masks_of(index)
         if self.mode == "memorize" and self.training:
             raise ValueError("example-tied dropout needs the indices of the examples it trains on")
         on = 0.0 if self.mode == "drop" else self.p_mem
         return torch.full((1, self.masks.shape[1]), on, device=self.masks.device)
+
+    def _masks_of(self, index: Tensor) -> Tensor:
+        """Return the masks of these examples; unlike masks[index], refuse negative indices."""
+        index = index.to(self.masks.device)
+        if torch.compiler.is_compiling():
+            return self.masks.index_select(0, index)
+        try:
+            return self.masks.index_select(0, index)
+        except IndexError:
+            n = len(self.masks)
+            raise IndexError(
+                f"index out of range: there are masks for the indices 0 to {n - 1} (n_examples={n})"
+            ) from None
 
 
 def _require_one_each(index: Tensor, count: int) -> None:
@@ -271,22 +283,7 @@ def examples(model: nn.Module, index: Indices | None) -> AbstractContextManager[
 
     To be used in a `with` statement, as all that follows.
     """
-    layers = tied_layers(model)
-    for layer in layers:
-        _require_known(index, len(layer.masks))
-    return _changed(layers, index=index)
-
-
-def _require_known(index: Indices | None, n_examples: int) -> None:
-    """Raise IndexError for an index without a mask; a GPU's are not looked at, to save a wait."""
-    if index is None or (isinstance(index, Tensor) and index.device.type != "cpu"):
-        return
-    index = torch.as_tensor(index)
-    if index.numel() and not 0 <= index.min() <= index.max() < n_examples:
-        raise IndexError(
-            f"there are masks for the indices 0 to {n_examples - 1} (n_examples={n_examples}), "
-            f"not for {int(index.min())} to {int(index.max())}"
-        )
+    return _changed(tied_layers(model), index=index)
 
 
 def dropout_mode(
@@ -310,5 +307,6 @@ def forget(model: nn.Module, index: Indices | int) -> Iterator[None]:
         raise ValueError("the model has no example-tied dropout: nothing can be forgotten")
     with _changed(layers, forgotten=None):
         for layer in layers:
-            layer.forgotten = torch.atleast_2d(layer.masks[index]).any(dim=0)
+            chosen = torch.atleast_1d(torch.as_tensor(index))
+            layer.forgotten = layer._masks_of(chosen).any(dim=0)
         yield

@@ -22,11 +22,6 @@ train: {epochs: 3, batch_size: 32, peak_epoch: 1}
 """
 
 
-def pytest_xdist_auto_num_workers(config):
-    """Take one worker more than there are cores: tests also wait for files and processes."""
-    return os.cpu_count() + 1
-
-
 def pytest_collection_modifyitems(items):
     """Skip what this machine has no means for, each with its reason."""
     no_gpu = pytest.mark.skip(reason="needs a CUDA device")

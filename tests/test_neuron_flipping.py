@@ -248,7 +248,7 @@ def test_the_reference_is_estimated_only_where_it_is_larger_than_the_sample(run_
         whole = getattr(estimates, name)
         monkeypatch.setattr(
             estimates, name, lambda *given, whole=whole, name=name: (
-                made.append((name, given[2].shape[:2])), whole(*given),
+                made.append((name, given[2].images.shape[:2])), whole(*given),
             )[1],
         )  # fmt: skip
     for rows in (19, 20, 128):

@@ -145,11 +145,11 @@ class ReferenceGradient:
         self.model, self.groups, self.gates = model, layer_groups(model), gates
         self.n, self.copies = len(reference), reference.images.shape[1]
         each = max(1, rows_at_once(model, gates, reference.images[0]) // self.copies)
-        self.batches = [reference.take(slice(i, i + each)) for i in range(0, self.n, each)]
+        parts = [reference.take(slice(i, i + each)) for i in range(0, self.n, each)]
+        self.batches = [(part.label, *flatten_copies(part)) for part in parts]
         self.graphs: list[_Graph] = []
         gates.close([()])
-        for batch in self.batches:
-            images, index = flatten_copies(batch)
+        for _, images, index in self.batches:
             with examples(model, index), GraphBytes(model) as kept:
                 graph = self._open_graph(images)
             memory -= kept.total(graph.taps)
@@ -172,7 +172,7 @@ class ReferenceGradient:
         return sum(self._of_batch(i, closed) for i in range(len(self.batches))) / self.n
 
     def _of_batch(self, batch: int, closed: frozenset[int]) -> Tensor:
-        images, index = flatten_copies(self.batches[batch])
+        label, images, index = self.batches[batch]
         graph = self.graphs[batch] if batch < len(self.graphs) else None
         start = self.gates.first_group(closed, default=len(self.groups)) if graph else 0
         below = _tensors(graph.states[start] if graph else images)
@@ -180,8 +180,7 @@ class ReferenceGradient:
         with examples(self.model, index):
             logits = run_stages(self.groups, leaves if len(leaves) > 1 else leaves[0], start)
         taps = self.gates.take_taps()
-        output = mean_output(logits, self.copies)
-        loss = F.cross_entropy(output, self.batches[batch].label, reduction="sum")
+        loss = F.cross_entropy(mean_output(logits, self.copies), label, reduction="sum")
 
         onwards = [(leaf, tensor) for leaf, tensor in zip(leaves, below) if leaf.requires_grad]
         wanted = [tap.output for tap in taps] + [leaf for leaf, _ in onwards]

@@ -295,5 +295,5 @@ def describe_dropout(dropout: DropoutConfig) -> str:
         return f"example-tied {dropout.p_gen:g}, {dropout.p_mem:g}"
     if dropout.kind == "standard":
         units = "" if dropout.units == "activations" else ", whole channels"
-        return f"standard, {dropout.standard}s {dropout.p_gen:.0%}{units}"
+        return f"standard, {dropout.standard}s {100 * dropout.p_gen:g}%{units}"
     return f"{dropout.kind} {dropout.p_gen:g}"

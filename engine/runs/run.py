@@ -10,6 +10,7 @@ import hashlib
 import re
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +35,7 @@ from engine.runs.identity import (
     run_directory,
     short_name,
 )
-from engine.runs.locking import holder_of, is_held, require_held
+from engine.runs.locking import Holder, holder_of, is_held, require_held
 from engine.runs.tables import HISTORY
 from models import network_file
 
@@ -211,10 +212,15 @@ class Run:
         if self.finished:
             return "finished"
         epochs = self.resumable_epochs()
-        holder = None if is_held(self.directory) else holder_of(self.directory)
-        if holder:
+        if holder := self._other_holder():
             return f"locked by {holder}, after epoch {max(epochs, default=0)}"
         return f"interrupted after epoch {epochs[0]}" if epochs else "to do"
+
+    def _other_holder(self) -> Holder | None:
+        """Return the process that holds this run, unless it is this one or cannot be told."""
+        with suppress(OSError):
+            return None if is_held(self.directory) else holder_of(self.directory)
+        return None
 
     def require_finished(self) -> None:
         """Refuse to measure a run whose training is not finished and intact."""
@@ -226,7 +232,8 @@ class Run:
             command = shell_command(["python", "gradient_accounting.py", *given])
             raise UserError(f"{self.directory}: no such run; `{command}` trains it")
         finishes = f"`{self.training_command}` finishes it"
-        raise UserError(f"{self.directory}: its training is {self.state}; {finishes}")
+        remedy = "rerun when that has ended" if self._other_holder() else finishes
+        raise UserError(f"{self.directory}: its training is {self.state}; {remedy}")
 
     @property
     def training_command(self) -> str:

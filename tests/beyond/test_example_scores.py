@@ -20,7 +20,7 @@ from beyond.example_scores import (
     make_correlations,
     make_with_neurons,
 )
-from data import normalize
+from data import load_dataset, normalize
 from engine.errors import UserError
 from engine.runs import files
 from engine.runs.identity import without_dropout
@@ -91,6 +91,20 @@ def test_recorded_scores_against_the_checkpoints(trained):
     times = [next((t for t in (1, 2, 3) if all(s[t - 1 :])), 4) for s in zip(*correct)]
     assert table["learning_time"].tolist() == times
     assert np.ptp(table["aum"]) > 0.1
+
+
+def test_another_file_of_c_scores_makes_another_column(tiny, tmp_path):
+    label, found = load_dataset("glyphs", train_size=150, test_size=40).label.numpy(), []
+    gradient_accounting.EXPERIMENT.main(Run.of(tiny()))
+    for seed in (0, 1):
+        scores = np.random.default_rng(seed).random(150)
+        np.savez(tmp_path / "own.npz", labels=label, scores=scores)
+        run = Run.of(tiny(f"data.c_scores={tmp_path / 'own.npz'}"))
+        example_scores.EXPERIMENT.main(run)
+        table = read_scores(run)
+        np.testing.assert_allclose(table["c_score"], -scores[table["index"].astype(int)])
+        found.append(table["c_score"])
+    assert not np.array_equal(*found)
 
 
 def test_depth_of_a_network_against_brute_force(trained):

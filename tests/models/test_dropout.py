@@ -211,11 +211,26 @@ def test_forgetting_in_a_model_without_tied_neurons_is_a_mistake():
 
 def test_examples_without_masks_are_named():
     model = nn.Sequential(ExampleTiedDropout(10, n_examples=20))
-    for index in (torch.tensor([3, 20]), [3, -1], 20):
-        with pytest.raises(IndexError, match=r"indices 0 to 19 \(n_examples=20\), not for"):
-            examples(model, index)
+    for index in (torch.tensor([3, 20]), [3, -1]):
+        message = r"index out of range: .* 0 to 19 \(n_examples=20\)"
+        with examples(model, index), pytest.raises(IndexError, match=message):
+            model(torch.ones(2, 10))
+        with pytest.raises(IndexError, match=message), forget(model, index):
+            pass
     with examples(model, torch.tensor([], dtype=torch.int64)):
         assert model(torch.ones(0, 10)).shape == (0, 10)
+
+
+def test_a_step_that_names_its_examples_compiles_to_one_graph():
+    model = nn.Sequential(ExampleTiedDropout(10, n_examples=20))
+
+    def step(x, index):
+        with examples(model, index):
+            return model(x)
+
+    x, index = torch.randn(3, 10), torch.tensor([0, 7, 19])
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x, index), step(x, index))
 
 
 def test_another_number_of_channels_is_named():

@@ -14,7 +14,11 @@ import pytest
 import torch
 
 import gradient_accounting
+from engine.errors import UserError
 from engine.launch.cli import reporting_ends, run_script
+from engine.runs.locking import Holder
+from engine.runs.run import Run
+from tests.killing import killed_after_epoch
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 SCRIPT = REPOSITORY / "gradient_accounting.py"
@@ -167,13 +171,32 @@ def test_two_processes_on_the_same_runs(tiny_file, tmp_path, capsys):
         assert re.search(line, printed.out)
         assert {p: p.stat().st_mtime_ns for p in seed0.rglob("*") if p.is_file()} == before
         assert run_script(*script[:2], [*arguments, "--dry-run"]) == 0
-        state = f"noise 0.2 seed 0: locked by process {first.pid} on "
-        assert state in capsys.readouterr().out
+        state = f"locked by process {first.pid} on "
+        assert f"noise 0.2 seed 0: {state}" in capsys.readouterr().out
     finally:
         first.kill()
         first.wait()
     assert run_script(*script) == 0, "a dead process holds nothing"
     assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_a_run_that_another_process_trains_is_waited_for(tiny, monkeypatch):
+    run = Run.of(tiny())
+    with killed_after_epoch(1):
+        gradient_accounting.EXPERIMENT.main(run)
+    monkeypatch.setattr("engine.runs.run.holder_of", lambda directory: Holder.me())
+    state = rf"locked by process {os.getpid()} on \S+ since \S+, after epoch 1"
+    assert re.fullmatch(state, run.state)
+    with pytest.raises(UserError, match=f"its training is {state}; rerun when that has ended"):
+        run.require_finished()
+
+
+def test_a_lock_that_cannot_be_judged_ends_no_command(tiny, monkeypatch):
+    def refuse(directory):
+        raise PermissionError(13, "Permission denied", str(directory))
+
+    monkeypatch.setattr("engine.runs.run.holder_of", refuse)
+    assert Run.of(tiny()).state == "to do"
 
 
 def test_a_second_process_waits_if_asked_to(tiny_file, tmp_path):

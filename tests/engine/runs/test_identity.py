@@ -147,7 +147,7 @@ def test_each_seed_is_found_where_two_versions_trained_the_seeds(tiny):
     assert run_directory(tiny("seed=1")) == directories[1]
 
 
-def test_tables_know_which_c_scores_they_were_made_with(tiny, tmp_path, monkeypatch):
+def test_tables_know_which_c_scores_they_were_made_with(tiny, tmp_path):
     """A file that no training reads, and published scores that come after the tables."""
     path = tmp_path / "scores.npz"
     path.write_bytes(b"some")
