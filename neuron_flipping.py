@@ -129,19 +129,17 @@ def compute_flipping(
         return noisy_copies(image, int(split.index[row]), seed, copies, settings.noise_ratio)
 
     drawn_by = seed if reference_seed is None else reference_seed
-    rows_of_reference = draw_rows(
-        "flipping reference", drawn_by, split.n, settings.reference_batch
-    ).to(device)
-    kept = draw_rows("flipping remaining", seed, split.n, settings.remaining).to(device)
+    referred = draw_rows("flipping reference", drawn_by, split.n, settings.reference_batch)
+    kept = draw_rows("flipping remaining", seed, split.n, settings.remaining)
     tested = draw_rows("flipping test", seed, len(split.test_label), half(settings.remaining))
-    tested = tested.to(device)
+    referred, kept, tested = (rows.to(device) for rows in (referred, kept, tested))
 
     copies = settings.noise_copies
     reference_copies = settings.reference_copies or copies
     reference = Examples(
-        torch.stack([copies_of(row, reference_copies) for row in rows_of_reference.tolist()]),
-        split.label[rows_of_reference],
-        split.index[rows_of_reference],
+        torch.stack([copies_of(row, reference_copies) for row in referred.tolist()]),
+        split.label[referred],
+        split.index[referred],
     )
     remaining = Examples(split.images[kept], split.label[kept], split.index[kept])
     test = Examples(split.test_images[tested], split.test_label[tested])

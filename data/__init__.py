@@ -4,6 +4,7 @@
     load_c_scores       how typical each example is
     load_human_labels   labels given by people
     make_split          Dataset -> Split: the chosen images, their labels, the memorized set
+    Examples            some images with their labels and the indices of their masks
     batches             Split -> Batch: normalized images with label, memorized and index
 
 Independent of models and of training; no draw uses a global random generator.

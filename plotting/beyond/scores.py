@@ -157,9 +157,9 @@ def plot_score_correlations(family: Family) -> Figure:
     image = axes.imshow(matrix, vmin=-1, vmax=1, cmap="PuOr")
     for (i, j), rho in np.ndenumerate(matrix):
         if i != j:
-            words = f"{rho:.2f}" if np.isfinite(rho) else "-"
+            number = f"{rho:.2f}" if np.isfinite(rho) else "-"
             dark = {"color": "white"} if abs(rho) > 0.7 else {}
-            axes.text(j, i, words, ha="center", va="center", size=6.5, **dark)
+            axes.text(j, i, number, ha="center", va="center", size=6.5, **dark)
     words = [readable(name) for name in names]
     axes.set_xticks(range(len(names)), words, rotation=45, ha="right")
     axes.set_yticks(range(len(names)), words)

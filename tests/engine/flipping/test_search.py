@@ -21,15 +21,9 @@ def test_same_gates_as_the_slow_search(name, ablate):
     for row in problem.rows:
         image, label = problem.copies[row], problem.label[row]
         closed, flipped, _ = slow_search(
-            problem.model,
-            name,
-            ablate,
-            image,
-            label,
-            problem.reference.images,
-            problem.reference.label,
-            most=9,
-        )
+            problem.model, name, ablate, image, label,
+            problem.reference.images, problem.reference.label, most=9,
+        )  # fmt: skip
         expected[row] = closed, flipped
     assert len({tuple(closed) for closed, _ in expected.values()}) > 1
     assert max(len(closed) for closed, _ in expected.values()) > 1
