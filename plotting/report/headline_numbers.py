@@ -101,6 +101,11 @@ def cosine_layers(family: Family) -> Values:
     return _share(medians, lambda cosines: cosines < OPPOSED)
 
 
+def cosine_throughout(family: Family) -> Values:
+    medians = np.median(read_accounts(family)["cosine"], axis=1)
+    return _share(medians, lambda cosines: cosines < OPPOSED)
+
+
 # ---------------------------------------------------------------- rewinding and retraining
 
 
@@ -251,6 +256,16 @@ def layers_effective(family: Family) -> Values:
     return found
 
 
+def share_of_last_layers(family: Family) -> Values:
+    """Return the share of the noisy examples' neurons that lie in the network's last two layers."""
+    last = {number for number, _ in family.layers[-2:]}
+    groups = (
+        [int(group) for row in rows for group in row["groups"].split()]
+        for rows in _of_each_seed(family, 1)
+    )
+    return [_mean(group in last for group in of) if last else np.nan for of in groups]
+
+
 def area(method: str) -> Callable[[Family], Values]:
     """Return the measure of a score's AUC for detecting noisy examples, on the searched ones."""
 
@@ -278,6 +293,11 @@ def gap_change(family: Family) -> Values:
         for state in ("before", "after")
     ]
     return gaps[1] - gaps[0]
+
+
+def test_change(family: Family) -> Values:
+    before, after = (np.array(accuracy(state, "test")(family)) for state in ("before", "after"))
+    return after - before
 
 
 def forgotten_less_typical(family: Family) -> Values:

@@ -96,7 +96,7 @@ def write_report(
     tables: Sequence[Table],
     folder: Path,
 ) -> Path:
-    """`title` comes from whoever asked: a configuration's name, or none."""
+    """`title` is the name of a configuration, or empty."""
     measured = {drawing.kind.experiment for drawing in drawings}
     chapters = [key for key, e in load_experiments().items() if e.section or key in measured]
     body = [

@@ -5,10 +5,11 @@ from collections.abc import Callable
 from engine.runs.run import Run
 from engine.runs.tables import HISTORY
 from example_tied_dropout import DROPOUT
+from layer_rewinding import REWINDING
 from neuron_flipping import FLIPPING
 from plotting.families import Family
 
-FITTED, SEARCHED = 0.8, 20
+FITTED, SEARCHED, APART = 0.8, 20, 0.1
 
 Precondition = Callable[[Run], str]  # the reason why a claim does not apply to a run, or ''
 
@@ -22,6 +23,30 @@ def require_fitted_with_dropout(run: Run) -> str:
     """Require that the network with all its neurons, before dropping, predicts most labels."""
     rows = DROPOUT.read(run.directory)
     return _compare(next(row["acc_noisy"] for row in rows if row["state"] == "before"))
+
+
+def require_clean_kept(run: Run) -> str:
+    """Require a fitted network with dropout that is right about most clean examples afterwards."""
+    if reason := require_fitted_with_dropout(run):
+        return reason
+    rows = DROPOUT.read(run.directory)
+    clean = next(row["acc_clean"] for row in rows if row["state"] == "after")
+    if clean >= FITTED:
+        return ""
+    return f"clean accuracy after dropping is {clean:.0%}, less than {FITTED:.0%}"
+
+
+def require_layers_apart(run: Run) -> str:
+    """Require a fitted memorized set, and layers that differ when reset to initialization."""
+    if reason := require_fitted(run):
+        return reason
+    noisy = [row["acc_noisy"] for row in REWINDING.read(run.directory) if row["epoch"] == 0]
+    if not noisy or max(noisy) - min(noisy) >= APART:
+        return ""
+    return (
+        f"with a layer at initialization the accuracy on the memorized set is {min(noisy):.0%} to "
+        f"{max(noisy):.0%}, whichever layer it is"
+    )
 
 
 def require_searched(run: Run) -> str:
@@ -42,6 +67,16 @@ def _compare(accuracy: float) -> str:
     return f"{accuracy:.0%} of the memorized set is fitted, less than {FITTED:.0%}"
 
 
+BY_NAME: dict[str, Precondition] = {
+    "rewinding.not_last": require_layers_apart,
+    "rewinding.same_layers": require_layers_apart,
+    "atypical.rewinding": require_layers_apart,
+    "dropout.gap": require_clean_kept,
+} | dict.fromkeys(
+    ("dropout.after_clean", "dropout.after_noisy", "dropout.test", "dropout.forgotten",
+     "dropout.clean_over_p_gen", "dropout.noisy_over_p_gen"),
+    require_fitted_with_dropout,
+)  # fmt: skip
 BY_EXPERIMENT: dict[str, Precondition] = {
     "gradients": require_fitted,
     "rewinding": require_fitted,
@@ -49,17 +84,11 @@ BY_EXPERIMENT: dict[str, Precondition] = {
     "atypical": require_fitted,
     "flipping": require_searched,
 }
-TIED = {
-    "dropout.after_clean", "dropout.after_noisy", "dropout.gap", "dropout.forgotten",
-    "dropout.clean_over_p_gen", "dropout.noisy_over_p_gen",
-}  # fmt: skip
 
 
 def precondition_of(name: str) -> Precondition | None:
     """Return the precondition of a claim; None where the claim is about fitting itself."""
-    if name in TIED:
-        return require_fitted_with_dropout
-    return BY_EXPERIMENT.get(name.partition(".")[0])
+    return BY_NAME.get(name) or BY_EXPERIMENT.get(name.partition(".")[0])
 
 
 def explain_not_applicable(name: str, family: Family) -> str:

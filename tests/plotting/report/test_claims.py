@@ -9,7 +9,9 @@ import pytest
 from engine.config.load import load_configs
 from engine.runs import files
 from engine.runs.run import Run
+from engine.runs.tables import LAYERS as LAYER_NAMES
 from example_tied_dropout import DROPOUT
+from layer_rewinding import REWINDING
 from neuron_flipping import FLIPPING
 from plotting.families import Family, alike, families_over
 from plotting.report import headline_numbers
@@ -77,6 +79,8 @@ def planted(tiny, seed: int, *overrides: str) -> Run:
     files.write_json(run.directory / "neuron_flipping.json", {"settings": {"max_neurons": MOST}})
     memorized = np.arange(20) < 4
     files.write_arrays(run.split_path, memorized=memorized)
+    named = [{"layer": g, "name": f"conv{g}", "parameters": 9} for g in range(LAYERS)]
+    LAYER_NAMES.write(run.directory, named)
     return run
 
 
@@ -104,6 +108,16 @@ def slow_ratio(row: dict[str, str]) -> float:
     return float(row["norm_noisy"]) / float(row["norm_clean"])
 
 
+def slow_epochs(run: Run) -> float:
+    """The share of epochs in which the median layer's ratio is 2/3 or more."""
+    rows = rows_of(run, "gradient_accounting.csv")
+    medians = [
+        statistics.median(slow_ratio(row) for row in rows if int(row["epoch"]) == epoch)
+        for epoch in range(1, EPOCHS + 1)
+    ]
+    return sum(median >= 2 / 3 for median in medians) / EPOCHS
+
+
 def test_gradients(family):
     for i, run in enumerate(family.runs):
         ratios = slow_medians(run, slow_ratio)
@@ -115,9 +129,21 @@ def test_gradients(family):
             headline_numbers.norm_ratio_last: ratios[-1] / statistics.median(ratios),
             headline_numbers.cosine: statistics.median(cosines),
             headline_numbers.cosine_layers: sum(c < -0.75 for c in cosines) / LAYERS,
+            headline_numbers.norm_ratio_epochs: slow_epochs(run),
         }
         for measure, value in expected.items():
             assert measure(family)[i] == pytest.approx(value), measure.__name__
+
+
+def test_cosines_throughout_are_of_all_epochs(family):
+    """Layer 0 opposes in 4 of 6 epochs, layers 1 and 2 in 3 (the median is between), 3 in none."""
+    for run in family.runs:
+        rows = files.read_csv(run.directory / "gradient_accounting.csv", ACCOUNTS)
+        for row in rows:
+            opposed = row["epoch"] <= {0: 4, 1: 3, 2: 3, 3: 0}[row["group"]]
+            row["cosine"] = -0.9 if opposed else 0.9
+        files.write_csv(run.directory / "gradient_accounting.csv", ACCOUNTS, rows)
+    assert headline_numbers.cosine_throughout(family) == pytest.approx([1 / LAYERS] * 2)
 
 
 def test_gradients_that_were_never_learned_say_nothing(family):
@@ -188,6 +214,7 @@ def test_neurons(family):
         assert headline_numbers.layers_shared(family)[i] == pytest.approx(
             sum(map(min, zip(*shares)))
         )
+        assert headline_numbers.share_of_last_layers(family)[i] == pytest.approx(sum(shares[0][-2:]))
 
 
 def test_scattered_layers_are_counted_by_their_entropy(family):
@@ -232,6 +259,52 @@ def test_few_searched_examples_give_no_verdict(family):
     assert verdicts["flipping.neurons_noisy"].verdict == "not applicable"
     assert "seed 2: 19 searched" in verdicts["flipping.neurons_noisy"].reason
     assert not verdicts["rewinding.not_last"].reason
+
+
+def test_layers_that_are_alike_at_initialization_say_nothing_about_the_last(family):
+    for run, spread in zip(family.runs, (0.2, 0.09)):
+        rows = REWINDING.read(run.directory)
+        for row in rows:
+            row["acc_noisy"] = 0.1 + spread * (row["group"] == LAYERS - 1)
+        REWINDING.write(run.directory, rows)
+    found = {f.claim.name: f for f in find([family])}
+    for name in ("rewinding.not_last", "rewinding.same_layers"):
+        assert found[name].verdict == "not applicable"
+        assert found[name].reason.startswith("seed 2: with a layer at initialization")
+    assert found["rewinding.last_layer"].verdict != "not applicable"
+
+
+@pytest.mark.parametrize(
+    ("before_noisy", "clean", "reason"),
+    [
+        (0.7, 0.9, "70% of the memorized set is fitted"),
+        (0.9, 0.7, "clean accuracy after dropping is 70%"),
+        (0.9, 0.8, ""),
+    ],
+)
+def test_a_smaller_gap_counts_while_clean_examples_are_kept(tiny, before_noisy, clean, reason):
+    run = Run.of(tiny("dropout.kind=example_tied"))
+    rows = [
+        dict.fromkeys(DROPOUT.columns, 0.5)
+        | {"dropout": "example_tied", "state": state, "acc_clean": accuracy}
+        | {"acc_noisy": noisy, "acc_test": test}
+        for state, accuracy, noisy, test in (
+            ("before", 1.0, before_noisy, 0.6), ("after", clean, 0.1, 0.64),
+        )
+    ]  # fmt: skip
+    DROPOUT.write(run.directory, rows)
+    found = {f.claim.name: f for f in find([Family(run.directory.parent, (run,))])}
+    gap, test = found["dropout.gap"], found["dropout.test"]
+    assert gap.values == pytest.approx([(clean - 0.64) - (1.0 - 0.6)])
+    assert test.values == pytest.approx([0.04])
+    assert (gap.reason.partition(": ")[2] or "").startswith(reason)
+    assert gap.verdict == ("not applicable" if reason else "agrees")
+    assert test.verdict == ("not applicable" if before_noisy < 0.8 else "agrees")
+
+
+def test_nineteen_of_twenty_are_95_percent():
+    (rule,) = (claim.rule for claim in CLAIMS if claim.name == "gradients.norm_ratio_epochs")
+    assert rule.holds(19 / 20) and rule.holds(0.95) and not rule.holds(18.9 / 20)
 
 
 def test_the_table_of_claims_says_what_each_was_measured_on(family):
