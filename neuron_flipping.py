@@ -35,7 +35,7 @@ from engine.progress import progress_bar
 from engine.runs import files
 from engine.runs.experiment import Experiment
 from engine.runs.identity import measuring_precision, measuring_settings, title
-from engine.runs.measurement import Measurement, keep_aside
+from engine.runs.measurement import Measurement, digests_of, keep_aside
 from engine.runs.run import Run
 from engine.runs.tables import ResultTable
 from engine.stats import (
@@ -332,12 +332,13 @@ def conclude(runs: Sequence[Run]) -> Iterator[tuple[str, Path]]:
         if len(together) < 2:
             continue
         means, areas = compute_means(together), detect(together)
-        source = {"runs": [run.directory.name for run in together]}
-        source["settings"] = settings_of(together[0])
-        source_path = MEANS.path(folder).with_suffix(".json")
-        keep_aside(source_path, source["settings"], MEANS.path(folder), DETECTION.path(folder))
+        tables = MEANS.path(folder), DETECTION.path(folder)
+        source_path, settings = tables[0].with_suffix(".json"), settings_of(together[0])
+        keep_aside(source_path, settings, *tables)
         MEANS.update(folder, means)
         DETECTION.update(folder, areas)
+        names = [run.directory.name for run in together]
+        source = {"runs": names, "settings": settings, "tables": digests_of(tables)}
         files.update_json(source_path, source)
         yield f"mean of {len(together)} runs: {describe(means, areas)}", folder
 

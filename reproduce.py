@@ -26,6 +26,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
+
 import plot_results
 from data import expanded
 from engine.config.load import load_configs
@@ -47,6 +49,7 @@ from engine.launch.processes import Slot, end_with_parent, make_slots
 from engine.runs import files, provenance
 from engine.runs.experiment import Experiment
 from engine.runs.identity import without_accounting
+from engine.runs.locking import holder_of
 from engine.runs.run import Run, each_once
 from engine.runs.stopping import OutOfTime, ending_on_signals, time_budget
 from engine.training.build import load_split
@@ -55,6 +58,7 @@ from plotting.families import find_families, plotting_overrides
 QUICKSTART = Path(__file__).resolve().parent / "configs" / "quickstart.yaml"
 REPORTED = "report.json"  # in a report's folder: the runs that it is about
 WITHOUT_RESULT = re.compile(r"(output_dir|device|data\.root|slurm\.\w+)=")
+WITHOUT_EFFECT = {"slurm": ("gpus", "time_budget"), "collect": ("gpus", "time_budget")}
 LONGEST_NAME = 150  # bytes
 
 
@@ -150,9 +154,16 @@ def fetch_data(configs: Sequence[Config]) -> None:
 
 def submit(jobs: Sequence[Job], configs: Sequence[Config], given: argparse.Namespace) -> None:
     """Submit each unfinished run to the cluster, and a last job that collects all results."""
+    require_settled_precision(configs)
     runs = [run for run, share in by_run(jobs).items() if not are_done(share)]
     if not runs:
         print("nothing to submit: all runs are finished; --collect prints the results")
+        return
+    for run, holder in [(run, holder_of(run)) for run in runs]:
+        if holder:
+            runs.remove(run)
+            print(f"not submitted: locked by {holder}  {run}")
+    if not runs:
         return
     fetch_data(configs)
     given.wait = True  # a requeued job may meet its own lock from another machine
@@ -164,6 +175,16 @@ def submit(jobs: Sequence[Job], configs: Sequence[Config], given: argparse.Names
         print(f"job {handle.job_id}  {run}")
     last = slurm.submit_after(handles, command(given, "--collect"), folder, settings)
     print(f"job {last.job_id}: collects the results after all others; logs  {folder}")
+
+
+def require_settled_precision(configs: Sequence[Config]) -> None:
+    """Refuse to decide here in what jobs with a GPU compute, if this machine has none."""
+    elsewhere = configs[0].slurm.gpus and not torch.cuda.is_available()
+    if elsewhere and any(c.precision == "auto" and c.device != "cpu" for c in configs):
+        raise UserError(
+            "precision: auto is not allowed: it is decided on the machine that submits, and this "
+            "one has no GPU, unlike the jobs; name tf32, bf16 or fp32, or slurm.gpus=0"
+        )
 
 
 def conclude(jobs: Sequence[Job], folder: Path, title: str) -> None:
@@ -197,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.slurm:
             submit(jobs, configs, given)
             return 0
-        done = []
+        done, ending.several = [], len(by_run(jobs)) > 1
         try:
             with time_budget(given.time_budget), provenance.strict(given.strict):
                 for job in work(jobs, configs, given, ending):
@@ -272,6 +293,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     spread.add_argument("--only", type=Path, metavar="RUN", help="only the run of this directory")
     given = parser.parse_intermixed_args(arguments)
+    for way, options in WITHOUT_EFFECT.items():
+        for option in options if getattr(given, way) else ():
+            if getattr(given, option) is not None:
+                name = option.replace("_", "-")
+                parser.error(f"argument --{name}: not allowed with argument --{way}")
     if "=" in given.config and not Path(given.config).exists():  # the first override came first
         given.config, given.overrides = str(QUICKSTART), [given.config, *given.overrides]
     if Path(given.config).is_dir():

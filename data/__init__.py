@@ -14,7 +14,7 @@ from data.batches import Batch, Examples, augment, batch_rows, batches, epoch_or
 from data.c_scores import c_scores_at_hand, c_scores_published, load_c_scores, tfds_order
 from data.dataset import DataError, Dataset, expanded, file_digest
 from data.human_labels import load_human_labels
-from data.images import at_hand, full_sizes, load_dataset, outline
+from data.images import at_hand, full_sizes, is_published, load_dataset, outline
 from data.label_noise import add_label_noise
 from data.split import Split, make_split
 
@@ -35,6 +35,7 @@ __all__ = [
     "expanded",
     "file_digest",
     "full_sizes",
+    "is_published",
     "load_c_scores",
     "load_dataset",
     "load_human_labels",

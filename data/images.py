@@ -76,9 +76,14 @@ class Outline:
     train_count: int
 
 
+def is_published(name: str) -> bool:
+    """Return True if the data set called `name` is downloaded where it is missing."""
+    return name in PUBLISHED
+
+
 def at_hand(name: str, root: str | Path = "datasets") -> bool:
     """Return True if the data set called `name` needs no download."""
-    return name not in PUBLISHED or not PUBLISHED[name].missing(expanded(root))
+    return not is_published(name) or not PUBLISHED[name].missing(expanded(root))
 
 
 def outline(name: str, path: str | Path | None = None) -> Outline:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -224,3 +225,27 @@ def test_signals_end_a_real_process_with_one_line(tiny_file, number, status):
     assert error.splitlines()[-1] == "Interrupted. Rerun the same command to resume."
     assert "Traceback" not in error
     assert not list(tiny_file.parent.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("option", [["--gpus", "0"], ["--time-budget", "60"]], ids=str)
+@pytest.mark.parametrize("way", ["--slurm", "--collect"])
+def test_an_option_without_effect_is_refused(tiny_file, capsys, way, option):
+    assert reproduce.main([str(tiny_file), way, *option]) == 2
+    expected = f"command line: argument {option[0]}: not allowed with argument {way}; see --help\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_a_machine_without_a_gpu_does_not_decide_the_precision_of_jobs_with_one(
+    tiny_file, capsys, monkeypatch
+):
+    submitted = []
+    monkeypatch.setattr(reproduce.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(reproduce.slurm, "submit", lambda *what: submitted.append(what) or [])
+    monkeypatch.setattr(reproduce.slurm, "submit_after", lambda *_: submitted[-1])
+    arguments = [str(tiny_file), "device=auto", "--slurm"]
+    assert reproduce.main([*arguments, "precision=auto"]) == 2
+    assert "precision: auto is not allowed" in capsys.readouterr().err
+    assert submitted == []
+    with suppress(AttributeError):  # there is no last job
+        reproduce.main([*arguments, "precision=fp32"])
+    assert len(submitted) == 1

@@ -158,6 +158,7 @@ def run_script(
         if not Path(given.config).is_dir():
             require_output(runs[0].config)
         announce(runs)
+        ending.several = len(runs) > 1
         for run in runs:
             with ending.one_of_several(run.directory):
                 if given.dry_run:
@@ -181,26 +182,37 @@ def announce(runs: Sequence[Run]) -> None:
 
 
 class Ending:
-    """Exit status of a command."""
+    """Exit status of a command that works on one or more runs."""
 
-    status = 0
+    def __init__(self) -> None:
+        self.status = 0
+        self.several = False
+        self.refused: dict[str, Path] = {}  # by message: the first run that the user must mend
 
     @contextmanager
     def one_of_several(self, directory: Path) -> Iterator[None]:
-        """Report a run that fails, or that runs out of memory, and continue with the others."""
+        """Report a run that fails, or that runs out of memory, and continue with the others.
+
+        So is a run with a damaged file. A mistake that two runs share ends the command.
+        """
         try:
             yield
         except RunFailed as error:
             self._report(directory, str(error))
+        except (UserError, DataError) as error:
+            if not self.several or self.refused.setdefault(str(error), directory) != directory:
+                raise
+            self._report(directory, str(error), status=2)
         except (MemoryError, RuntimeError) as error:
             if (reason := out_of_memory(error)) is None:
                 raise
             free_memory_of(error)
             self._report(directory, reason)
 
-    def _report(self, directory: Path, reason: str) -> None:
-        tqdm.write(printable(f"{directory}: {reason}"), file=sys.stderr)  # apart from a bar
-        self.status = 1
+    def _report(self, directory: Path, reason: str, status: int = 1) -> None:
+        place = "" if str(directory) in reason else f"{directory}: "
+        tqdm.write(printable(f"{place}{reason}"), file=sys.stderr)  # apart from a bar
+        self.status = max(self.status, status)
 
 
 @contextmanager

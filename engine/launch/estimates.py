@@ -118,9 +118,9 @@ def past_runs(output_dir: Path, device: str) -> dict[Shape, list[float]]:
             UserError, DataError
         ):  # a damaged run is reported by the command that reads it
             run, source = Run.at(path.parent), files.read_json(path)
-            if run.finished and source.get("device") == device:
-                seconds = source["seconds"] / training_passes(run)
-                found.setdefault(Shape.of(run.config), []).append(seconds)
+            seconds, here = source.get("seconds"), source.get("device") == device
+            if run.finished and here and type(seconds) in (int, float) and seconds > 0:
+                found.setdefault(Shape.of(run.config), []).append(seconds / training_passes(run))
     return found
 
 

@@ -4,7 +4,6 @@ The unit of distribution is a run with all of its jobs in order. A process locks
 works on, so the same command can run on several machines with a common file system.
 """
 
-import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -85,7 +84,7 @@ def at_once(
     with Progress(jobs) as bar:
         for directory, status in _processes(shares, slots, command, bar):
             if status not in (0, UNFINISHED):
-                failures.append(why(directory, status))
+                failures.append((why(directory, status), 2 if status == 2 else 1))
             elif not are_done(shares[directory]):
                 continue
             left.remove(directory)
@@ -94,11 +93,14 @@ def at_once(
                     with ending.one_of_several(directory):
                         bar.write(job.do(), file=sys.stdout)
                         yield job
-    for failure in failures:
+        for directory in [d for d in left if are_done(shares[d])]:  # by other processes
+            left.remove(directory)
+            yield from _do(shares[directory], bar, ending)
+    for failure, status in failures:
         print(failure, file=sys.stderr)
-        ending.status = 1
+        ending.status = max(ending.status, status)
     if left:
-        raise LeftToOthers if time_left() == math.inf else OutOfTime
+        raise OutOfTime if time_left() <= 0 else LeftToOthers
 
 
 def _processes(

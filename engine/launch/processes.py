@@ -8,11 +8,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import torch
 
 from engine.errors import UserError
+from engine.runs.commands import shell_command
 from engine.runs.stopping import time_left
 from engine.training.devices import SHARED_BY
 
@@ -20,6 +22,7 @@ POLL = 0.1  # seconds between checks of the processes
 WATCH = 2.0  # seconds between checks of their finished jobs
 PARENT = "REPRODUCE_PARENT"  # environment variable: the process that starts and ends others
 PATIENCE = 60.0  # seconds between SIGTERM and SIGKILL
+STARTED = "# started "  # begins the line of a log that says when which command was started
 
 
 @dataclass(frozen=True)
@@ -83,22 +86,28 @@ def side_by_side(
 ) -> Iterator[tuple[Path, int]]:
     """Run each directory's command, one at a time per slot; yield it with its exit status.
 
-    A directory for which `put_off` is true is retried at the end. `watch` is called periodically
-    with the running directories. No command starts after the time budget is spent, and every
-    process is ended on exit.
+    A directory for which `put_off` is true is tried again from time to time, and started at the end
+    all the same. `watch` is called periodically with the running directories. No command starts
+    after the time budget is spent, and every process is ended on exit.
     """
-    waiting, free = deque((directory, True) for directory in commands), deque(slots)
+    waiting, later, free = deque(commands), deque(), deque(slots)
     running: dict[Path, tuple[subprocess.Popen, Slot]] = {}
     looked = time.monotonic()
+
+    def begin(directory: Path) -> None:
+        slot = free.popleft()
+        running[directory] = start(commands[directory], directory, slot), slot
+
     try:
-        while running or (waiting and time_left() > 0):
+        while running or ((waiting or later) and time_left() > 0):
             while waiting and free and time_left() > 0:
-                directory, first = waiting.popleft()
-                if first and put_off(directory):
-                    waiting.append((directory, False))
+                directory = waiting.popleft()
+                if put_off(directory):
+                    later.append(directory)
                 else:
-                    slot = free.popleft()
-                    running[directory] = start(commands[directory], directory, slot), slot
+                    begin(directory)
+            if later and not (running or waiting) and time_left() > 0:
+                begin(later.popleft())
             for directory, (process, slot) in list(running.items()):
                 if process.poll() is not None:
                     del running[directory]
@@ -106,6 +115,8 @@ def side_by_side(
                     yield directory, process.returncode
             if time.monotonic() > looked + WATCH:
                 watch(list(running))
+                waiting.extend(later)
+                later.clear()
                 looked = time.monotonic()
             time.sleep(POLL)
     finally:
@@ -118,6 +129,9 @@ def start(command: Sequence[str], directory: Path, slot: Slot) -> subprocess.Pop
     path = log_path(directory)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab") as log:
+        when = datetime.now().astimezone().isoformat(timespec="seconds")
+        log.write(f"{STARTED}{when}: {shell_command(command)}\n".encode(errors="replace"))
+        log.flush()
         return subprocess.Popen(
             [*command, *budget],
             stdin=subprocess.DEVNULL,
@@ -163,7 +177,8 @@ def why(directory: Path, status: int) -> str:
     """Say why a run failed, in one line that ends with its log."""
     log = log_path(directory)
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    lines = [line.strip() for line in lines if line.strip()] or ["no output"]
+    begun = max((i for i, line in enumerate(lines) if line.startswith(STARTED)), default=-1)
+    lines = [line.strip() for line in lines[begun + 1 :] if line.strip()] or ["no output"]
     said = next((line for line in reversed(lines) if line.startswith(f"{directory}: ")), lines[-1])
     how = signal.Signals(-status).name if status < 0 else f"status {status}"
     return f"{directory}: failed ({how}): {said.removeprefix(f'{directory}: ')}; log: {log}"

@@ -34,6 +34,7 @@ class Progress:
         self.written = -LINE_INTERVAL  # when the last plain line was
         self.now = ""
         self.remaining, self.estimated = 0.0, self.began
+        self.marked = self.began  # when the newest job ended
         self.speeds = Speeds(torch.get_num_threads())
         self.ended = threading.Event()
         self.clock = threading.Thread(target=self._tick, daemon=True)
@@ -55,12 +56,15 @@ class Progress:
 
     def mark_done(self, *jobs: Job) -> None:
         """Count these jobs as done, whether they succeeded or failed."""
-        self.open = [job for job in self.open if job not in jobs]
+        still_open = [job for job in self.open if job not in jobs]
+        if len(still_open) < len(self.open):
+            self.open, self.marked = still_open, time.monotonic()
 
     def show(self, now: str) -> None:
         """Name the current work and estimate the remaining time."""
         self.now, self.estimated = now, time.monotonic()
-        self.remaining = self._open_work() * self._seconds_per_pass()
+        rest = self._open_work() * self._seconds_per_pass()
+        self.remaining = max(0.0, rest - (self.estimated - self.marked))
         if self.moving:
             self._update()
         elif now and self.estimated - self.written >= LINE_INTERVAL:
@@ -97,7 +101,7 @@ class Progress:
         """Average over the work done since the start; before that, in a terminal, an estimate."""
         done = self.to_do - self._open_work()
         if done > 0:
-            return (time.monotonic() - self.began) / done
+            return (self.marked - self.began) / done
         if self.open and self.moving:
             return self.speeds.of(self.open[0].run.config)
         return 0.0

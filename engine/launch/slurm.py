@@ -90,8 +90,11 @@ def _refusals_of_slurm() -> Iterator[None]:
 
 
 def _make_executor(folder: Path, settings: SlurmConfig, cluster: str, gpus: int):
-    if not str(folder.absolute()).isprintable():  # it would end a line of the job's script
-        raise UserError(f"command line: --slurm: {folder}: its name must be text on one line")
+    place = str(folder.absolute())
+    if "%" in place or not place.isprintable():  # Slurm replaces %; a line break ends the script's
+        raise UserError(
+            f"command line: --slurm: {folder}: its name must be text on one line, without %"
+        )
     try:
         executor = _submitit().AutoExecutor(
             folder, cluster=cluster, **{f"{cluster}_max_num_timeout": settings.restarts}

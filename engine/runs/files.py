@@ -1,6 +1,7 @@
 """Files that are whole or absent: atomic writes, and reads that name the damage."""
 
 import csv
+import errno
 import io
 import json
 import math
@@ -78,6 +79,15 @@ def recording_reads() -> Iterator[set[Path]]:
         yield read
     finally:
         _reads.reset(token)
+
+
+def pass_on_disk_error(error: Exception, path: Path) -> None:
+    """Raise the error of a file that could not be read: it may be whole.
+
+    A damaged archive that points before its own beginning is an invalid argument (EINVAL).
+    """
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def require_regular(path: Path) -> None:
@@ -240,7 +250,8 @@ def read_arrays(path: Path, *names: str, missing: bool = False) -> dict[str, np.
             return {name: file[name] for name in names if not missing or name in file}
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except Exception:  # of many types, and some advise to trust the file
+    except Exception as error:  # of many types, and some advise to trust the file
+        pass_on_disk_error(error, path)
         raise UserError(f"{path}: damaged, or not an .npz file of {', '.join(names)}") from None
 
 
@@ -261,7 +272,8 @@ def read_tensors(path: Path) -> dict:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except Exception:  # a damaged pickle or zip raises errors without a common type
+    except Exception as error:  # a damaged pickle or zip raises errors without a common type
+        pass_on_disk_error(error, path)
         raise UserError(f"{path}: damaged, or not a checkpoint") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a checkpoint: it holds no dictionary")

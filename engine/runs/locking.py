@@ -31,6 +31,7 @@ FILE_NAME = "claim.json"
 BEAT = 10.0  # seconds between signs of life
 DEAD_AFTER = 180.0  # seconds without one, for a holder on another host
 UNREADABLE_AFTER = 2.0  # seconds in which a lock that cannot be read may still be being written
+CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)  # of a folder in which nothing can be written
 TOKEN_SHOWN = 12  # characters of a lock's token in the names of temporary files
 POLL = 1.0  # seconds between two looks at a lock that is waited for
 
@@ -83,8 +84,11 @@ class Holder:
     birth: str = ""
     token: str = ""
     seen: float = 0.0  # when the file was last touched: not part of its content
+    hidden: bool = False  # the file may not be read by this user: not part of its content
 
     def __str__(self) -> str:
+        if self.hidden:
+            return "another user's process"
         return f"process {self.pid} on {self.host} since {self.since}"
 
     @classmethod
@@ -95,14 +99,16 @@ class Holder:
 
     @classmethod
     def of(cls, path: Path) -> "Holder | None":
-        """Read a lock's file; without a pid if it is damaged, or is being written right now."""
+        """Read a lock's file; without a pid if it is damaged, hidden or still being written."""
         seen = 0.0
         try:
             seen = path.stat().st_mtime
             found = cls(**json.loads(path.read_bytes()), seen=seen) if path.is_file() else None
         except FileNotFoundError:
             return None
-        except (PermissionError, ValueError, TypeError, RecursionError):
+        except PermissionError:
+            return cls(seen=seen, hidden=True)
+        except (ValueError, TypeError, RecursionError):
             found = None
         return found if found and found._possible() else cls(seen=seen)
 
@@ -113,7 +119,7 @@ class Holder:
 
     def write(self, path: Path) -> None:
         """Create the lock's file; raise FileExistsError if there is one."""
-        content = {key: value for key, value in asdict(self).items() if key != "seen"}
+        content = {k: v for k, v in asdict(self).items() if k not in ("seen", "hidden")}
         with open(path, "x", encoding="utf-8") as file:
             try:
                 json.dump(content, file, indent=2)
@@ -125,9 +131,15 @@ class Holder:
     def alive(self, folder: Path) -> bool:
         if self.machine == _machine():
             return _birth(self.pid) in (self.birth, "")
-        with TemporaryFile(dir=folder) as now:  # by the file system's clock, which all share
-            silent = os.fstat(now.fileno()).st_mtime - self.seen
-        return silent < (DEAD_AFTER if self.pid else UNREADABLE_AFTER)
+        try:
+            with TemporaryFile(dir=folder) as file:  # by the file system's clock, which all share
+                now = os.fstat(file.fileno()).st_mtime
+        except OSError as error:
+            if error.errno not in CLOSED:
+                raise
+            now = time.time()
+        silent = now - self.seen
+        return silent < (DEAD_AFTER if self.pid or self.hidden else UNREADABLE_AFTER)
 
 
 def holder_of(directory: Path) -> Holder | None:
@@ -150,7 +162,7 @@ def lock(directory: Path, wait: bool = False) -> Iterator[None]:
         try:
             held = _acquire(path, own, wait)
         except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or not was_there:
+            if error.errno not in CLOSED or not was_there:
                 raise
             held, showing_life = None, nullcontext()
         if held:
@@ -255,7 +267,7 @@ def _try(path: Path, own: Holder) -> Holder | None:
                 held = found
                 if not held.alive(path.parent):
                     _bury(path, held)
-                elif held.pid:
+                elif held.pid or held.hidden:
                     return held
                 else:  # being written right now, or damaged: dead in a moment
                     time.sleep(0.01)

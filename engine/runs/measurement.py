@@ -15,6 +15,7 @@ import hashlib
 import json
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,10 +44,9 @@ class KeptTable:
 
     @classmethod
     def below(cls, directory: Path) -> Iterator["KeptTable"]:
-        """Yield the kept tables of a run."""
+        """Yield the kept tables of a run; name a source that is damaged on stderr."""
         for source in sorted((directory / OTHER_SETTINGS).glob("*/*.json")):
-            settings = files.read_json(source).get("settings")
-            if isinstance(settings, dict):
+            if isinstance(settings := _read_source(source).get("settings"), dict):
                 yield cls(source.with_suffix(".csv"), settings)
 
     def differences(self, current: Mapping[str, object] | None) -> dict[str, object]:
@@ -57,13 +57,35 @@ class KeptTable:
 
 
 def keep_aside(source: Path, settings: Mapping[str, object], *tables: Path) -> None:
-    """Copy tables and their source to other_settings/ unless they are of these settings."""
+    """Copy tables and their source to other_settings/ unless they are of these settings.
+
+    Tables that are not the source's, by the digests that it has, are left alone: a process that was
+    killed between writing them and their source left them without one.
+    """
     if not all(path.exists() for path in (source, *tables)):
         return
-    before = files.read_json(source).get("settings")
-    if isinstance(before, dict) and before != settings:
-        for path in (*tables, source):
-            _copy(path, _folder_aside(source, before) / path.name)
+    content = _read_source(source)
+    before, digests = content.get("settings"), content.get("tables")
+    if not isinstance(before, dict) or before == settings:
+        return
+    if isinstance(digests, dict) and digests != digests_of(tables):
+        return
+    for path in (*tables, source):
+        _copy(path, _folder_aside(source, before) / path.name)
+
+
+def digests_of(paths: Iterable[Path]) -> dict[str, str]:
+    """Return the SHA-256 of each file by its name."""
+    return {path.name: file_digest(path) for path in paths}
+
+
+def _read_source(path: Path) -> dict[str, object]:
+    """Read what a table was measured with; empty, with a line on stderr, if it is damaged."""
+    try:
+        return files.read_json(path)
+    except UserError as error:
+        print(f"{error}; the table beside it is left out", file=sys.stderr)
+        return {}
 
 
 def _folder_aside(source: Path, settings: Mapping[str, object]) -> Path:
@@ -98,6 +120,7 @@ class Measurement:
         decisive = json.dumps(dict(settings), sort_keys=True)
         self.digest = hashlib.sha256(f"{run.identity} {decisive}".encode()).hexdigest()
         self.folder = run.directory / "parts" / f"{self.path.stem}-{self.digest[:12]}"
+        self.saved = time.monotonic()  # when the newest part was saved, or measuring began
 
     @property
     def finished(self) -> bool:
@@ -155,11 +178,15 @@ class Measurement:
         return part["content"]
 
     def save(self, key: str, content: object) -> None:
-        """Save a part: numbers, text, tensors, and lists and dictionaries of them."""
+        """Save a part: numbers, text, tensors, and lists and dictionaries of them.
+
+        Stop here if the time budget does not allow for another part like this one.
+        """
         self.run.require_present()
         part = {"digest": self.digest, "key": key, "content": content}
         files.write_tensors(self._part_path(key), part)
-        safe_point()
+        before, self.saved = self.saved, time.monotonic()
+        safe_point(next_piece=self.saved - before)
 
     def once(self, key: str, make: Callable[[], Part]) -> Part:
         """Return the part saved under this key; make and save it first if there is none."""

@@ -132,7 +132,8 @@ def changes(before: Mapping[str, object], now: Mapping[str, object]) -> list[str
         return any(before.get(key) is not None and before[key] != now[key] for key in keys)
 
     found = []
-    if changed("git_commit", "git_dirty", "code"):
+    # A commit may change what no training runs; an earlier version recorded no digest of the code.
+    if changed(*(["code"] if before.get("code") else ["git_commit", "git_dirty"])):
         found.append(f"code ({_code_of(before)} -> {_code_of(now)})")
     found += [f"{key} ({before[key]} -> {now[key]})" for key in ("torch",) if changed(key)]
     if changed("device"):  # a CPU's name says its threads

@@ -304,10 +304,16 @@ class Run:
         """Remove the resume files of these epochs and within one, and weights not to keep."""
         paths = [self.resume_path(epoch) for epoch in epochs] + [self.within_path]
         paths += [self.checkpoint_path(epoch) for epoch in epochs if not self.kept(epoch)]
-        # A finished run may lie where nothing can be removed.
+        # A finished run may lie where nothing can be removed, and others may be tidying it too.
         for path in filter(Path.exists, paths):
             require_held(path)
-            path.unlink()
+            path.unlink(missing_ok=True)
+
+    def set_aside(self, epoch: int) -> None:
+        """Rename a resume file that cannot be used, so that no start takes it for an epoch's."""
+        path = self.resume_path(epoch)
+        require_held(path)
+        path.replace(path.with_suffix(".unusable"))
 
     # ------------------------------------------------------------ writing and reading
 
@@ -397,6 +403,8 @@ class Run:
         """Load the weights (state_dict) after an epoch, on the CPU; 0 is the initialization."""
         path = self.checkpoint_path(epoch)
         if not path.exists():
+            if not self.finished:
+                raise UserError(f"{path}: no such file")
             kept = ", ".join(map(str, self.epochs_in("checkpoints")))
             raise UserError(
                 f"{path}: no such file; the epochs kept are {kept or 'none'}; name some of these, "

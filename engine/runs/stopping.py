@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 # A cluster sends the last one as a warning before it takes a machine away.
-ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _deadline: ContextVar[float] = ContextVar("deadline", default=float("inf"))
 
 
@@ -56,7 +56,10 @@ def safe_point(next_piece: float = 0.0) -> None:
 
 @contextmanager
 def _handling_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
-    before = {number: signal.signal(number, handler) for number in ENDING_SIGNALS}
+    # A process that was started with nohup goes on when its terminal is closed.
+    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+    numbers = [number for number in ENDING_SIGNALS if number not in ignored]
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:

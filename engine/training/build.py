@@ -15,6 +15,7 @@ from data import (
     c_scores_at_hand,
     c_scores_published,
     expanded,
+    is_published,
     load_c_scores,
     load_dataset,
     load_human_labels,
@@ -53,7 +54,7 @@ def _load_dataset(data: DataConfig) -> Dataset:
 def _downloading_once(data: DataConfig) -> Iterator[None]:
     """Let one process download; processes on any host wait until all files are whole."""
     root = expanded(data.root)
-    if at_hand(data.name, root) and not holder_of(root):
+    if not is_published(data.name) or (at_hand(data.name, root) and not holder_of(root)):
         yield
     else:
         with lock(root, wait=True):

@@ -36,13 +36,18 @@ def save_epoch(run: Run, epoch: int, state: Mapping[str, object], record: object
 def resume_epoch(
     run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, record: object
 ) -> int:
-    """Restore the newest epoch whose files are whole and return it; -1 if there is none."""
+    """Restore the newest epoch whose files are whole and return it; -1 if there is none.
+
+    What is unusable is set aside. A later start would otherwise prefer it to the epochs that this
+    one is about to train.
+    """
     for epoch in run.resumable_epochs():
         try:
             content = run.read_own(run.resume_path(epoch), epoch)
             state = run.read_checkpoint(epoch)
         except UserError as error:
             print(f"{error}; resuming from the epoch before", file=sys.stderr)
+            run.set_aside(epoch)
             continue
         load_weights(model, state, run.checkpoint_path(epoch))
         _set_momentum(model, optimizer, content["momentum"])

@@ -78,6 +78,8 @@ def test_no_line_of_a_jobs_script_comes_from_a_name(tmp_path, monkeypatch):
     pytest.importorskip("submitit")
     with pytest.raises(UserError, match="its name must be text on one line"):
         slurm._make_executor(tmp_path / "a\n#SBATCH", SlurmConfig(), "local", 0)
+    with pytest.raises(UserError, match="without %"):
+        slurm._make_executor(tmp_path / "50%j", SlurmConfig(), "local", 0)
     names = []
 
     class Executor:

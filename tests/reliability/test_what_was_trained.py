@@ -185,7 +185,7 @@ def test_every_start_is_listed(folder, capsys):
 
 
 CHANGES = {
-    "commit": ({"git_commit": "0" * 40}, "with other code (0000000000"),
+    "commit": ({"git_commit": "0" * 40, "code": None}, "with other code (0000000000"),
     "uncommitted code": ({"code": "0" * 64}, "with other code"),
     "torch": ({"torch": "1.0"}, f"torch (1.0 -> {torch.__version__.partition('+')[0]})"),
     "device": ({"device": "Abacus (7 threads)"}, "device (Abacus (7 threads) -> "),
@@ -209,6 +209,14 @@ def test_what_changed_since_the_last_start_is_said_or_refused(folder, capsys, na
         assert after == before
     else:
         assert len(files.read_json(the_run().provenance_path)["starts"]) == 2
+
+
+def test_a_commit_that_changes_no_code_of_a_training_is_no_change(folder, capsys):
+    interrupt()
+    other = {"git_commit": "0" * 40, "git_dirty": True}
+    rewrite(the_run().provenance_path, lambda content: content["starts"][-1].update(other))
+    assert call(gradient_accounting, "--strict") == 0
+    assert "with other" not in capsys.readouterr().err
 
 
 def test_an_earlier_versions_start_is_compared_as_far_as_it_is_known(folder, capsys):

@@ -15,9 +15,10 @@ import torch
 
 import gradient_accounting
 from engine.errors import UserError
-from engine.launch.cli import reporting_ends, run_script
+from engine.launch.cli import Ending, reporting_ends, run_script
 from engine.runs.locking import Holder
 from engine.runs.run import Run
+from engine.runs.stopping import ending_on_signals
 from tests.killing import killed_after_epoch
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -233,3 +234,35 @@ def test_usual_mistakes_have_a_hint(tiny_file, capsys, override, hint):
     said = capsys.readouterr().err
     assert said.endswith(f"{hint}\n")
     assert said.count("\n") == 1
+
+
+def test_a_run_that_the_user_must_mend_stops_no_other_but_a_mistake_of_all_does(tmp_path, capsys):
+    def use(ending: Ending, run: str, mistake: str) -> None:
+        with ending.one_of_several(tmp_path / run):
+            raise UserError(mistake)
+
+    alone, several = Ending(), Ending()
+    several.several = True
+    with pytest.raises(UserError):
+        use(alone, "a", "history.csv: damaged")
+    use(several, "a", "history.csv: damaged")
+    use(several, "a", "history.csv: damaged")  # by another script
+    assert capsys.readouterr().err == f"{tmp_path / 'a'}: history.csv: damaged\n" * 2
+    use(several, "b", f"{tmp_path / 'b'}/history.csv: damaged")
+    assert capsys.readouterr().err == f"{tmp_path / 'b'}/history.csv: damaged\n"
+    assert several.status == 2
+    with pytest.raises(UserError):
+        use(several, "b", "history.csv: damaged")
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_closed_terminal_ends_a_command_unless_nohup_started_it(ignored):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        with reporting_ends() as ending, ending_on_signals():
+            signal.raise_signal(signal.SIGHUP)
+        assert ending.status == (0 if ignored else 129)
+        expected = signal.SIG_IGN if ignored else signal.SIG_DFL
+        assert signal.getsignal(signal.SIGHUP) == expected
+    finally:
+        signal.signal(signal.SIGHUP, before)

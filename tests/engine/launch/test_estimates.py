@@ -87,6 +87,7 @@ def test_a_finished_run_killed_before_it_tidied_up_tells_the_time(tiny, finished
         (["train.batch_size=64"], {}),
         (["seed=0"], {"device": "another"}),
         (["seed=0"], {"finished": False}),
+        *((["seed=0"], {"seconds": seconds}) for seconds in ("x", None, [], 0, True)),
     ],
 )
 def test_other_runs_tell_nothing(tiny, finished, monkeypatch, overrides, provenance):

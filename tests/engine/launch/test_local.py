@@ -71,6 +71,45 @@ def test_a_run_that_is_held_is_left_and_the_last_to_end_concludes(tiny_file, cap
     assert list(tiny_file.parent.glob("runs/report*/report.html"))
 
 
+def test_a_run_that_others_finish_meanwhile_is_theirs_no_more(tiny_file, monkeypatch, capsys):
+    """Its process found it locked, and left it; at the end it is done."""
+    arguments = [str(tiny_file), *TRAINING_ONLY, "seed=[0,1]"]
+    first, second = directories(*arguments)
+    assert reproduce.main(arguments) == 0
+    locked = [True]
+
+    def processes(shares, *_):
+        yield first, local.UNFINISHED
+        locked.clear()
+        yield second, 0
+
+    def are_done(jobs):
+        return not (locked and jobs[0].run.directory == first)
+
+    monkeypatch.setattr(local, "_processes", processes)
+    monkeypatch.setattr(local, "are_done", are_done)
+    capsys.readouterr()
+    assert reproduce.main([*arguments, "--jobs", "2"]) == 0
+    assert capsys.readouterr().out.count("gradient accounting: ") == 2
+
+
+@pytest.mark.parametrize("more", [[], ["--jobs", "2"], ["--collect"]], ids=str)
+def test_a_damaged_run_stops_no_other(tiny_file, capsys, more):
+    arguments = [str(tiny_file), *TRAINING_ONLY, "sweep.seed=[0,1]"]
+    first, second = directories(*arguments)
+    good = [str(tiny_file), *TRAINING_ONLY]
+    assert reproduce.main([*good, "seed=[0,1]" if "--collect" in more else "seed=0"]) == 0
+    with open(first / "examples.npz", "ab") as file:
+        file.write(b"!")
+    capsys.readouterr()
+    assert reproduce.main([*arguments, *more]) == 2
+    printed = capsys.readouterr()
+    (line,) = [line for line in printed.err.splitlines() if "examples.npz: damaged" in line]
+    assert line.startswith(f"{first}")
+    assert f"  {second}\n" in printed.out
+    assert (second / "history.csv").exists()
+
+
 def test_only_the_second_look_waits(tiny_file, monkeypatch):
     looks = []
 

@@ -1,6 +1,7 @@
 """Slots, and the commands that share them: how many at once, which first, what stays behind."""
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -85,7 +86,9 @@ def test_each_has_its_slots_environment_its_log_and_its_status(tmp_path):
     ended = dict(side_by_side(work, [Slot("6", 2)]))
     assert list(ended.values()) == [3, -signal.SIGKILL]
     first, second = work
-    assert log_path(first).read_text() == "2 6\noops\n"
+    begun, *said = log_path(first).read_text().splitlines()
+    assert re.fullmatch(r"# started 20\S+: sh -c '.*'", begun)
+    assert said == ["2 6", "oops"]
     assert why(first, 3) == f"{first}: failed (status 3): oops; log: {first}.log"
     assert why(second, -9) == (f"{second}: failed (SIGKILL): no output; log: {second}.log")
 
@@ -95,6 +98,35 @@ def test_what_is_put_off_comes_once_more_at_the_end(tmp_path):
     first, second, third = work
     ended = [directory for directory, _ in side_by_side(work, [CPU], put_off=first.__eq__)]
     assert ended == [second, third, first]
+
+
+def test_what_is_put_off_waits_while_others_run(tmp_path, monkeypatch):
+    """A free slot is no reason to start it: its lock may be free in a moment."""
+    monkeypatch.setattr(processes, "WATCH", 0.05)
+    held = tmp_path / "held"
+    held.touch()
+    work = commands(tmp_path, "true", f"sleep 0.5; rm {held}; sleep 0.5")
+    first, second = work
+    seen = []
+
+    def put_off(directory: Path) -> bool:
+        seen.append((directory, held.exists()))
+        return directory == first and held.exists()
+
+    ended = [directory for directory, _ in side_by_side(work, [CPU] * 2, put_off=put_off)]
+    assert ended == [first, second], "as soon as it was free"
+    assert (first, True) in seen
+    assert seen[-1] == (first, False)
+
+
+def test_the_reason_is_that_of_the_last_start(tmp_path):
+    directory = tmp_path / "run"
+    for said in (f"{directory}: the first reason", "the second reason"):
+        (status,) = dict(
+            side_by_side({directory: ["sh", "-c", f"echo '{said}'; exit 2"]}, [CPU])
+        ).values()
+    assert "the first reason" in log_path(directory).read_text()
+    assert why(directory, status).startswith(f"{directory}: failed (status 2): the second reason")
 
 
 def test_nothing_is_started_when_the_time_is_over(tmp_path):
@@ -109,7 +141,7 @@ def test_a_process_is_told_how_much_time_is_left(tmp_path):
     work = {tmp_path / "run": ["sh", "-c", 'echo "$*"', "sh"]}
     with time_budget(100):
         assert list(side_by_side(work, [CPU])) == [(tmp_path / "run", 0)]
-    option, seconds = log_path(tmp_path / "run").read_text().split()
+    option, seconds = log_path(tmp_path / "run").read_text().splitlines()[1].split()
     assert option == "--time-budget"
     assert 90 < float(seconds) <= 100
 
@@ -123,7 +155,7 @@ def test_no_process_stays_behind(tmp_path, monkeypatch):
     logs = [log_path(directory) for directory in work]
 
     def interrupt(running: list[Path]) -> None:
-        if all(log.exists() and log.read_text() for log in logs):
+        if all(log.exists() and len(log.read_text().splitlines()) > 1 for log in logs):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(processes, "WATCH", 0.0)
@@ -133,7 +165,7 @@ def test_no_process_stays_behind(tmp_path, monkeypatch):
     time.sleep(0.1)
     for log in logs:
         with pytest.raises(ProcessLookupError):
-            os.kill(int(log.read_text().split()[0]), 0)
+            os.kill(int(log.read_text().splitlines()[1]), 0)
 
 
 def test_names_of_gpus_and_of_mig_instances_are_passed_on(monkeypatch):

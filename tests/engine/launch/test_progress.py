@@ -49,6 +49,22 @@ def test_the_rest_takes_as_long_as_its_work(jobs, monkeypatch, capsys):
     ]
 
 
+def test_the_rest_does_not_grow_while_a_job_works(jobs, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    with Progress(with_passes(jobs, gradients=30.0, rewinding=10.0)) as shown:
+        clock[0] += 30
+        shown.mark_done(jobs[0])  # 50 of 80 passes are left
+        for passed, rest in ((0, "~50 s"), (20, "~30 s"), (15, "~15 s")):
+            clock[0] += passed
+            shown.mark_done(jobs[0])  # as a parallel sweep does time and again
+            shown.show("layer rewinding")
+            assert shown.line().endswith(f", {rest} remaining")
+        clock[0] += 60
+        shown.show("layer rewinding")
+        assert shown.line() == "layer rewinding [1/4 jobs] 02:05 elapsed"
+
+
 def test_a_terminal_gets_an_estimate_at_once_and_a_last_line_with_all_jobs(jobs, monkeypatch):
     terminal, calibrations = Terminal(), []
     monkeypatch.setattr(progress.sys, "stderr", terminal)

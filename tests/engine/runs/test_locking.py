@@ -116,17 +116,43 @@ def test_a_damaged_lock_is_taken_over_as_soon_as_it_cannot_be_being_written(
         assert time.monotonic() - began > 0.2, "another process might just have been writing it"
 
 
-def test_a_lock_that_may_not_be_read_is_a_damaged_one(tmp_path, monkeypatch):
+def test_a_lock_that_may_not_be_read_is_alive_as_long_as_its_holder_touches_it(
+    tmp_path, monkeypatch
+):
+    """Another user's, in a folder that both may write to."""
     path = tmp_path / "claim.json"
     path.write_text("{}")
-    os.utime(path, (0, 0))
 
     def refuse(path, **_):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    for method in ("read_bytes", "stat"):
-        monkeypatch.setattr(Path, method, refuse)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    now = time.time()
+    for age, alive in ((0, True), (locking.BEAT, True), (locking.DEAD_AFTER + 1, False)):
+        os.utime(path, (now - age, now - age))
+        assert (holder_of(tmp_path) is not None) == alive
+        assert locking.BEAT > locking.UNREADABLE_AFTER
+    monkeypatch.setattr(Path, "stat", refuse)
+    assert holder_of(tmp_path) is None
+
+
+@pytest.mark.parametrize(("number", "told"), [(errno.EROFS, True), (errno.EIO, False)])
+def test_a_lock_in_a_closed_folder_is_judged_by_this_machines_clock(
+    tmp_path, monkeypatch, number, told
+):
+    Holder("elsewhere", 1, "today", "another machine").write(path := tmp_path / "claim.json")
+
+    def refuse(**_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(locking, "TemporaryFile", refuse)
+    if told:
+        assert holder_of(tmp_path).host == "elsewhere"
+        os.utime(path, (0, 0))
         assert holder_of(tmp_path) is None
+    else:
+        with pytest.raises(OSError, match="Input/output"):
+            holder_of(tmp_path)
 
 
 def test_a_reused_pid_of_another_user_is_a_dead_one(other, tmp_path, monkeypatch):

@@ -1,13 +1,15 @@
 """Measurements: parts that stay, tables that are known by their settings."""
 
 import math
+import time
 
 import pytest
 import torch
 
 from engine.runs import files
-from engine.runs.measurement import KeptTable, Measurement, keep_aside
+from engine.runs.measurement import KeptTable, Measurement, digests_of, keep_aside
 from engine.runs.run import Run
+from engine.runs.stopping import OutOfTime, time_budget
 from engine.runs.tables import ResultTable
 
 TABLE = ResultTable("made_up.csv", ("group", "acc"))
@@ -186,3 +188,41 @@ def test_an_update_writes_only_what_is_new(tmp_path, monkeypatch):
         TABLE.update(tmp_path, [{"group": 0, "acc": value}])
         assert TABLE.read(tmp_path) == [{"group": 0, "acc": pytest.approx(value)}]
     assert written == [TABLE.path(tmp_path)] * 2
+
+
+@pytest.mark.parametrize("damage", ["between two writes", "source"])
+def test_tables_that_are_not_their_source_s_are_not_kept_as_its_own(tmp_path, capsys, damage):
+    tables = [tmp_path / name for name in ("mean.csv", "area.csv")]
+    source = tmp_path / "mean.json"
+    for table in tables:
+        table.write_text("of rate 1")
+    files.write_json(source, {"settings": {"rate": 1}, "tables": digests_of(tables)})
+    if damage == "source":
+        source.write_text("{")
+    else:
+        tables[0].write_text("of rate 2: the process died before it wrote the source")
+    keep_aside(source, {"rate": 2}, *tables)
+    assert not (tmp_path / "other_settings").exists()
+    assert ("mean.json: " in capsys.readouterr().err) == (damage == "source")
+
+
+def test_a_damaged_source_of_a_kept_table_leaves_it_out(tmp_path, capsys):
+    for name in ("whole", "damaged"):
+        files.write_json(tmp_path / "other_settings" / name / "t.json", {"settings": {"rate": 1}})
+    (tmp_path / "other_settings" / "damaged" / "t.json").write_text("{")
+    (kept,) = KeptTable.below(tmp_path)
+    assert kept.path.parent.name == "whole"
+    assert "damaged/t.json: " in capsys.readouterr().err
+
+
+def test_no_part_begins_that_the_time_budget_has_no_room_for(make, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    measurement = make({})
+    with time_budget(10.0):
+        clock[0] = 4.0
+        measurement.save("a", 1)
+        clock[0] = 8.0
+        with pytest.raises(OutOfTime):
+            measurement.save("b", 1)
+    assert [make({}).part(part) for part in ("a", "b")] == [1, 1]

@@ -47,6 +47,17 @@ def test_one_process_downloads_and_others_wait(tiny, tmp_path, monkeypatch):
     assert seen[2].pid == os.getpid(), "it waited"
 
 
+def test_data_that_nobody_downloads_needs_no_lock(tiny, monkeypatch):
+    """The folder for downloads may be another user's, with a lock in it."""
+
+    def refuse(*_, **__):
+        raise PermissionError
+
+    for name in ("lock", "holder_of"):
+        monkeypatch.setattr(build, name, refuse)
+    assert load_split(tiny("data.train_size=60")).n == 60
+
+
 def test_scores_of_a_file_come_before_the_data_sets_own(tiny, tmp_path):
     """Except in an atypical split, which they have chosen already."""
     split = load_split(tiny())

@@ -1,8 +1,11 @@
 """A killed, stopped or damaged training ends with the same bytes, or says why it cannot."""
 
+import errno
 import math
+import os
 import re
 import signal
+import zipfile
 
 import pytest
 import torch
@@ -145,6 +148,52 @@ def test_a_damaged_newest_epoch_falls_back_to_the_one_before(
     gradient_accounting.EXPERIMENT.main(run)
     assert "resuming from the epoch before" in capsys.readouterr().err
     assert contents(run) == contents(finished)
+
+
+@pytest.mark.parametrize("missing", [[2], [1, 2]])
+def test_what_cannot_be_resumed_never_comes_back(tiny, tmp_path, capsys, finished, missing):
+    """Each start goes on from what the one before it trained, not from an older unusable epoch."""
+    run = Run.of(tiny(f"output_dir={tmp_path}/unusable"))
+    with killed_after_epoch(2):
+        gradient_accounting.EXPERIMENT.main(run)
+    for epoch in missing:
+        run.checkpoint_path(epoch).unlink()
+    first = min(missing)
+    with killed_after_epoch(first):
+        gradient_accounting.EXPERIMENT.main(run)
+    assert "epoch_002.pt: no such file; resuming from the epoch before" in capsys.readouterr().err
+    assert run.resumable_epochs() == [first, first - 1]
+    assert {p.stem for p in run.resume_path(0).parent.glob("*.unusable")} == {
+        f"epoch_{epoch:03d}" for epoch in missing
+    }
+    gradient_accounting.EXPERIMENT.main(run)
+    assert "resuming from the epoch before" not in capsys.readouterr().err
+    resumed = 0 if first == 1 else first  # two epochs are kept
+    assert [start["from_epoch"] for start in run.starts()] == [0, resumed, first + 1]
+    assert contents(run) == contents(finished)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+def test_a_disk_that_cannot_read_an_epoch_leaves_it_alone(tiny, monkeypatch, number):
+    run = Run.of(tiny())
+    with killed_after_epoch(2):
+        gradient_accounting.EXPERIMENT.main(run)
+    before = sorted(p.name for p in run.resume_path(0).parent.iterdir())
+    read = zipfile.ZipFile.testzip
+
+    def fails(archive):
+        if archive.filename.endswith("resume/epoch_002.pt"):
+            raise OSError(number, os.strerror(number))
+        return read(archive)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(zipfile.ZipFile, "testzip", fails)
+        with pytest.raises(OSError, match=r"resume/epoch_002\.pt") as refused:
+            gradient_accounting.EXPERIMENT.main(run)
+    assert refused.value.errno == number
+    assert sorted(p.name for p in run.resume_path(0).parent.iterdir()) == before
+    gradient_accounting.EXPERIMENT.main(run)
+    assert [start["from_epoch"] for start in run.starts()] == [0, 3]
 
 
 def diverge(monkeypatch, step: int, value: float) -> list[int]:

@@ -214,7 +214,8 @@ def test_neurons(family):
         assert headline_numbers.layers_shared(family)[i] == pytest.approx(
             sum(map(min, zip(*shares)))
         )
-        assert headline_numbers.share_of_last_layers(family)[i] == pytest.approx(sum(shares[0][-2:]))
+        of_last = sum(shares[0][-2:])
+        assert headline_numbers.share_of_last_layers(family)[i] == pytest.approx(of_last)
 
 
 def test_scattered_layers_are_counted_by_their_entropy(family):
@@ -304,7 +305,9 @@ def test_a_smaller_gap_counts_while_clean_examples_are_kept(tiny, before_noisy, 
 
 def test_nineteen_of_twenty_are_95_percent():
     (rule,) = (claim.rule for claim in CLAIMS if claim.name == "gradients.norm_ratio_epochs")
-    assert rule.holds(19 / 20) and rule.holds(0.95) and not rule.holds(18.9 / 20)
+    assert rule.holds(19 / 20)
+    assert rule.holds(0.95)
+    assert not rule.holds(18.9 / 20)
 
 
 def test_the_table_of_claims_says_what_each_was_measured_on(family):
