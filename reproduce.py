@@ -49,7 +49,7 @@ from engine.launch.processes import Slot, end_with_parent, make_slots
 from engine.runs import files, provenance
 from engine.runs.experiment import Experiment
 from engine.runs.identity import without_accounting
-from engine.runs.locking import holder_of
+from engine.runs.locking import known_holder
 from engine.runs.run import Run, each_once
 from engine.runs.stopping import OutOfTime, ending_on_signals, time_budget
 from engine.training.build import load_split
@@ -154,12 +154,11 @@ def fetch_data(configs: Sequence[Config]) -> None:
 
 def submit(jobs: Sequence[Job], configs: Sequence[Config], given: argparse.Namespace) -> None:
     """Submit each unfinished run to the cluster, and a last job that collects all results."""
-    require_settled_precision(configs)
     runs = [run for run, share in by_run(jobs).items() if not are_done(share)]
     if not runs:
         print("nothing to submit: all runs are finished; --collect prints the results")
         return
-    for run, holder in [(run, holder_of(run)) for run in runs]:
+    for run, holder in [(run, known_holder(run)) for run in runs]:
         if holder:
             runs.remove(run)
             print(f"not submitted: locked by {holder}  {run}")
@@ -211,6 +210,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             end_with_parent()
             jobs = only(jobs, given.only)
         announce([job.run for job in jobs])
+        if given.slurm:
+            require_settled_precision(configs)
         if given.dry_run:
             for line in foresee(jobs, places(jobs, configs, given)):
                 print(line, flush=True)
@@ -233,7 +234,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "other processes work on the remaining runs; the last to finish draws the figures"
             )
             return ending.status or UNFINISHED
-        if not given.only:
+        if ending.refused:
+            print("no figures: mend the runs that are named above, then rerun", file=sys.stderr)
+        elif not given.only:
             overrides = describe_overrides(given.overrides)
             folder = folder_of(configs[0], ["report", Path(given.config).stem, *overrides])
             if done:

@@ -169,7 +169,8 @@ def run_script(
                         result = experiment.main(run)
                 print(f"{result}  {run.directory}", flush=True)
                 done.append(run)
-        for result, folder in () if given.dry_run else experiment.conclude(done):
+        summaries = () if given.dry_run or ending.refused else experiment.conclude(done)
+        for result, folder in summaries:
             print(f"{result}  {folder}", flush=True)
     return ending.status
 
@@ -187,27 +188,43 @@ class Ending:
     def __init__(self) -> None:
         self.status = 0
         self.several = False
-        self.refused: dict[str, Path] = {}  # by message: the first run that the user must mend
+        self.refused: dict[str, Path] = {}  # what the user must mend: the message, and the run
 
     @contextmanager
     def one_of_several(self, directory: Path) -> Iterator[None]:
         """Report a run that fails, or that runs out of memory, and continue with the others.
 
-        So is a run with a damaged file. A mistake that two runs share ends the command.
+        Also report a run with a damaged file. A mistake that two runs share ends the command.
         """
         try:
             yield
         except RunFailed as error:
             self._report(directory, str(error))
         except (UserError, DataError) as error:
-            if not self.several or self.refused.setdefault(str(error), directory) != directory:
+            if not self.several:
                 raise
-            self._report(directory, str(error), status=2)
+            self._refuse(directory, error)
         except (MemoryError, RuntimeError) as error:
             if (reason := out_of_memory(error)) is None:
                 raise
             free_memory_of(error)
             self._report(directory, reason)
+
+    def _refuse(self, directory: Path, error: Exception) -> None:
+        """Report what names this run at once, other messages when no second run has the same."""
+        message, self.status = str(error), 2
+        if self.refused.get(message, directory) != directory:
+            del self.refused[message]
+            raise error
+        if message not in self.refused and str(directory) in message:
+            self._report(directory, message, self.status)
+        self.refused[message] = directory
+
+    def report_rest(self) -> None:
+        """Report the mistakes that turned out to be of one run."""
+        for message, directory in self.refused.items():
+            if str(directory) not in message:
+                self._report(directory, message, self.status)
 
     def _report(self, directory: Path, reason: str, status: int = 1) -> None:
         place = "" if str(directory) in reason else f"{directory}: "
@@ -225,6 +242,7 @@ def reporting_ends() -> Iterator[Ending]:
             stream.reconfigure(errors="backslashreplace")
     try:
         yield ending
+        ending.report_rest()
     except (UserError, DataError) as error:
         print(printable(error), file=sys.stderr)
         ending.status = 2
@@ -240,7 +258,12 @@ def reporting_ends() -> Iterator[Ending]:
         ending.status = 1
     except (KeyboardInterrupt, Terminated) as error:
         ending.status = getattr(error, "status", 130)
-        print("\nInterrupted. Rerun the same command to resume.", file=sys.stderr)
+        try:
+            print("\nInterrupted. Rerun the same command to resume.", file=sys.stderr, flush=True)
+        except OSError:  # the terminal was closed; what is still buffered leads nowhere
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            for stream in (1, 2):
+                os.dup2(nowhere, stream)
 
 
 def _open_standard_streams() -> None:

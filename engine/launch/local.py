@@ -4,6 +4,7 @@ The unit of distribution is a run with all of its jobs in order. A process locks
 works on, so the same command can run on several machines with a common file system.
 """
 
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from engine.launch.jobs import Job, are_done, by_run
 from engine.launch.processes import Slot, side_by_side, why
 from engine.launch.progress import Progress
 from engine.runs import files
-from engine.runs.locking import Held, holder_of, lock
+from engine.runs.locking import Held, known_holder, lock
 from engine.runs.stopping import OutOfTime, time_left
 
 
@@ -100,7 +101,8 @@ def at_once(
         print(failure, file=sys.stderr)
         ending.status = max(ending.status, status)
     if left:
-        raise OutOfTime if time_left() <= 0 else LeftToOthers
+        all_held = time_left() == math.inf or all(map(known_holder, left))
+        raise LeftToOthers if all_held else OutOfTime
 
 
 def _processes(
@@ -126,7 +128,7 @@ def _processes(
         if directory not in to_do:
             yield directory, 0
     commands = {directory: command(directory) for directory in to_do}
-    for directory, status in side_by_side(commands, slots, watch, put_off=holder_of):
+    for directory, status in side_by_side(commands, slots, watch, put_off=known_holder):
         bar.mark_done(*shares[directory])
         yield directory, status
     watch(())

@@ -91,7 +91,8 @@ def _refusals_of_slurm() -> Iterator[None]:
 
 def _make_executor(folder: Path, settings: SlurmConfig, cluster: str, gpus: int):
     place = str(folder.absolute())
-    if "%" in place or not place.isprintable():  # Slurm replaces %; a line break ends the script's
+    # Slurm expands % in the names of logs, and a line break would end a line of the job's script.
+    if "%" in place or not place.isprintable():
         raise UserError(
             f"command line: --slurm: {folder}: its name must be text on one line, without %"
         )

@@ -148,6 +148,13 @@ def holder_of(directory: Path) -> Holder | None:
     return holder if holder and holder.alive(directory) else None
 
 
+def known_holder(directory: Path) -> Holder | None:
+    """Return the living holder of a folder's lock; None too where the disk does not tell."""
+    with suppress(OSError):
+        return holder_of(directory)
+    return None
+
+
 @contextmanager
 def lock(directory: Path, wait: bool = False) -> Iterator[None]:
     """Hold a folder's lock; raise Held if another process holds it.

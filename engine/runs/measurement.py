@@ -120,7 +120,7 @@ class Measurement:
         decisive = json.dumps(dict(settings), sort_keys=True)
         self.digest = hashlib.sha256(f"{run.identity} {decisive}".encode()).hexdigest()
         self.folder = run.directory / "parts" / f"{self.path.stem}-{self.digest[:12]}"
-        self.saved = time.monotonic()  # when the newest part was saved, or measuring began
+        self.began, self.piece = time.monotonic(), 0.0  # of the newest part: start and seconds
 
     @property
     def finished(self) -> bool:
@@ -164,29 +164,34 @@ class Measurement:
         return self.folder / f"{key}.pt"
 
     def part(self, key: str) -> object | None:
-        """Read the part saved under this key; None if there is none, or if it is damaged."""
+        """Read the part saved under this key; None if there is none, or if it is damaged.
+
+        Stop here if a part is to be made and the time budget has no room for one like the last.
+        """
         path = self._part_path(key)
         if not path.exists():
-            return None
+            return self._begin()
         try:
             part = files.read_tensors(path)
             if (part.get("digest"), part.get("key")) != (self.digest, key):
                 raise UserError(f"{path}: belongs to another measurement")
         except UserError as error:
             print(f"{error}; measuring it again", file=sys.stderr)
-            return None
+            return self._begin()
         return part["content"]
 
-    def save(self, key: str, content: object) -> None:
-        """Save a part: numbers, text, tensors, and lists and dictionaries of them.
+    def _begin(self) -> None:
+        safe_point(next_piece=self.piece)
+        self.began = time.monotonic()
 
-        Stop here if the time budget does not allow for another part like this one.
-        """
+    def save(self, key: str, content: object) -> None:
+        """Save a part: numbers, text, tensors, and lists and dictionaries of them."""
         self.run.require_present()
         part = {"digest": self.digest, "key": key, "content": content}
         files.write_tensors(self._part_path(key), part)
-        before, self.saved = self.saved, time.monotonic()
-        safe_point(next_piece=self.saved - before)
+        before, self.began = self.began, time.monotonic()
+        self.piece = self.began - before
+        safe_point()
 
     def once(self, key: str, make: Callable[[], Part]) -> Part:
         """Return the part saved under this key; make and save it first if there is none."""

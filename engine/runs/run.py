@@ -10,7 +10,6 @@ import hashlib
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,7 +34,7 @@ from engine.runs.identity import (
     run_directory,
     short_name,
 )
-from engine.runs.locking import Holder, holder_of, is_held, require_held
+from engine.runs.locking import Holder, is_held, known_holder, require_held
 from engine.runs.tables import HISTORY
 from models import network_file
 
@@ -218,9 +217,7 @@ class Run:
 
     def _other_holder(self) -> Holder | None:
         """Return the process that holds this run, unless it is this one or cannot be told."""
-        with suppress(OSError):
-            return None if is_held(self.directory) else holder_of(self.directory)
-        return None
+        return None if is_held(self.directory) else known_holder(self.directory)
 
     def require_finished(self) -> None:
         """Refuse to measure a run whose training is not finished and intact."""

@@ -304,16 +304,6 @@ CLAIMS = (
         headline_numbers.layers_effective,
         above(2),
     ),
-    Claim(
-        "flipping.last_layers",
-        "abstract; 6.1, Figure 5c",
-        "Share of the noisy examples' neurons that lie in the last two layers",
-        "'not the final layers'",
-        FLIPPING.name,
-        headline_numbers.share_of_last_layers,
-        below(0.5, "below 50%"),
-        percent=True,
-    ),
     *(
         Claim(
             f"flipping.auc_{method.replace(' ', '_')}",

@@ -256,16 +256,6 @@ def layers_effective(family: Family) -> Values:
     return found
 
 
-def share_of_last_layers(family: Family) -> Values:
-    """Return the share of the noisy examples' neurons that lie in the network's last two layers."""
-    last = {number for number, _ in family.layers[-2:]}
-    groups = (
-        [int(group) for row in rows for group in row["groups"].split()]
-        for rows in _of_each_seed(family, 1)
-    )
-    return [_mean(group in last for group in of) if last else np.nan for of in groups]
-
-
 def area(method: str) -> Callable[[Family], Values]:
     """Return the measure of a score's AUC for detecting noisy examples, on the searched ones."""
 

@@ -1,5 +1,7 @@
 """The command line as its user meets it: real processes, exit statuses, one line a run."""
 
+import errno
+import io
 import os
 import re
 import signal
@@ -18,7 +20,7 @@ from engine.errors import UserError
 from engine.launch.cli import Ending, reporting_ends, run_script
 from engine.runs.locking import Holder
 from engine.runs.run import Run
-from engine.runs.stopping import ending_on_signals
+from engine.runs.stopping import Terminated, ending_on_signals
 from tests.killing import killed_after_epoch
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -236,23 +238,48 @@ def test_usual_mistakes_have_a_hint(tiny_file, capsys, override, hint):
     assert said.count("\n") == 1
 
 
-def test_a_run_that_the_user_must_mend_stops_no_other_but_a_mistake_of_all_does(tmp_path, capsys):
-    def use(ending: Ending, run: str, mistake: str) -> None:
-        with ending.one_of_several(tmp_path / run):
-            raise UserError(mistake)
+def use(ending: Ending, run: Path, mistake: str) -> None:
+    with ending.one_of_several(run):
+        raise UserError(mistake)
 
-    alone, several = Ending(), Ending()
-    several.several = True
-    with pytest.raises(UserError):
-        use(alone, "a", "history.csv: damaged")
-    use(several, "a", "history.csv: damaged")
-    use(several, "a", "history.csv: damaged")  # by another script
-    assert capsys.readouterr().err == f"{tmp_path / 'a'}: history.csv: damaged\n" * 2
-    use(several, "b", f"{tmp_path / 'b'}/history.csv: damaged")
-    assert capsys.readouterr().err == f"{tmp_path / 'b'}/history.csv: damaged\n"
-    assert several.status == 2
-    with pytest.raises(UserError):
-        use(several, "b", "history.csv: damaged")
+
+def test_a_run_that_the_user_must_mend_stops_no_other(tmp_path, capsys):
+    first, second = tmp_path / "a", tmp_path / "b"
+    with reporting_ends() as ending:
+        ending.several = True
+        for run in (first, second):
+            use(ending, run, f"{run}/history.csv: damaged")
+            assert capsys.readouterr().err == f"{run}/history.csv: damaged\n", "at once"
+            use(ending, run, f"{run}/history.csv: damaged")  # another script on the same run
+        use(ending, first, "nowhere: no such file")
+        assert capsys.readouterr().err == "", "it may be a mistake of all runs"
+    assert capsys.readouterr().err == f"{first}: nowhere: no such file\n"
+    assert ending.status == 2
+
+
+def test_a_mistake_of_all_runs_is_one_line(tmp_path, capsys):
+    for several in (False, True):
+        with reporting_ends() as ending:
+            ending.several = several
+            use(ending, tmp_path / "a", "nowhere: no such file")
+            use(ending, tmp_path / "b", "nowhere: no such file")
+            raise AssertionError("nothing of the command is left to do")
+        assert capsys.readouterr().err == "nowhere: no such file\n"
+        assert ending.status == 2
+
+
+def test_a_terminal_that_is_gone_ends_a_command_with_its_status(monkeypatch):
+    class Gone(io.StringIO):
+        def write(self, _):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    moved = []
+    monkeypatch.setattr(os, "dup2", lambda source, target: moved.append(target))
+    with reporting_ends() as ending:
+        monkeypatch.setattr(sys, "stderr", Gone())
+        raise Terminated(signal.SIGHUP)
+    assert ending.status == 129
+    assert moved == [1, 2], "or Python's last flush would change the status"
 
 
 @pytest.mark.parametrize("ignored", [False, True])

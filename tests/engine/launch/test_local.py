@@ -101,6 +101,8 @@ def test_a_damaged_run_stops_no_other(tiny_file, capsys, more):
     assert reproduce.main([*good, "seed=[0,1]" if "--collect" in more else "seed=0"]) == 0
     with open(first / "examples.npz", "ab") as file:
         file.write(b"!")
+    reports = {p: p.read_bytes() for p in tiny_file.parent.glob("runs/report*/*") if p.is_file()}
+    assert reports
     capsys.readouterr()
     assert reproduce.main([*arguments, *more]) == 2
     printed = capsys.readouterr()
@@ -108,6 +110,8 @@ def test_a_damaged_run_stops_no_other(tiny_file, capsys, more):
     assert line.startswith(f"{first}")
     assert f"  {second}\n" in printed.out
     assert (second / "history.csv").exists()
+    assert "no figures: mend the runs that are named above, then rerun\n" in printed.err
+    assert reports == {p: p.read_bytes() for p in reports}
 
 
 def test_only_the_second_look_waits(tiny_file, monkeypatch):
@@ -200,6 +204,23 @@ def test_the_time_budget_is_for_all(tiny_file, capsys):
     assert reproduce.main([*arguments, "--time-budget", "0"]) == 75
     assert capsys.readouterr().out.startswith("out of time: 2 of 2 jobs remain")
     assert not (tiny_file.parent / "runs").exists()
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_processes_that_stop_before_the_time_is_over_are_out_of_time(
+    tiny_file, capsys, monkeypatch, held
+):
+    """They judge that the next piece of work would end too late, unless others hold their runs."""
+    arguments = [str(tiny_file), *TRAINING_ONLY, "seed=[0,1]", "--jobs", "2"]
+
+    def processes(shares, *_):
+        yield from ((directory, local.UNFINISHED) for directory in shares)
+
+    monkeypatch.setattr(local, "_processes", processes)
+    monkeypatch.setattr(local, "known_holder", lambda directory: held)
+    assert reproduce.main([*arguments, "--time-budget", "1000"]) == 75
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith("other processes work on" if held else "out of time: 2 of 2 jobs remain")
 
 
 def test_a_dry_run_adds_up(tiny_file, capsys, monkeypatch):

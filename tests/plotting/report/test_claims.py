@@ -9,7 +9,6 @@ import pytest
 from engine.config.load import load_configs
 from engine.runs import files
 from engine.runs.run import Run
-from engine.runs.tables import LAYERS as LAYER_NAMES
 from example_tied_dropout import DROPOUT
 from layer_rewinding import REWINDING
 from neuron_flipping import FLIPPING
@@ -79,8 +78,6 @@ def planted(tiny, seed: int, *overrides: str) -> Run:
     files.write_json(run.directory / "neuron_flipping.json", {"settings": {"max_neurons": MOST}})
     memorized = np.arange(20) < 4
     files.write_arrays(run.split_path, memorized=memorized)
-    named = [{"layer": g, "name": f"conv{g}", "parameters": 9} for g in range(LAYERS)]
-    LAYER_NAMES.write(run.directory, named)
     return run
 
 
@@ -214,8 +211,6 @@ def test_neurons(family):
         assert headline_numbers.layers_shared(family)[i] == pytest.approx(
             sum(map(min, zip(*shares)))
         )
-        of_last = sum(shares[0][-2:])
-        assert headline_numbers.share_of_last_layers(family)[i] == pytest.approx(of_last)
 
 
 def test_scattered_layers_are_counted_by_their_entropy(family):
