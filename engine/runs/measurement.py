@@ -181,7 +181,8 @@ class Measurement:
         return part["content"]
 
     def _begin(self) -> None:
-        safe_point(next_piece=self.piece)
+        if self.piece:  # the first part of all is always made
+            safe_point(next_piece=self.piece)
         self.began = time.monotonic()
 
     def save(self, key: str, content: object) -> None:

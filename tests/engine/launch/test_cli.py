@@ -187,7 +187,7 @@ def test_a_run_that_another_process_trains_is_waited_for(tiny, monkeypatch):
     run = Run.of(tiny())
     with killed_after_epoch(1):
         gradient_accounting.EXPERIMENT.main(run)
-    monkeypatch.setattr("engine.runs.run.holder_of", lambda directory: Holder.me())
+    monkeypatch.setattr("engine.runs.locking.holder_of", lambda directory: Holder.me())
     state = rf"locked by process {os.getpid()} on \S+ since \S+, after epoch 1"
     assert re.fullmatch(state, run.state)
     with pytest.raises(UserError, match=f"its training is {state}; rerun when that has ended"):
@@ -198,7 +198,7 @@ def test_a_lock_that_cannot_be_judged_ends_no_command(tiny, monkeypatch):
     def refuse(directory):
         raise PermissionError(13, "Permission denied", str(directory))
 
-    monkeypatch.setattr("engine.runs.run.holder_of", refuse)
+    monkeypatch.setattr("engine.runs.locking.holder_of", refuse)
     assert Run.of(tiny()).state == "to do"
 
 
