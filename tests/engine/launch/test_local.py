@@ -137,9 +137,11 @@ def test_the_same_command_started_often_shares_the_runs(tiny_file):
         for _ in range(5)
     ]  # fmt: skip
     said = [process.communicate(timeout=280) for process in started]
-    assert [process.returncode for process in started] == [0] * 5
+    codes = [process.returncode for process in started]
+    assert 0 in codes, "the last to end finds everything done"
+    assert set(codes) <= {0, 75}, "others leave what is held"
     for seed in range(8):
-        trained = [f"/seed{seed}: 0%" in errors for _, errors in said]
+        trained = [f" seed {seed}: training: 0%" in errors for _, errors in said]
         assert trained.count(True) == 1, "each run is trained by one process"
     assert max(out.count("layer rewinding: ") for out, _ in said) == 8
     whole = [*overrides, f"output_dir={tiny_file.parent / 'whole'}"]
