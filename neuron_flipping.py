@@ -35,7 +35,7 @@ from engine.progress import progress_bar
 from engine.runs import files
 from engine.runs.experiment import Experiment
 from engine.runs.identity import measuring_precision, measuring_settings, title
-from engine.runs.measurement import Measurement, digests_of, keep_aside
+from engine.runs.measurement import Measurement, keep_aside
 from engine.runs.run import Run
 from engine.runs.tables import ResultTable
 from engine.stats import (
@@ -338,7 +338,7 @@ def conclude(runs: Sequence[Run]) -> Iterator[tuple[str, Path]]:
         MEANS.update(folder, means)
         DETECTION.update(folder, areas)
         names = [run.directory.name for run in together]
-        source = {"runs": names, "settings": settings, "tables": digests_of(tables)}
+        source = {"runs": names, "settings": settings, "tables": files.digests_of(tables)}
         files.update_json(source_path, source)
         yield f"mean of {len(together)} runs: {describe(means, areas)}", folder
 

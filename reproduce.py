@@ -20,6 +20,7 @@ spent, or other processes work on the remaining runs): rerun the same command to
 
 import argparse
 import hashlib
+import itertools
 import math
 import re
 import sys
@@ -58,7 +59,6 @@ from plotting.families import find_families, plotting_overrides
 QUICKSTART = Path(__file__).resolve().parent / "configs" / "quickstart.yaml"
 REPORTED = "report.json"  # in a report's folder: the runs that it is about
 WITHOUT_RESULT = re.compile(r"(output_dir|device|data\.root|slurm\.\w+)=")
-WITHOUT_EFFECT = {"slurm": ("gpus", "time_budget"), "collect": ("gpus", "time_budget")}
 LONGEST_NAME = 150  # bytes
 
 
@@ -296,11 +296,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     spread.add_argument("--only", type=Path, metavar="RUN", help="only the run of this directory")
     given = parser.parse_intermixed_args(arguments)
-    for way, options in WITHOUT_EFFECT.items():
-        for option in options if getattr(given, way) else ():
-            if getattr(given, option) is not None:
-                name = option.replace("_", "-")
-                parser.error(f"argument --{name}: not allowed with argument --{way}")
+    for way, option in itertools.product(("slurm", "collect"), ("gpus", "time-budget")):
+        if getattr(given, way) and getattr(given, option.replace("-", "_")) is not None:
+            parser.error(f"argument --{option}: not allowed with argument --{way}")
     if "=" in given.config and not Path(given.config).exists():  # the first override came first
         given.config, given.overrides = str(QUICKSTART), [given.config, *given.overrides]
     if Path(given.config).is_dir():

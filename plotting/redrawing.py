@@ -42,7 +42,7 @@ def unless_unchanged(
             for path in sorted(read)
             if path.is_file()
         },
-        "written": {path.name: file_digest(path) for path in made},
+        "written": files.digests_of(made),
     }
     files.write_json(record, dict(sorted((_read(record) | {name: entry}).items())))
     return made

@@ -6,8 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -240,12 +240,12 @@ def test_a_machine_without_a_gpu_does_not_decide_the_precision_of_jobs_with_one(
 ):
     submitted = []
     monkeypatch.setattr(reproduce.torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(reproduce.slurm, "submit", lambda *what: submitted.append(what) or [])
-    monkeypatch.setattr(reproduce.slurm, "submit_after", lambda *_: submitted[-1])
+    job = SimpleNamespace(job_id="1_0")
+    monkeypatch.setattr(reproduce.slurm, "submit", lambda *what: submitted.append(what) or [job])
+    monkeypatch.setattr(reproduce.slurm, "submit_after", lambda *_: job)
     arguments = [str(tiny_file), "device=auto", "--slurm"]
     assert reproduce.main([*arguments, "precision=auto"]) == 2
     assert "precision: auto is not allowed" in capsys.readouterr().err
     assert submitted == []
-    with suppress(AttributeError):  # there is no last job
-        reproduce.main([*arguments, "precision=fp32"])
+    assert reproduce.main([*arguments, "precision=fp32"]) == 0
     assert len(submitted) == 1

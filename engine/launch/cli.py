@@ -212,19 +212,19 @@ class Ending:
 
     def _refuse(self, directory: Path, error: Exception) -> None:
         """Report what names this run at once, other messages when no second run has the same."""
-        message, self.status = str(error), 2
+        message, self.status = str(error), 2  # also if it is reported later
         if self.refused.get(message, directory) != directory:
             del self.refused[message]
             raise error
         if message not in self.refused and str(directory) in message:
-            self._report(directory, message, self.status)
+            self._report(directory, message, status=2)
         self.refused[message] = directory
 
     def report_rest(self) -> None:
         """Report the mistakes that turned out to be of one run."""
         for message, directory in self.refused.items():
             if str(directory) not in message:
-                self._report(directory, message, self.status)
+                self._report(directory, message, status=2)
 
     def _report(self, directory: Path, reason: str, status: int = 1) -> None:
         place = "" if str(directory) in reason else f"{directory}: "
@@ -241,8 +241,10 @@ def reporting_ends() -> Iterator[Ending]:
         if isinstance(stream, io.TextIOWrapper):  # may not be able to write every name
             stream.reconfigure(errors="backslashreplace")
     try:
-        yield ending
-        ending.report_rest()
+        try:
+            yield ending
+        finally:
+            ending.report_rest()
     except (UserError, DataError) as error:
         print(printable(error), file=sys.stderr)
         ending.status = 2

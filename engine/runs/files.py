@@ -81,7 +81,7 @@ def recording_reads() -> Iterator[set[Path]]:
         _reads.reset(token)
 
 
-def pass_on_disk_error(error: Exception, path: Path) -> None:
+def _pass_on_disk_error(error: Exception, path: Path) -> None:
     """Raise the error of a file that could not be read: it may be whole.
 
     A damaged archive that points before its own beginning is an invalid argument (EINVAL).
@@ -251,7 +251,7 @@ def read_arrays(path: Path, *names: str, missing: bool = False) -> dict[str, np.
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:  # of many types, and some advise to trust the file
-        pass_on_disk_error(error, path)
+        _pass_on_disk_error(error, path)
         raise UserError(f"{path}: damaged, or not an .npz file of {', '.join(names)}") from None
 
 
@@ -273,11 +273,16 @@ def read_tensors(path: Path) -> dict:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:  # a damaged pickle or zip raises errors without a common type
-        pass_on_disk_error(error, path)
+        _pass_on_disk_error(error, path)
         raise UserError(f"{path}: damaged, or not a checkpoint") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a checkpoint: it holds no dictionary")
     return content
+
+
+def digests_of(paths: Iterable[Path]) -> dict[str, str]:
+    """Return the SHA-256 of each file by its name."""
+    return {path.name: file_digest(path) for path in paths}
 
 
 def megabytes(size: float) -> str:

@@ -30,7 +30,7 @@ from engine.runs.stopping import safe_point
 FILE_NAME = "claim.json"
 BEAT = 10.0  # seconds between signs of life
 DEAD_AFTER = 180.0  # seconds without one, for a holder on another host
-UNREADABLE_AFTER = 2.0  # seconds in which a lock that cannot be read may still be being written
+UNREADABLE_AFTER = 2.0  # seconds in which a damaged lock may still be being written
 CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)  # of a folder in which nothing can be written
 TOKEN_SHOWN = 12  # characters of a lock's token in the names of temporary files
 POLL = 1.0  # seconds between two looks at a lock that is waited for

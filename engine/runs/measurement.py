@@ -68,15 +68,10 @@ def keep_aside(source: Path, settings: Mapping[str, object], *tables: Path) -> N
     before, digests = content.get("settings"), content.get("tables")
     if not isinstance(before, dict) or before == settings:
         return
-    if isinstance(digests, dict) and digests != digests_of(tables):
+    if isinstance(digests, dict) and digests != files.digests_of(tables):
         return
     for path in (*tables, source):
         _copy(path, _folder_aside(source, before) / path.name)
-
-
-def digests_of(paths: Iterable[Path]) -> dict[str, str]:
-    """Return the SHA-256 of each file by its name."""
-    return {path.name: file_digest(path) for path in paths}
 
 
 def _read_source(path: Path) -> dict[str, object]:
@@ -168,22 +163,24 @@ class Measurement:
 
         Stop here if a part is to be made and the time budget has no room for one like the last.
         """
+        if (content := self._read(key)) is None:
+            if self.piece:  # the first part of all is always made
+                safe_point(next_piece=self.piece)
+            self.began = time.monotonic()
+        return content
+
+    def _read(self, key: str) -> object | None:
         path = self._part_path(key)
         if not path.exists():
-            return self._begin()
+            return None
         try:
             part = files.read_tensors(path)
             if (part.get("digest"), part.get("key")) != (self.digest, key):
                 raise UserError(f"{path}: belongs to another measurement")
         except UserError as error:
             print(f"{error}; measuring it again", file=sys.stderr)
-            return self._begin()
+            return None
         return part["content"]
-
-    def _begin(self) -> None:
-        if self.piece:  # the first part of all is always made
-            safe_point(next_piece=self.piece)
-        self.began = time.monotonic()
 
     def save(self, key: str, content: object) -> None:
         """Save a part: numbers, text, tensors, and lists and dictionaries of them."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-# A cluster sends the last one as a warning before it takes a machine away.
+# A cluster sends SIGUSR1 as a warning before it takes a machine away, a closed terminal SIGHUP.
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _deadline: ContextVar[float] = ContextVar("deadline", default=float("inf"))
 

@@ -11,14 +11,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import Batch, Split, batch_rows, file_digest
+from data import Batch, Split, batch_rows
 from engine.config.schema import Config, TrainConfig
 from engine.errors import RunFailed
 from engine.progress import PlainLines, progress_bar
@@ -226,7 +225,7 @@ def _finish(run: Run, record: Record, accounting: type[Accountant]) -> None:
     content = {"identity": run.identity, "epoch": run.config.train.epochs, **vars(record)}
     files.write_tensors(run.record_path, content)
     finished = {"seconds": round(record.seconds, 1), "finished": True}
-    finished["files"] = _digests([run.split_path, *record.results(run, accounting)])
+    finished["files"] = files.digests_of([run.split_path, *record.results(run, accounting)])
     files.write_json(run.provenance_path, files.read_json(run.provenance_path) | finished)
     run.discard(run.resumable_epochs())
 
@@ -245,10 +244,6 @@ def restore_results(run: Run, accounting: type[Accountant] = PlainBackward) -> N
             results[path]()
         source = files.read_json(run.provenance_path)
         # Another version of NumPy may write the same arrays in other bytes.
-        if (digests := source.get("files", {}) | _digests(again)) != source.get("files"):
+        if (digests := source.get("files", {}) | files.digests_of(again)) != source.get("files"):
             files.write_json(run.provenance_path, source | {"files": digests})
     run.require_intact(accounts)
-
-
-def _digests(paths: Iterable[Path]) -> dict[str, str]:
-    return {path.name: file_digest(path) for path in paths}

@@ -257,6 +257,17 @@ def test_a_run_that_the_user_must_mend_stops_no_other(tmp_path, capsys):
     assert ending.status == 2
 
 
+def test_a_mistake_of_one_run_is_said_however_the_command_ends(tmp_path, capsys):
+    with reporting_ends() as ending:
+        ending.several = True
+        use(ending, tmp_path, "nowhere: no such file")
+        raise Terminated(signal.SIGTERM)
+    mistake, *_, last = capsys.readouterr().err.splitlines()
+    assert mistake == f"{tmp_path}: nowhere: no such file"
+    assert last.startswith("Interrupted.")
+    assert ending.status == 143
+
+
 def test_a_mistake_of_all_runs_is_one_line(tmp_path, capsys):
     for several in (False, True):
         with reporting_ends() as ending:

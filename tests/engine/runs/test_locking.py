@@ -127,11 +127,11 @@ def test_a_lock_that_may_not_be_read_is_alive_as_long_as_its_holder_touches_it(
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert locking.BEAT > locking.UNREADABLE_AFTER
     now = time.time()
     for age, alive in ((0, True), (locking.BEAT, True), (locking.DEAD_AFTER + 1, False)):
         os.utime(path, (now - age, now - age))
         assert (holder_of(tmp_path) is not None) == alive
-        assert locking.BEAT > locking.UNREADABLE_AFTER
     monkeypatch.setattr(Path, "stat", refuse)
     assert holder_of(tmp_path) is None
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engine.runs import files
-from engine.runs.measurement import KeptTable, Measurement, digests_of, keep_aside
+from engine.runs.measurement import KeptTable, Measurement, keep_aside
 from engine.runs.run import Run
 from engine.runs.stopping import OutOfTime, time_budget
 from engine.runs.tables import ResultTable
@@ -196,7 +196,7 @@ def test_tables_that_are_not_their_source_s_are_not_kept_as_its_own(tmp_path, ca
     source = tmp_path / "mean.json"
     for table in tables:
         table.write_text("of rate 1")
-    files.write_json(source, {"settings": {"rate": 1}, "tables": digests_of(tables)})
+    files.write_json(source, {"settings": {"rate": 1}, "tables": files.digests_of(tables)})
     if damage == "source":
         source.write_text("{")
     else:

@@ -293,7 +293,8 @@ def test_a_smaller_gap_counts_while_clean_examples_are_kept(tiny, before_noisy, 
     gap, test = found["dropout.gap"], found["dropout.test"]
     assert gap.values == pytest.approx([(clean - 0.64) - (1.0 - 0.6)])
     assert test.values == pytest.approx([0.04])
-    assert (gap.reason.partition(": ")[2] or "").startswith(reason)
+    assert bool(gap.reason) == bool(reason)
+    assert gap.reason.partition(": ")[2].startswith(reason)
     assert gap.verdict == ("not applicable" if reason else "agrees")
     assert test.verdict == ("not applicable" if before_noisy < 0.8 else "agrees")
 
