@@ -21,28 +21,44 @@ class Area:
 
 
 def compute_area(positive: np.ndarray, negative: np.ndarray, seed: int) -> Area:
-    """Return the share of pairs whose positive score is the higher one; ties count one half.
+    """Return compute_auc and a bootstrap interval around it.
 
     For the interval, positive and negative examples are drawn again with replacement, each as many
     as there are. nan where either has no examples.
     """
     if not len(positive) or not len(negative):
         return Area(np.nan, np.nan, np.nan)
-    values, place = np.unique(np.concatenate([positive, negative]), return_inverse=True)
-    places = np.split(place.reshape(-1), [len(positive)])
-
-    def area(positive_place: np.ndarray, negative_place: np.ndarray) -> float:
-        above, below = (
-            np.bincount(p, minlength=len(values)) for p in (positive_place, negative_place)
-        )
-        pairs = above * (below.cumsum() - below / 2)
-        return pairs.sum() / (len(positive_place) * len(negative_place))
-
+    places = _places(positive, negative)
     draw = random_stream("detection bootstrap", seed)
     resampled = [
-        area(*(p[draw.integers(len(p), size=len(p))] for p in places)) for _ in range(RESAMPLES)
+        _share_above(*(p[draw.integers(len(p), size=len(p))] for p in places))
+        for _ in range(RESAMPLES)
     ]
-    return Area(float(area(*places)), *map(float, np.percentile(resampled, INTERVAL)))
+    return Area(_share_above(*places), *map(float, np.percentile(resampled, INTERVAL)))
+
+
+def compute_auc(positive: np.ndarray, negative: np.ndarray) -> float:
+    """Return the share of pairs whose positive score is the higher one; ties count one half.
+
+    nan where either has no examples.
+    """
+    if not len(positive) or not len(negative):
+        return np.nan
+    return _share_above(*_places(positive, negative))
+
+
+def _places(positive: np.ndarray, negative: np.ndarray) -> list[np.ndarray]:
+    """Return the rank of each score among the distinct scores of both."""
+    _, place = np.unique(np.concatenate([positive, negative]), return_inverse=True)
+    return np.split(place.reshape(-1), [len(positive)])
+
+
+def _share_above(positive: np.ndarray, negative: np.ndarray) -> float:
+    """Return the share of pairs of ranks, from 0, in which the positive one is the higher."""
+    ranks = max(positive.max(), negative.max()) + 1
+    above, below = (np.bincount(places, minlength=ranks) for places in (positive, negative))
+    pairs = above * (below.cumsum() - below / 2)
+    return float(pairs.sum() / (len(positive) * len(negative)))
 
 
 def compute_detection(

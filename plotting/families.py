@@ -183,7 +183,8 @@ def find_families(places: Sequence[Path], overrides: tuple[str, ...] = ()) -> li
         try:
             runs.append(_finished_run(directory, overrides))
         except UserError as error:
-            if directory.resolve() in named:
+            # A mistake on the command line is no fault of the run.
+            if directory.resolve() in named or str(error).startswith("command line:"):
                 raise
             where = "" if str(directory) in str(error) else f"{directory}: "
             print(printable(f"left out: {where}{error}"), file=sys.stderr)
@@ -301,11 +302,16 @@ def _told_apart(families: Sequence[Family]) -> list[Family]:
         same = [other for other in families if other.title == family.title]
         values = family.settings | flatten(family.config)
         apart = [
-            f", {key.removesuffix('.sha256')}={str(values.get(key))[:12]}"
+            f", {key.removesuffix('.sha256')}={shown_value(key, values.get(key))}"
             for key in differing(same)
         ]
         told.append(replace(family, apart="".join(apart)))
     return told
+
+
+def shown_value(key: str, value: object) -> str:
+    """Return a setting's value as titles show it: of a digest the first letters."""
+    return str(value)[:12] if key.endswith(".sha256") else str(value)
 
 
 def differing(families: Sequence[Family]) -> list[str]:
@@ -330,7 +336,7 @@ def name_models(families: Sequence[Family]) -> list[str]:
         name, values = family.config.model.name, family.settings | flatten(family.config)
         keys = differing([other for other in families if other.config.model.name == name])
         apart = [
-            f"{key.partition('.')[2].removesuffix('.sha256')} {values.get(key)!s:.12}"
+            f"{key.partition('.')[2].removesuffix('.sha256')} {shown_value(key, values.get(key))}"
             for key in keys
             if key.startswith(("model.", "train.")) and key != "model.width"
         ]

@@ -63,7 +63,11 @@ def draw_all(
         wanted = [f for f in families if (kind.concerns(f) if concerning else kind.fits(f))]
         if not wanted and not concerning:
             split = "atypical" if kind.atypical else "noise, or human"
-            yield Drawing(kind, f"{len(families)} runs", lack=f"it needs data.split: {split}")
+            yield Drawing(
+                kind,
+                f"{sum(len(f.runs) for f in families)} runs",
+                lack=f"it needs data.split: {split}",
+            )
         if kind.compares:
             measured = [part for family in wanted if (part := family.having(kind.source))]
             for name, page in pages_of(kind, measured):

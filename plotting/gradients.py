@@ -192,7 +192,7 @@ FIGURES = (
     FigureKind(
         ("10",), "gradient_norms_over_training", "gradients", ACCOUNTS.name,
         plot_gradient_norms_over_training, "Gradient norms in each layer over the training.",
-        "How the two contributions compare from the first epochs to the last; scales differ.",
+        "How the two contributions compare in successive parts of the training; scales differ.",
     ),
     FigureKind(
         ("11", "12", "13", "14"), "gradient_norms_compared", "gradients", ACCOUNTS.name,

@@ -159,7 +159,7 @@ def plot_retraining_compared(families: Sequence[Family]) -> Figure:
             _draw_retrained(column[place], family, table, place)
             panels[place, 0].set_ylabel(f"layer {group}")
         column[-1].xaxis.set_major_locator(MaxNLocator(8 // len(families) + 1, integer=True))
-        words = (family.data, family.split)
+        words = filter(None, (family.data, family.split, family.apart.removeprefix(", ")))
         column[0].set_title("\n".join(wrapped(text, PAGE / len(families)) for text in words))
     _entitle_retraining(figure, describe(families), panels[0, 0])
     return figure
@@ -168,10 +168,21 @@ def plot_retraining_compared(families: Sequence[Family]) -> Figure:
 def _draw_retrained(axes: Axes, family: Family, table: dict, place: int) -> None:
     names = names_of(family.config.data.split)
     for kind in ("clean", "noisy"):
-        draw_band(axes, table["epoch"], table[f"acc_{kind}"][:, place], kind, names[kind])
+        accuracy = _carried_forward(table[f"acc_{kind}"][:, place])
+        draw_band(axes, table["epoch"], accuracy, kind, names[kind])
     axes.set_ylim(0, 1.04)
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
+
+
+def _carried_forward(values: np.ndarray) -> np.ndarray:
+    """Return [seeds, epochs] in which a seed that stopped keeps its last value while others go on.
+
+    `retraining.patience` stops seeds at different epochs; a mean over the others alone would jump.
+    """
+    measured = ~np.isnan(values)
+    last = np.maximum.accumulate(np.where(measured, np.arange(values.shape[1]), 0), axis=1)
+    return np.where(measured.any(0), np.take_along_axis(values, last, axis=1), np.nan)
 
 
 def _entitle_retraining(figure: Figure, about: str, key: Axes) -> None:

@@ -87,9 +87,9 @@ def plot_flipping(family: Family) -> Figure:
     after.set(xlabel="accuracy on the\nremaining set")
     layers.set(xlabel="layer", ylabel="share of neurons")
     after.xaxis.set_major_locator(MaxNLocator(4))
-    after.xaxis.set_major_formatter(PercentFormatter(1, decimals=0 if lowest < 0.9 else 1))
+    after.xaxis.set_major_formatter(PercentFormatter(1))
     for axes in (counts, after, layers):
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
     counts.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     layers.xaxis.set_major_locator(MaxNLocator(9, integer=True))
     layers.legend()
@@ -115,7 +115,7 @@ def plot_flipping_compared(families: Sequence[Family]) -> Figure:
             axes.errorbar(
                 np.arange(len(families)) + place,
                 [np.mean(values) for values in of_seeds],
-                [np.std(values, ddof=1) if len(values) > 1 else 0 for values in of_seeds],
+                [np.std(values, ddof=1) if len(values) > 1 else np.nan for values in of_seeds],
                 fmt="o" if kind == "clean" else "s", color=COLORS[kind],
                 ls=DASHES[kind] if joined else "none", capsize=2, label=names[kind],
             )  # fmt: skip

@@ -75,7 +75,7 @@ def plot_depth(family: Family) -> Figure:
         mean = f", mean {own.mean():.2f}" if len(own) else ""
         axes.bar(place + shift, share, 0.4, color=COLORS[kind], label=names[kind] + mean)
     axes.set(xlabel="prediction depth (0: the input)", ylabel="share of examples")
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
     entitle(figure, "Prediction depth", family.about)

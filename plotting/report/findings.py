@@ -7,9 +7,17 @@ from functools import partial
 
 import numpy as np
 
+from engine.config.load import flatten
 from engine.config.schema import Config
 from engine.stats import rank_correlation
-from plotting.families import Family, families_over, refusing_malformed, setting_of
+from plotting.families import (
+    Family,
+    differing,
+    families_over,
+    refusing_malformed,
+    setting_of,
+    shown_value,
+)
 from plotting.report.claims import CLAIMS, Claim
 from plotting.report.preconditions import explain_not_applicable
 from plotting.report.tables import PAPER_TABLE_1, Table, spread
@@ -72,7 +80,10 @@ def _trends(claim: Claim, families: Sequence[Family]) -> Iterator[Finding]:
     measured = [part for family in families if (part := family.having(claim.source))]
     # A noise rate of 0 leaves nothing to measure, and no place in a trend.
     measured = [family for family in measured if np.isfinite(claim.measure(family)).any()]
-    for group in families_over(claim.over, measured):
+    groups = families_over(claim.over, measured)
+    named = {claim.over, "data.name", "data.train_size", "model.name", "model.width"}
+    apart = [key for key in differing([group[0] for group in groups]) if key not in named]
+    for group in groups:
         settings = [setting_of(family, claim.over) for family in group]
         each = [
             dict(zip((run.config.seed for run in family.runs), claim.measure(family)))
@@ -82,7 +93,11 @@ def _trends(claim: Claim, families: Sequence[Family]) -> Iterator[Finding]:
         of_seed = [[float(found[seed]) for found in each] for seed in common]
         trends = [rank_correlation(settings, own) for own in of_seed if np.isfinite(own).all()]
         values = tuple(trend for trend in trends if np.isfinite(trend))
-        about = f"{claim.over} from {settings[0]:g} to {settings[-1]:g}"
+        first, values_of = group[0], group[0].settings | flatten(group[0].config)
+        about = (
+            f"{first.data}, {first.model}, {claim.over} from {settings[0]:g} to {settings[-1]:g}"
+        )
+        about += "".join(f", {key}={shown_value(key, values_of.get(key))}" for key in apart)
         lacking = (explain_not_applicable(claim.name, family) for family in group)
         reason = next(filter(None, lacking), "") if values else ""
         yield Finding(claim, about, tuple(group), values, reason)

@@ -256,7 +256,10 @@ def _chapter(
     where = f" (Section {experiment.section})" if experiment.section else ""
     parts = [f'<h2 id="{name}">{experiment.title}</h2>']
     parts.append(f'<p class="lead">{experiment.question}{where}</p>')
-    parts.append(_claims(findings) if findings else "<p>No run of this kind.</p>")
+    if findings:
+        parts.append(_claims(findings))
+    elif experiment.section or not drawings:
+        parts.append("<p>No run of this kind.</p>")
     parts.append(_figures([drawing for drawing in drawings if drawing.paths]))
     parts += [f"<p>{escape(str(drawing))}</p>" for drawing in drawings if drawing.lack]
     if missing := {drawing.command for drawing in drawings if drawing.command}:
@@ -305,7 +308,10 @@ def _figures(drawings: Sequence[Drawing]) -> str:
 def _figure(drawing: Drawing) -> str:
     path = next((path for path in drawing.paths if path.suffix == ".png"), None)
     if path is None:
-        return ""
+        where = escape(", ".join(map(str, drawing.paths)))
+        return (
+            f"<p><b>{escape(drawing.kind.subject)}</b> Not a PNG, and not shown here: {where}</p>"
+        )
     content = path.read_bytes()
     picture = base64.b64encode(content).decode("ascii")
     # As wide as its share of a page, so that text has the same size on every figure.

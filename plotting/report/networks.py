@@ -1,5 +1,6 @@
 """The claims of the paper over networks: a row a claim, a column a network on a data set."""
 
+import re
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
@@ -37,10 +38,13 @@ def table_networks(families: Sequence[Family], findings: Sequence[Finding]) -> T
 def _training(family: Family) -> Hashable:
     """Return what decides a family's training, except dropout and what is accounted."""
     config = family.config
-    return config.data, config.model, replace(config.train, account_gradients=True)
+    train = replace(config.train, account_gradients=True)
+    return config.data, config.model, train, config.precision
 
 
 def _apart(titles: Sequence[str]) -> list[str]:
-    """Return the titles without the words that all of them have."""
-    common = set.intersection(*(set(title.split()) for title in titles)) if titles else set()
-    return [" ".join(w for w in title.split() if w not in common) or title for title in titles]
+    """Return the titles without what all of them have; a number and its name go together."""
+    parts = [re.findall(r"[a-z_]+ [\d.,]+|\S+", title) for title in titles]
+    common = set.intersection(*map(set, parts)) if parts else set()
+    short = [" ".join(part for part in own if part not in common) for own in parts]
+    return [words or title for words, title in zip(short, titles)]

@@ -11,8 +11,9 @@ from itertools import combinations
 import numpy as np
 
 from beyond.example_scores import AREAS, SCORES, WITH_NEURONS
+from data.random_streams import random_stream
 from engine.runs.identity import describe_dropout
-from engine.stats import compute_area, rank_correlation
+from engine.stats import compute_auc, rank_correlation
 from example_tied_dropout import DROPOUT
 from neuron_flipping import DETECTION, FLIPPING
 from plotting.beyond.scores import PAPER_AUC, readable
@@ -21,6 +22,7 @@ from plotting.neurons import read_searched
 
 KINDS = ("clean", "noisy", "test")
 ON = ("all", "searched")
+CHOICES = 50  # of trainings to average over
 LATEX = str.maketrans(
     {char: f"\\{char}" for char in "%_&#${}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
@@ -186,7 +188,8 @@ def table_stability(families: Sequence[Family]) -> Table:
 
     Rank correlations of two trainings' numbers are computed within clean and within noisy examples,
     because the difference between these two kinds would raise a joint one. The AUC is that of
-    numbers averaged over k trainings; its mean is over all choices of k of a family's trainings.
+    numbers averaged over k trainings; its mean is over all choices of k of a family's trainings,
+    or over CHOICES random ones where there are more.
     """
     rows = []
     for family in filter(None, (family.having(FLIPPING.name) for family in families)):
@@ -196,8 +199,8 @@ def table_stability(families: Sequence[Family]) -> Table:
             continue
         alike = [_mean_agreement(counts[:, kind]) for kind in (~memorized, memorized)]
         for k in range(1, n + 1):
-            means = [np.mean(chosen, axis=0) for chosen in combinations(counts, k)]
-            areas = [compute_area(-m[memorized], -m[~memorized], seed=0).auc for m in means]
+            means = (counts[chosen].mean(0) for chosen in _choices(n, k))
+            areas = [compute_auc(-m[memorized], -m[~memorized]) for m in means]
             agreement = alike if k == 1 else ("", "")
             area = spread([np.mean(areas)], 3, percent=False)
             rows.append((family.title, str(len(memorized)), *agreement, f"{k} of {n}", area))
@@ -209,6 +212,14 @@ def table_stability(families: Sequence[Family]) -> Table:
         "Stability of the number of neurons over trainings, and AUC of averages over trainings"
     )
     return Table("table_stability", caption, header, tuple(rows))
+
+
+def _choices(n: int, k: int) -> list[list[int]]:
+    """Return all choices of k of n, or CHOICES random ones where there are more."""
+    if math.comb(n, k) <= CHOICES:
+        return [list(chosen) for chosen in combinations(range(n), k)]
+    draw = random_stream("choices of trainings", k)
+    return [sorted(draw.permutation(n)[:k].tolist()) for _ in range(CHOICES)]
 
 
 def _mean_agreement(counts: np.ndarray) -> str:

@@ -8,6 +8,7 @@ import pytest
 from data.random_streams import random_stream
 from engine.stats import (
     compute_area,
+    compute_auc,
     compute_correlation,
     compute_detection,
     first_epoch_for_good,
@@ -28,7 +29,10 @@ def slow_auc(positive, negative) -> float:
 def test_the_area_counts_pairs_and_halves_ties(values, sizes):
     draw = np.random.default_rng(values)
     positive, negative = (draw.integers(values, size=size).astype(float) for size in sizes)
-    assert compute_area(positive, negative, 0).auc == pytest.approx(slow_auc(positive, negative))
+    slow = slow_auc(positive, negative)
+    assert compute_area(positive, negative, 0).auc == pytest.approx(slow)
+    assert compute_auc(positive, negative) == pytest.approx(slow)
+    assert math.isnan(compute_auc(positive, negative[:0]))
 
 
 def test_examples_that_never_flip_count_as_the_longest():

@@ -7,9 +7,10 @@ import pytest
 import gradient_accounting
 import layer_rewinding
 import plot_results
+from engine.errors import UserError
 from engine.runs import files
 from engine.runs.run import Run
-from plotting.families import find_families
+from plotting.families import Family, find_families, name_models, shown_value
 
 
 def make_unusable(run: Run) -> dict[str, Callable[[], object]]:
@@ -73,6 +74,23 @@ def test_a_table_of_other_settings_is_kept_and_the_plot_says_which_it_shows(
     monkeypatch.setattr(layer_rewinding, "compute_counts", None)  # nothing is measured again
     layer_rewinding.EXPERIMENT.main(run)
     assert (run.directory / "layer_rewinding.csv").read_bytes() == before
+
+
+def test_a_mistake_on_the_command_line_is_said_once(family, capsys):
+    with pytest.raises(UserError, match=r"plotting\.window"):
+        find_families([family.folder], ("plotting.window=[20,10]",))
+    assert not capsys.readouterr().err
+
+
+def test_options_that_begin_alike_are_told_apart(tiny_file, tiny):
+    """Only digests are cut."""
+    path = tiny_file.with_name("own.py")
+    path.write_text("")
+    model = (f"model.name={path}:make", "model.width=1.0")
+    runs = [Run.of(tiny(*model, f"model.options={{groups: {n}}}")) for n in (1, 16)]
+    names = name_models([Family(run.directory.parent, (run,)) for run in runs])
+    assert names == [f"make, options {{'groups': {n}}}" for n in (1, 16)]
+    assert shown_value("data.path.sha256", "0123456789abcdef") == "0123456789ab"
 
 
 def test_kept_figures_carry_no_name_of_a_run_where_there_is_one_kind(family, tiny, tmp_path):

@@ -1,6 +1,7 @@
 """Figures of neuron flipping count each search as it was measured."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from matplotlib import pyplot as plt
@@ -28,6 +29,20 @@ def plant_search(family: Family, rows: list[dict], **settings: object) -> None:
         source = {"settings": {"max_neurons": 9} | settings}
         files.write_json(run.directory / "neuron_flipping.json", source)
         FLIPPING.write(run.directory, rows)
+
+
+def test_a_single_seed_has_no_spread(family):
+    """An error bar of length 0 would say that there is none."""
+    alone = replace(family, runs=family.runs[:1])
+    row = dict.fromkeys(FLIPPING.columns, 1) | {"groups": "0", "neurons_ids": "conv1.conv:0"}
+    plant_search(family, [row, row | {"memorized": 0}])
+    for chosen, bars in ((alone, 0), (family, 1)):
+        with paper_style():
+            figure = plot_flipping_compared([chosen])
+        (stems,) = figure.axes[0].containers[0].lines[2]
+        drawn = [segment for segment in stems.get_segments() if len(segment)]
+        assert len(drawn) == bars
+        plt.close(figure)
 
 
 def test_examples_that_flip_at_once_have_no_neurons_to_show(family):

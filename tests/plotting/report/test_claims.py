@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from plotting.families import Family, alike, families_over
 from plotting.report import headline_numbers
 from plotting.report.claims import CLAIMS
 from plotting.report.findings import find, table_claims
-from plotting.report.tables import table_stability
+from plotting.report.tables import CHOICES, _choices, table_stability
 
 HISTORY = (
     "epoch", "lr", "loss_clean", "loss_noisy", "loss_total", "loss_test",
@@ -375,7 +376,36 @@ def test_a_noise_rate_of_zero_takes_no_part_in_a_trend(tiny):
     families = [family(rate) for rate in (0, 0.1, 0.2, 0.3)]
     (finding,) = (f for f in find(families) if f.claim.over == "data.noise_rate")
     assert finding.values == (pytest.approx(1),)
-    assert finding.about == "data.noise_rate from 0.1 to 0.3"
+    words = "glyphs 150, resnet9 width 0.05"
+    assert finding.about == f"{words}, data.noise_rate from 0.1 to 0.3"
+
+
+def test_trends_of_several_networks_are_told_apart(tiny):
+    families = [
+        Family(run.directory.parent, (run,))
+        for width in (0.05, 0.1)
+        for peak in (0.1, 0.2)
+        for rate in (0.1, 0.2, 0.3)
+        for run in [planted(tiny, 0, *(f"{key}={value}" for key, value in {
+            "model.width": width, "train.peak_lr": peak, "data.noise_rate": rate}.items()))]
+    ]  # fmt: skip
+    about = {f.about for f in find(families) if f.claim.name == "gradients.over_noise_rates"}
+    over = "data.noise_rate from 0.1 to 0.3"
+    assert about == {
+        f"glyphs 150, resnet9 width {width}, {over}, train.peak_lr={peak}"
+        for width in (0.05, 0.1)
+        for peak in (0.1, 0.2)
+    }
+
+
+def test_thirty_trainings_do_not_take_all_their_subsets(family):
+    many = replace(family, runs=family.runs * 15)
+    assert [row[4] for row in table_stability([many]).rows] == [f"{k} of 30" for k in range(1, 31)]
+    assert _choices(4, 2) == [[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]]
+    chosen = _choices(30, 15)
+    assert len(chosen) == CHOICES
+    assert all(len({*own}) == 15 and {*own} <= {*range(30)} for own in chosen)
+    assert len(set(map(tuple, chosen))) == CHOICES
 
 
 def test_stability_is_over_all_choices_of_trainings(family):

@@ -22,7 +22,7 @@ from engine.runs.provenance import REPOSITORY
 from engine.runs.run import Run
 from plotting.families import find_families
 from plotting.figures import Drawing, figure_kinds
-from plotting.report.html import _figures, _runs_of
+from plotting.report.html import _chapter, _figures, _runs_of
 from tests.conftest import TINY
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
@@ -152,6 +152,23 @@ def test_text_has_the_same_size_on_every_figure(folder, page):
     ratios = [ratio for found in shares.values() for ratio in found]
     assert len(ratios) >= 5
     assert max(ratios) == pytest.approx(min(ratios), rel=0.01)
+
+
+def test_a_chapter_without_claims_does_not_deny_its_figures(tmp_path):
+    content = tmp_path / "roc.png"
+    Image.new("RGB", (660, 400)).save(content)
+    (kind,) = (kind for kind in figure_kinds() if kind.name == "roc")
+    denial = "No run of this kind."
+    assert denial not in _chapter("scores", [], [], [Drawing(kind, "a run", (content,))])
+    assert denial in _chapter("scores", [], [], [])
+    assert denial in _chapter("gradients", [], [], [])
+
+
+def test_a_figure_that_is_no_png_is_named():
+    (kind,) = (kind for kind in figure_kinds() if kind.name == "roc")
+    assert "runs/figures/roc.pdf" in _figures(
+        [Drawing(kind, "a run", (Path("runs/figures/roc.pdf"),))]
+    )
 
 
 def test_figures_of_single_families_are_folded_where_there_are_many(tmp_path):

@@ -4,9 +4,11 @@ from dataclasses import replace
 
 from plotting.families import Family
 from plotting.report.findings import find
-from plotting.report.networks import table_networks
+from plotting.report.networks import _apart, table_networks
 from plotting.report.summary import summarize
 from tests.plotting.report.test_claims import planted
+
+PAIR = ("fp32", "bf16")
 
 
 def families(tiny, *changes: tuple[str, ...]) -> list[Family]:
@@ -49,6 +51,22 @@ def test_what_was_not_measured_is_a_dash(tiny):
     assert rows["rewinding.not_last"][3] == "-"
     assert rows["rewinding.not_last"][2] != "-"
     assert "retraining.layers" in rows
+
+
+def test_a_precision_has_a_column_of_its_own(tiny):
+    changes = [(f"precision={name}", f"model.width={w}") for w in (0.05, 0.1) for name in PAIR]
+    ours = families(tiny, *changes)
+    ours = [replace(family, apart=f", {change[0]}") for family, change in zip(ours, changes)]
+    header = table_networks(ours, find(ours)).header[2:]
+    assert header == tuple(f"width {w} precision={name}" for w in (0.05, 0.1) for name in PAIR)
+
+
+def test_a_number_keeps_its_name():
+    titles = (
+        "mnist 4,000 resnet9 width 0.25 noise 0.1",
+        "mnist 4,000 resnet9 width 0.1 noise 0.25",
+    )
+    assert _apart(titles) == ["width 0.25 noise 0.1", "width 0.1 noise 0.25"]
 
 
 def test_options_tell_networks_apart(tiny_file, tiny):
