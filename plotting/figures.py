@@ -86,11 +86,12 @@ def draw_all(
                     yield Drawing(kind, about, lack=str(error))
                 else:
                     yield Drawing(kind, about, paths)
-            elif kind.comes_from(family):
-                script = load_experiments()[kind.experiment].command.split()
-                commands = [shell_command([*script, r.directory]) for r in family.runs]
-                yield Drawing(kind, family.title, command=" && ".join(commands))
-            else:
+            if kind.comes_from(family):
+                if lacking := [r for r in family.runs if not (r.directory / kind.source).exists()]:
+                    script = load_experiments()[kind.experiment].command.split()
+                    commands = [shell_command([*script, run.directory]) for run in lacking]
+                    yield Drawing(kind, family.title, command=" && ".join(commands))
+            elif not part:
                 yield Drawing(kind, family.title, lack=f"such a run has no {kind.source}")
 
 

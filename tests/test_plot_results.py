@@ -96,8 +96,11 @@ def test_a_figure_is_of_the_runs_that_have_its_data(family, capsys):
     (family.runs[0].directory / "gradient_accounting.csv").unlink()
     measured = family.having("gradient_accounting.csv")
     assert [run.config.seed for run in measured.runs] == [1]
-    (drawing,) = draw_all([family], family.folder, [figure_kinds()[2]], ["png"])
+    drawing, rest = draw_all([family], family.folder, [figure_kinds()[2]], ["png"])
     assert drawing.about.endswith("n = 1 seed")
+    assert not rest.paths
+    assert rest.command.count("gradient_accounting.py") == 1
+    assert str(family.runs[0].directory) in rest.command
 
 
 def test_gradient_norms_are_means_over_epochs_and_seeds(family):
