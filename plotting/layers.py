@@ -83,7 +83,8 @@ def _plot_rewinding_rows(families: Sequence[Family]) -> Figure:
     )
     for (curves, *rewound), family, name in zip(panels, families, name_models(families)):
         draw_curves(curves, family)
-        curves.legend(loc="best")
+        if rows == 1:
+            curves.legend(loc="best")
         curves.set_title("training" if rows == 1 else wrapped(name, PAGE / 3))
         table, names = by_group(family, REWINDING), names_of(family.config.data.split)
         for axes, kind in zip(rewound, ("clean", "noisy")):
@@ -91,7 +92,9 @@ def _plot_rewinding_rows(families: Sequence[Family]) -> Figure:
             axes.set(title=f"{names[kind]} examples", xlabel="layer that is rewound")
         rewound[1].legend(title="epoch", loc="center left", bbox_to_anchor=(1, 0.5))
     about = families[0].about if rows == 1 else describe(families)
-    entitle(figure, "Accuracy with one layer from an earlier epoch", about)
+    # In many rows at least one legend would cover a curve.
+    key = None if rows == 1 else panels[0, 0]
+    entitle(figure, "Accuracy with one layer from an earlier epoch", about, key)
     return figure
 
 
