@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 
 from data import DataError
 from engine.config.schema import ModelConfig
@@ -17,7 +17,7 @@ from models import MODELS
 from neuron_flipping import FLIPPING
 from plotting.families import Family, describe, name_models
 from plotting.figure_kind import FigureKind
-from plotting.style import COLORS, DASHES, PAGE, SMALL, entitle, names_of, wrapped
+from plotting.style import COLORS, DASHES, PAGE, SMALL, entitle, in_percent, names_of, wrapped
 
 
 def read_searched(run: Run) -> list[dict]:
@@ -87,9 +87,9 @@ def plot_flipping(family: Family) -> Figure:
     after.set(xlabel="accuracy on the\nremaining set")
     layers.set(xlabel="layer", ylabel="share of neurons")
     after.xaxis.set_major_locator(MaxNLocator(4))
-    after.xaxis.set_major_formatter(PercentFormatter(1))
+    after.xaxis.set_major_formatter(in_percent)
     for axes in (counts, after, layers):
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.yaxis.set_major_formatter(in_percent)
     counts.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     layers.xaxis.set_major_locator(MaxNLocator(9, integer=True))
     layers.legend()
@@ -128,7 +128,7 @@ def plot_flipping_compared(families: Sequence[Family]) -> Figure:
     counts.legend()
     counts.set(ylabel="neurons zeroed to flip it, mean", ylim=(0, None))
     after.set(ylabel="accuracy on the remaining set")
-    after.yaxis.set_major_formatter(PercentFormatter(1))
+    after.yaxis.set_major_formatter(in_percent)
     bars = (
         "; bars: a standard deviation over seeds" if max(len(f.runs) for f in families) > 1 else ""
     )

@@ -88,6 +88,11 @@ def names_of(split: str) -> dict[str, str]:
     return {name: name for name in COLORS}
 
 
+def in_percent(value: float, place: int | None = None) -> str:
+    """Return a tick's label, with decimals only where it has them: '40%', '2.5%'."""
+    return f"{100 * value:.4g}%"
+
+
 def draw_mean(axes: Axes, x: np.ndarray, values: np.ndarray, style: str, **settings) -> None:
     """Draw the mean over the first axis (seeds) as a line, and a standard deviation around it."""
     mean = values.mean(0)

@@ -4,14 +4,14 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 
 from beyond.example_scores import ABOUT, AREAS, CORRELATIONS, EXAMPLES, SCORES
 from data import DataError
 from engine.runs.run import Run
 from plotting.families import Family
 from plotting.figure_kind import FigureKind
-from plotting.style import COLORS, COLUMN, PAGE, entitle, names_of
+from plotting.style import COLORS, COLUMN, PAGE, entitle, in_percent, names_of
 
 PAPER_AUC = {"neurons": 0.89, "learning time": 0.87, "forgetting time": 0.93}  # Section 6.1
 CURVES = ("neurons", "learning_time", "forgetting_time", "summed_loss", "aum", "prediction_depth")
@@ -75,7 +75,7 @@ def plot_depth(family: Family) -> Figure:
         mean = f", mean {own.mean():.2f}" if len(own) else ""
         axes.bar(place + shift, share, 0.4, color=COLORS[kind], label=names[kind] + mean)
     axes.set(xlabel="prediction depth (0: the input)", ylabel="share of examples")
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.yaxis.set_major_formatter(in_percent)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
     entitle(figure, "Prediction depth", family.about)

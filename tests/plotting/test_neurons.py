@@ -12,7 +12,7 @@ from engine.runs import files
 from engine.runs.run import Run
 from plotting.families import Family, find_families
 from plotting.neurons import FLIPPING, plot_flipping, plot_flipping_compared, read_searched
-from plotting.style import paper_style
+from plotting.style import in_percent, paper_style
 
 
 def test_a_search_counts_as_it_was_measured(family):
@@ -43,6 +43,11 @@ def test_a_single_seed_has_no_spread(family):
         drawn = [segment for segment in stems.get_segments() if len(segment)]
         assert len(drawn) == bars
         plt.close(figure)
+
+
+def test_ticks_in_percent_are_not_rounded():
+    said = [in_percent(value) for value in (0, 0.025, 3 * 0.1, 0.995, 1)]
+    assert said == ["0%", "2.5%", "30%", "99.5%", "100%"]
 
 
 def test_examples_that_flip_at_once_have_no_neurons_to_show(family):
