@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from beyond.localizers import UnitGates, rank_units, run_gated
 from data import Examples
 from data.random_streams import random_stream
+from engine.stats import compute_auc
 
 SHARES_AT = (1, 5, 10)
 CLOSED = (0, 1, 2, 3, 5, 10, 20, 40, 80)  # units closed in a deletion curve
@@ -39,14 +40,8 @@ def compute_agreement(score: Tensor, on: Tensor, planted: Tensor) -> Agreement |
     if count in (0, total):
         return None
     shares = tuple(ranked[:k].mean().item() for k in SHARES_AT)
-    auc = compute_auc(score[on & planted], score[on & ~planted])
-    return Agreement(shares, ranked[:count].mean().item(), count / total, auc)
-
-
-def compute_auc(positive: Tensor, negative: Tensor) -> float:
-    """Return the probability that a positive score exceeds a negative one; ties count half."""
-    difference = positive[:, None] - negative
-    return ((difference > 0).double() + 0.5 * (difference == 0).double()).mean().item()
+    sides = (score[side].cpu().numpy() for side in (on & planted, on & ~planted))
+    return Agreement(shares, ranked[:count].mean().item(), count / total, compute_auc(*sides))
 
 
 def permute_planted(on: Tensor, planted: Tensor, index: int) -> Tensor:

@@ -40,7 +40,15 @@ from engine.runs.locking import lock
 from engine.runs.measurement import Measurement
 from engine.runs.run import Run
 from engine.runs.tables import ResultTable
-from engine.stats import INTERVAL, RESAMPLES, compute_area, first_epoch_for_good, rank_correlation
+from engine.stats import (
+    INTERVAL,
+    RESAMPLES,
+    compute_area,
+    compute_auc,
+    first_epoch_for_good,
+    mean_ranks,
+    rank_correlation,
+)
 from engine.training.build import load_final_model, load_split, load_typicality
 from engine.training.devices import compute_precision, resolve_device
 from engine.training.evaluation import batch_size, eval_mode, evaluate
@@ -284,18 +292,18 @@ def make_with_neurons(found: Scores, memorized: np.ndarray, seed: int) -> list[d
         use = np.isfinite(neurons) & np.isfinite(found[name])
         if name == "neurons" or not use.any():
             continue
-        alone, truth = scores.mean_ranks(found[name][use]), memorized[use]
+        alone, truth = mean_ranks(found[name][use]), memorized[use]
         both = scores.summed_ranks(found[name][use], neurons[use])
         gains = _resampled_gains(alone, both, truth, seed)
-        area = _area(alone, truth)
+        area, with_neurons = (compute_auc(s[truth], s[~truth]) for s in (alone, both))
         rows.append(
             {
                 "score": name,
                 "memorized": int(truth.sum()),
                 "clean": int((~truth).sum()),
                 "auc": area,
-                "auc_with_neurons": _area(both, truth),
-                "gain": _area(both, truth) - area,
+                "auc_with_neurons": with_neurons,
+                "gain": with_neurons - area,
                 **dict(zip(("low", "high"), map(float, np.percentile(gains, INTERVAL)))),
                 "partial": scores.partial_correlation(
                     neurons[use], truth.astype(float), found[name][use]
@@ -303,15 +311,6 @@ def make_with_neurons(found: Scores, memorized: np.ndarray, seed: int) -> list[d
             }
         )
     return rows
-
-
-def _area(score: np.ndarray, truth: np.ndarray) -> float:
-    """Return the ROC AUC from the ranks' sum; nan where one side is empty."""
-    positive, negative = int(truth.sum()), int((~truth).sum())
-    if not positive or not negative:
-        return math.nan
-    above = scores.mean_ranks(score)[truth].sum() - positive * (positive + 1) / 2
-    return float(above / (positive * negative))
 
 
 def _resampled_gains(
@@ -325,7 +324,9 @@ def _resampled_gains(
         rows = np.concatenate(
             [kind[draw.integers(len(kind), size=len(kind))] for kind in kinds if len(kind)]
         )
-        gains.append(_area(both[rows], truth[rows]) - _area(alone[rows], truth[rows]))
+        kind = truth[rows]
+        area, with_neurons = (compute_auc(s[rows][kind], s[rows][~kind]) for s in (alone, both))
+        gains.append(with_neurons - area)
     return gains
 
 

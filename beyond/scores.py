@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.stats import mean_ranks
+
 DISTANCES = 2**24  # numbers that the distances of one block of queries may take: 64 MB
 
 
@@ -90,12 +92,6 @@ def depth_of_agreement(votes: Iterable[Tensor], prediction: Tensor) -> np.ndarra
 
 
 # ---------------------------------------------------------------- what one score adds to another
-
-
-def mean_ranks(values: np.ndarray) -> np.ndarray:
-    """Rank values from 1, ties at their mean rank."""
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (counts.cumsum() - (counts - 1) / 2)[place.reshape(-1)]
 
 
 def summed_ranks(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -101,14 +101,15 @@ class Correlation:
     high: float
 
 
+def mean_ranks(values: Sequence[float]) -> np.ndarray:
+    """Rank values from 1, ties at their mean rank."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[place.reshape(-1)]
+
+
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
     """Spearman's, with mean ranks for ties; nan where one of them is constant, or has no values."""
-
-    def ranks(values: Sequence[float]) -> np.ndarray:
-        _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-        return (counts.cumsum() - (counts - 1) / 2)[place.reshape(-1)]
-
-    x, y = ranks(x), ranks(y)
+    x, y = mean_ranks(x), mean_ranks(y)
     if len(x) == 0 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return np.nan
     return float(np.corrcoef(x, y)[0, 1])

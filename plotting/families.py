@@ -78,6 +78,11 @@ class Family:
         return {k: v for k, v in self.runs[0].settings.items() if k != "seed"}
 
     @property
+    def values(self) -> dict[str, object]:
+        """Every key's value, and what else decided the weights, such as digests of files."""
+        return self.settings | flatten(self.config)
+
+    @property
     def name(self) -> str:
         """The name that this version gives to the folder of such runs."""
         return run_name(self.config, self.runs[0].settings)
@@ -300,7 +305,7 @@ def _told_apart(families: Sequence[Family]) -> list[Family]:
     told = []
     for family in families:
         same = [other for other in families if other.title == family.title]
-        values = family.settings | flatten(family.config)
+        values = family.values
         apart = [
             f", {key.removesuffix('.sha256')}={shown_value(key, values.get(key))}"
             for key in differing(same)
@@ -333,7 +338,7 @@ def name_models(families: Sequence[Family]) -> list[str]:
     """Name each family's model and what tells it from others: 'resnet9 width 0.25, peak_lr 0.1'."""
     names = []
     for family in families:
-        name, values = family.config.model.name, family.settings | flatten(family.config)
+        name, values = family.config.model.name, family.values
         keys = differing([other for other in families if other.config.model.name == name])
         apart = [
             f"{key.partition('.')[2].removesuffix('.sha256')} {shown_value(key, values.get(key))}"

@@ -7,7 +7,6 @@ from functools import partial
 
 import numpy as np
 
-from engine.config.load import flatten
 from engine.config.schema import Config
 from engine.stats import rank_correlation
 from plotting.families import (
@@ -93,11 +92,11 @@ def _trends(claim: Claim, families: Sequence[Family]) -> Iterator[Finding]:
         of_seed = [[float(found[seed]) for found in each] for seed in common]
         trends = [rank_correlation(settings, own) for own in of_seed if np.isfinite(own).all()]
         values = tuple(trend for trend in trends if np.isfinite(trend))
-        first, values_of = group[0], group[0].settings | flatten(group[0].config)
+        first = group[0]
         about = (
             f"{first.data}, {first.model}, {claim.over} from {settings[0]:g} to {settings[-1]:g}"
         )
-        about += "".join(f", {key}={shown_value(key, values_of.get(key))}" for key in apart)
+        about += "".join(f", {key}={shown_value(key, first.values.get(key))}" for key in apart)
         lacking = (explain_not_applicable(claim.name, family) for family in group)
         reason = next(filter(None, lacking), "") if values else ""
         yield Finding(claim, about, tuple(group), values, reason)

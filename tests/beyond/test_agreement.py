@@ -8,7 +8,6 @@ from beyond.agreement import (
     SHARES_AT,
     closed_gate,
     compute_agreement,
-    compute_auc,
     compute_cost,
     compute_deletion,
     compute_interval,
@@ -18,7 +17,6 @@ from beyond.agreement import (
     permute_planted,
 )
 from beyond.localizers import UnitGates, run_gated
-from engine.stats import compute_area
 from tests.beyond.small_network import make, make_batch, named, slow_logits
 
 
@@ -47,13 +45,6 @@ def test_agreement_is_that_of_counting():
         if planted[p] and not planted[n]
     ]
     assert found.auc == pytest.approx(np.mean(pairs))
-
-
-def test_the_area_is_that_of_the_shared_statistics():
-    score, on, planted = made_up(seed=3)
-    positive, negative = score[on & planted], score[on & ~planted]
-    expected = compute_area(positive.numpy(), negative.numpy(), 0).auc
-    assert compute_auc(positive, negative) == pytest.approx(expected)
 
 
 def test_without_planted_units_there_is_no_agreement():

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from beyond import scores
+from engine.stats import mean_ranks
 
 
 def series(*epochs) -> np.ndarray:
@@ -152,7 +153,7 @@ def test_depth_against_a_loop():
 
 
 def test_ranks_share_ties():
-    assert scores.mean_ranks(np.array([3.0, 1, 3, 2])).tolist() == [3.5, 1, 3.5, 2]
+    assert mean_ranks(np.array([3.0, 1, 3, 2])).tolist() == [3.5, 1, 3.5, 2]
     assert scores.summed_ranks(np.array([1.0, 2]), np.array([5.0, 5])).tolist() == [2.5, 3.5]
 
 
@@ -161,7 +162,7 @@ def test_partial_correlation_against_residuals():
     draw = np.random.default_rng(0)
     given = draw.normal(size=200)
     x, y = given + draw.normal(size=200), given + draw.normal(size=200)
-    ranks = [scores.mean_ranks(values) for values in (x, y, given)]
+    ranks = [mean_ranks(values) for values in (x, y, given)]
     left = [r - np.polyval(np.polyfit(ranks[2], r, 1), ranks[2]) for r in ranks[:2]]
     expected = np.corrcoef(*left)[0, 1]
     assert scores.partial_correlation(x, y, given) == pytest.approx(expected)
