@@ -334,7 +334,10 @@ def gpu_tests(device: torch.device) -> Rows:
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-p", "no:cacheprovider"]
     if device.type != "cuda":
         return
-    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
+    wide = os.environ | {"COLUMNS": "400"}  # or pytest cuts the reasons of failures short
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, env=wide
+    ) as process:
         for line in process.stdout:
             yield from tested(line)
     if process.returncode > 1:  # 1: a test failed
@@ -342,9 +345,14 @@ def gpu_tests(device: torch.device) -> Rows:
 
 
 def tested(line: str) -> Rows:
-    """Yield the name and the outcome of the test that a line of pytest reports."""
+    """Yield the name and the outcome of the test that a line of pytest reports.
+
+    The summary at the end, which has no worker's number in front, says why a test failed.
+    """
     if found := re.match(r"\[gw\d+\] .*(PASSED|FAILED|ERROR|SKIPPED) (tests/.*\S)", line):
         yield found.group(2), found.group(1).lower()
+    elif found := re.match(r"(FAILED|ERROR) (tests/.*?) - (.*\S)", line):
+        yield found.group(2), f"{found.group(1).lower()}: {found.group(3)[:300]}"
 
 
 def configs(device: torch.device) -> Rows:

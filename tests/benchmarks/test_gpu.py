@@ -123,7 +123,10 @@ def test_a_stage_measures_numbers(gpu, name):
 def test_each_test_of_a_gpu_is_reported(gpu):
     line = "[gw1] [ 50%] FAILED tests/test_on_a_gpu.py::test_it[bf16-a, b] \n"
     assert list(gpu.tested(line)) == [("tests/test_on_a_gpu.py::test_it[bf16-a, b]", "failed")]
-    assert not list(gpu.tested("FAILED tests/test_on_a_gpu.py::test_it - AssertionError\n"))
+    summary = "FAILED tests/test_on_a_gpu.py::test_it[bf16-a, b] - assert 1 == 2 - 3\n"
+    name, _ = line.removeprefix("[gw1] [ 50%] FAILED ").rsplit(" ", 1)
+    assert list(gpu.tested(summary)) == [(name, "failed: assert 1 == 2 - 3")]
+    assert not list(gpu.tested("FAILED elsewhere.py::test_it - AssertionError\n"))
 
 
 def test_parity_sees_a_difference(gpu, monkeypatch):
