@@ -226,7 +226,7 @@ class Run:
         if not self.provenance_path.exists():
             # Other scripts have options that this one lacks.
             given = [a for a in sys.argv[1:] if "=" in a or a.endswith("yaml") or Path(a).is_dir()]
-            command = shell_command(["python", "gradient_accounting.py", *given])
+            command = shell_command(["python", self._training_script, *given])
             raise UserError(f"{self.directory}: no such run; `{command}` trains it")
         finishes = f"`{self.training_command}` finishes it"
         remedy = "rerun when that has ended" if self._other_holder() else finishes
@@ -235,9 +235,12 @@ class Run:
     @property
     def training_command(self) -> str:
         """The command that trains this run, or restores what is missing of it."""
-        kind = self.config.dropout.kind
-        script = "gradient_accounting.py" if kind == "none" else "example_tied_dropout.py"
-        return shell_command(["python", script, self.directory])
+        return shell_command(["python", self._training_script, self.directory])
+
+    @property
+    def _training_script(self) -> str:
+        plain = self.config.dropout.kind == "none"
+        return "gradient_accounting.py" if plain else "example_tied_dropout.py"
 
     # ------------------------------------------------------------ files
 

@@ -85,10 +85,15 @@ def test_the_final_model_is_the_last_checkpoint(tiny):
         assert torch.equal(model.state_dict()[name], value), name
 
 
-def test_a_missing_run_names_the_command_that_trains_it(tiny, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "script"),
+    [("none", "gradient_accounting.py"), ("example_tied", "example_tied_dropout.py")],
+)
+def test_a_missing_run_names_the_command_that_trains_it(tiny, monkeypatch, kind, script):
     monkeypatch.setattr(sys, "argv", ["x.py", "a b.yaml", "seed=[0, 1]", "--epochs", "0,1"])
-    command = shlex.join(["gradient_accounting.py", "a b.yaml", "seed=[0, 1]"])
-    assert f"no such run; `python {command}` trains it" in complaint(Run.of(tiny()))
+    command = shlex.join([script, "a b.yaml", "seed=[0, 1]"])
+    run = Run.of(tiny(f"dropout.kind={kind}"))
+    assert f"no such run; `python {command}` trains it" in complaint(run)
 
 
 def test_a_half_finished_run_names_the_command_that_finishes_it(tiny, monkeypatch):
