@@ -148,6 +148,8 @@ def _read_npz(path: Path, label: np.ndarray) -> np.ndarray:
         require_room(path)
         with np.load(path, allow_pickle=False) as file:
             labels, scores = file["labels"], file["scores"]
+    except DataError:
+        raise
     except (KeyError, TypeError, AttributeError, *UNREADABLE) as error:
         raise DataError(
             f"{path}: cannot be read as an .npz with labels and scores ({reason(error)})"

@@ -64,6 +64,8 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     arrays, name = {}, "table of contents"
     try:
         require_room(path)
+    except DataError:
+        raise
     except UNREADABLE as error:
         raise _error(path, name, reason(error), "an .npz file") from None
     try:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from data import DataError, load_c_scores, load_dataset, tfds_order
+from data import DataError, load_c_scores, load_dataset, npz, tfds_order
 from data.c_scores import PUBLISHED
 
 
@@ -177,6 +177,16 @@ def test_unreadable_files_are_named(tiny_dataset, tmp_path):
             load_c_scores(tiny_dataset, root="nowhere", path=path)
     with pytest.raises(DataError, match="no such file of C-scores"):
         load_c_scores(tiny_dataset, root="nowhere", path=tmp_path / "none.npz")
+
+
+def test_scores_that_unpack_too_far_are_refused_in_one_sentence(
+    tiny_dataset, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(npz, "UNPACKED_FREELY", 0)
+    monkeypatch.setattr(npz, "MOST_PACKED", 0.1)
+    with pytest.raises(DataError, match="size: found") as caught:
+        load_c_scores(tiny_dataset, root="nowhere", path=own_scores(tmp_path / "own.npz"))
+    assert str(caught.value).count("own.npz: ") == 1
 
 
 def test_an_npy_of_unknown_order_is_refused(tiny_dataset, tmp_path):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from data import DataError, load_dataset
+from data import DataError, load_dataset, npz
 from tests.own_data import good_arrays
 
 
@@ -64,3 +64,12 @@ def test_a_file_that_is_cut_off_or_damaged_at_any_place_gives_one_line(tmp_path,
         except DataError:
             refused += 1
     assert refused > len(whole) / 7 / 4
+
+
+def test_arrays_that_unpack_too_far_are_refused_in_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(npz, "UNPACKED_FREELY", 0)
+    monkeypatch.setattr(npz, "MOST_PACKED", 0.1)
+    with pytest.raises(DataError) as caught:
+        load(tmp_path, good_arrays())
+    assert str(caught.value).count("own.npz: ") == 1
+    assert str(caught.value).count("allowed: ") == 1
