@@ -9,6 +9,8 @@ from beyond.channel_planting import Channels, find_channels
 from beyond.localizers import UnitGates
 from data import Examples, Split, normalize
 from data.random_streams import random_stream
+from engine.config.schema import Config
+from engine.errors import UserError
 from engine.runs.run import Run
 from engine.training.evaluation import evaluate
 from models.dropout_places import find_places
@@ -59,13 +61,21 @@ def draw_rows(purpose: str, n: int, count: int) -> Tensor:
     return torch.from_numpy(order[:count]).sort().values
 
 
+def find_gates(model: StagedModel, config: Config, images: Tensor) -> UnitGates:
+    """Return the gates behind the configured places of dropout, with dropout or without."""
+    try:
+        return UnitGates(model, find_places(model, config.dropout.sites, images))
+    except ValueError as error:
+        raise UserError(f"dropout: {error}") from None
+
+
 def make_bench(run: Run, split: Split, model: StagedModel) -> Bench:
     own = run.config.planted
     correct = evaluate(model, split.images, split.label, index=split.index).correct
     tested = draw_rows("planted test", len(split.test_label), own.others).to(split.label.device)
     test = Examples(normalize(split.test_images[tested]), split.test_label[tested], tested)
     wiring = model.wiring or observe(model, test.images[:2])
-    gates = UnitGates(model, find_places(model, run.config.dropout.sites, test.images[:2]))
+    gates = find_gates(model, run.config, test.images[:2])
     known = {site.name: find_channels(model, wiring, site.name) for site in gates.sites}
     planted = [name for name, channels in known.items() if channels][-PLANTED_SITES:]
     return Bench(

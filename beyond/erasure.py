@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beyond.agreement import closed_gate, compute_deletion, order_units
+from beyond.bench import find_gates
 from beyond.localizers import UnitGates, score_flipping
 from data import Examples, Split
 from data.random_streams import random_stream
@@ -52,7 +53,6 @@ from engine.training.devices import compute_precision, resolve_device
 from engine.training.evaluation import evaluate, evaluate_split
 from engine.training.loop import make_optimizer, train_epoch
 from models.dropout import dropout_mode, examples, forget, tied_layers
-from models.dropout_places import find_places
 from models.layer_groups import LayerGroup, StagedModel, layer_groups
 
 ERASURES = ResultTable(
@@ -144,8 +144,7 @@ def find_flipping_units(task: Task, gates: UnitGates, steps: int = SEARCH_STEPS)
 @contextmanager
 def close_flipping_units(task: Task) -> Iterator[Erased]:
     """Close, for all examples, the units that flipping found for the chosen ones."""
-    places = find_places(task.model, task.config.dropout.sites, task.reference.images[:2])
-    with UnitGates(task.model, places) as gates:
+    with find_gates(task.model, task.config, task.reference.images[:2]) as gates:
         found = find_flipping_units(task, gates)
         with gates.set(closed_gate(gates, [sorted(found)], task.split.label.device)):
             yield Erased(task.model, len(found))

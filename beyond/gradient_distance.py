@@ -23,12 +23,14 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from data import Split, normalize
+from data.dataset import reason
 from data.random_streams import random_stream
 from engine.config.kinds import listed_epochs
 from engine.config.schema import Config
 from engine.errors import RunFailed, UserError
 from engine.launch.cli import run_script
 from engine.launch.estimates import count_examples
+from engine.launch.memory import out_of_memory
 from engine.progress import with_progress
 from engine.runs.experiment import Experiment
 from engine.runs.identity import title
@@ -78,7 +80,12 @@ def compute_gradient_norms(
         return torch.stack(norms).norm()
 
     with sdpa_kernel(SDPBackend.MATH):  # vmap has no rule for the others
-        return vmap(norm)(images, label, index)
+        try:
+            return vmap(norm)(images, label, index)
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise
+            raise RunFailed(f"torch.func.vmap cannot run the network: {reason(error)}") from None
 
 
 def chunk_size(model: nn.Module) -> int:
@@ -90,11 +97,13 @@ def chunk_size(model: nn.Module) -> int:
 def final_layer(model: StagedModel) -> nn.Linear:
     """Return the layer that computes the logits; of a network from a file, as its graph says."""
     if model.wiring is None:
-        return [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
-    name = model.wiring.layers[-1].name
-    final = model.get_submodule(name)
+        names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    else:
+        names = [layer.name for layer in model.wiring.layers]
+    final = model.get_submodule(names[-1]) if names else model
     if not isinstance(final, nn.Linear):
-        raise RunFailed(f"{name}: the last layer is no nn.Linear, whose inputs are measured")
+        place = names[-1] if names else "the network"
+        raise RunFailed(f"{place}: the last layer is no nn.Linear, whose inputs are measured")
     return final
 
 
@@ -107,6 +116,8 @@ def compute_features(model: StagedModel, split: Split) -> tuple[Tensor, Tensor]:
         loss = evaluate(model, split.images, split.label, index=split.index).loss
     finally:
         hook.remove()
+    if any(part.ndim != 2 for part in found) or sum(map(len, found)) != split.n:
+        raise RunFailed("the last layer takes more than one vector of an image; one is measured")
     return torch.cat(found), loss
 
 

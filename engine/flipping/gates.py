@@ -17,6 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from engine.errors import RunFailed
 from models.layer_groups import LayerGroup, StagedModel, layer_groups
 from models.wiring import Wiring
 
@@ -82,7 +83,7 @@ def neuron_sites(model: StagedModel, ablate: str = "activation") -> list[Site]:
         sites.append(Site(layer.name, group, gated, shape, first, constant))
         first += sites[-1].count
     if not sites:
-        raise ValueError("the network has no convolution and no linear layer, so no neurons")
+        raise RunFailed("the network has no convolution and no linear layer, so no neurons")
     return sites
 
 

@@ -20,7 +20,7 @@ from beyond.erasure import (
 from beyond.localizers import UnitGates, run_gated
 from data import Examples, normalize
 from engine.config.schema import DropoutConfig
-from engine.errors import RunFailed
+from engine.errors import RunFailed, UserError
 from engine.runs.run import Run
 from engine.training.build import load_split
 from models.dropout import dropout_mode, examples, tied_layers
@@ -154,6 +154,15 @@ def test_flipping_units_flip_every_example_alone(tied):
         assert 0 < len(found) < gates.count
         before = run_gated(task.model, gates, batch).argmax(1)
     assert torch.equal(before, batch.label)
+
+
+def test_places_that_the_network_lacks_are_a_mistake_of_the_user(tied):
+    _, task = tied
+    wrong = dataclasses.replace(task.config.dropout, sites=("conv9",))
+    task = dataclasses.replace(task, config=dataclasses.replace(task.config, dropout=wrong))
+    method = erasure.close_flipping_units(task)
+    with pytest.raises(UserError, match="dropout: sites: the network has no module conv9"), method:
+        pass
 
 
 def test_the_rest_holds_every_example_but_the_chosen(tied):

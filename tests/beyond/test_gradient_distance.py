@@ -36,6 +36,7 @@ from models.dropout import examples
 from models.resnet9 import LOGIT_SCALE
 from tests.conftest import complaints
 from tests.killing import killed_at_write
+from tests.models import networks
 
 CPU = torch.device("cpu")
 MODELS = {
@@ -145,6 +146,48 @@ def test_a_network_without_a_final_linear_layer_is_refused():
     model = as_chain(nn.Sequential(nn.Conv2d(1, 1, 1), head), example_images(1, 8), 3)
     with pytest.raises(RunFailed, match=r"1\.0: the last layer is no nn.Linear"):
         final_layer(model)
+
+
+def test_a_network_without_a_linear_layer_is_refused():
+    model = build_model("resnet9", seed=0, channels=1, classes=4, image_size=20, width=0.1)
+    model.linear = nn.Identity()
+    matrix = as_chain(nn.Sequential(networks.Matrix(64, 3)), example_images(1, 8), 3)
+    for network in (model, matrix):
+        with pytest.raises(RunFailed, match=r"the network: the last layer is no nn\.Linear"):
+            final_layer(network)
+
+
+class OnTokens(nn.Module):
+    """A network that averages the logits of all places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(1, 3, 5), nn.Linear(3, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.conv(x).flatten(2).transpose(1, 2)).mean(1)
+
+
+def test_a_final_layer_on_several_vectors_of_an_image_is_refused():
+    model = as_chain(OnTokens(), example_images(1, 20), 4)
+    with pytest.raises(RunFailed, match="more than one vector of an image"):
+        compute_features(model, MadeUpSplit())
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.linear = nn.GRU(20, 8, batch_first=True), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.rows(x.squeeze(1))[0][:, -1])
+
+
+def test_a_network_that_vmap_cannot_run_is_refused():
+    split = MadeUpSplit()
+    batch = (split.images[:2], split.label[:2], split.index[:2])
+    with pytest.raises(RunFailed, match="vmap cannot run the network"):
+        compute_gradient_norms(Recurrent().eval(), *batch)
 
 
 def test_distances_are_those_of_each_mean_made_anew():

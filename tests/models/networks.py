@@ -24,6 +24,17 @@ class Plain(nn.Module):
         return self.linear(self.third(x).mean((2, 3)))
 
 
+class Matrix(nn.Module):
+    """A layer whose weights are no convolution and no linear layer."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, inputs * outputs).view(inputs, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1) @ self.weight
+
+
 class Shortcut(Plain):
     """A cut through a residual block: two tensors are the state."""
 

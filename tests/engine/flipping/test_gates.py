@@ -5,8 +5,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from engine.errors import RunFailed
 from engine.flipping.gates import Gates, neuron_sites
+from models.any_network import as_chain, example_images
+from tests.models import networks
 from tests.slow_neurons import NOT_OURS, SlowNeurons, make
 
 NAMES = ["resnet9", "resnet50", "vit_small", "single_conv"]
@@ -54,6 +58,12 @@ def test_gradients_and_outputs_of_several_sets_at_once(name, ablate):
         torch.testing.assert_close(
             found[i][still_open], gradient[still_open], rtol=1e-7, atol=1e-11
         )
+
+
+def test_a_network_without_neurons_is_refused():
+    model = as_chain(nn.Sequential(networks.Matrix(64, 3)), example_images(1, 8), 3)
+    with pytest.raises(RunFailed, match="no convolution and no linear layer"):
+        neuron_sites(model)
 
 
 @pytest.mark.parametrize("name", [*NAMES, *WIRED, "mlp"])
