@@ -306,7 +306,7 @@ def score_unitmem(
     """
     found = []
     for row, own in enumerate(compute_activations(model, gates, batch)):
-        others = reference.take(reference.index != batch.index[row])
+        others = reference.take(other_images(reference, batch.images[row]))
         others = others.under_masks_of(batch.index[row])
         found.append(_selectivity(own, compute_activations(model, gates, others).mean(0)))
     return torch.stack(found)
@@ -322,8 +322,14 @@ def score_unitmem_own_masks(
     """
     others, found = compute_activations(model, gates, reference), []
     for row, own in enumerate(compute_activations(model, gates, batch)):
-        found.append(_selectivity(own, others[reference.index != batch.index[row]].mean(0)))
+        mean = others[other_images(reference, batch.images[row])].mean(0)
+        found.append(_selectivity(own, mean))
     return torch.stack(found)
+
+
+def other_images(reference: Examples, image: Tensor) -> Tensor:
+    """bool [n]: reference examples with another image; indices say only whose masks these are."""
+    return (reference.images != image).flatten(1).any(1)
 
 
 def _selectivity(own: Tensor, mean: Tensor) -> Tensor:

@@ -130,23 +130,27 @@ def test_flipping_closes_units_in_the_order_of_brute_force():
             assert sorted(ranked) == on[row].nonzero().flatten().tolist()
 
 
-def test_selectivity_is_that_of_the_formula():
+@pytest.mark.parametrize("masks", [(0, 1), (1, 0), (5, 8)])
+def test_selectivity_is_that_of_the_formula(masks):
+    """Under another example's mask it is still the example itself that is no reference."""
     model, batch = make(), make_batch()
+    asked = batch.take(slice(2)).under_masks_of(torch.tensor(masks))
     with UnitGates(model) as gates:
         scores = {
-            name: LOCALIZERS[name](model, gates, batch.take(slice(2)), batch)
+            name: LOCALIZERS[name](model, gates, asked, batch)
             for name in ("unitmem", "unitmem_own_masks")
         }
         alone = compute_activations(model, gates, batch)
+        own = compute_activations(model, gates, asked)
         for row, name in itertools.product(range(2), scores):
             others = [other for other in range(N) if other != row]
             if name == "unitmem":
-                under = batch.take(others).under_masks_of(batch.index[row])
+                under = batch.take(others).under_masks_of(asked.index[row])
                 seen = compute_activations(model, gates, under)
             else:
                 seen = alone[others]
             for unit in range(gates.count):
-                a, m = alone[row, unit].item(), seen[:, unit].mean().item()
+                a, m = own[row, unit].item(), seen[:, unit].mean().item()
                 expected = (a - m) / (a + m) if a + m else 0
                 assert scores[name][row, unit].item() == pytest.approx(expected, abs=1e-9)
 
