@@ -92,11 +92,10 @@ def plot_flipping(family: Family) -> Figure:
         axes.yaxis.set_major_formatter(in_percent)
     counts.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     layers.xaxis.set_major_locator(MaxNLocator(9, integer=True))
-    layers.legend()
     unflipped = sum(row["flipped"] == 0 for row in rows)
     more = f", {unflipped} of {len(rows)} never flipped" if unflipped else ""
     about = f"{family.about}{more}; dashed: means"
-    entitle(figure, "Neurons that hold an example, and their layers", about)
+    entitle(figure, "Neurons that hold an example, and their layers", about, key=layers)
     return figure
 
 

@@ -60,6 +60,19 @@ def test_examples_that_flip_at_once_have_no_neurons_to_show(family):
     plt.close(figure)
 
 
+def test_the_legend_covers_no_panel(family):
+    """Neurons in all layers leave no room for it in the panel of layers."""
+    row = dict.fromkeys(FLIPPING.columns, 1) | {"groups": "0 1 2 3 4 5 6 7 8", "neurons_ids": "x"}
+    plant_search(family, [row, row | {"memorized": 0}])
+    with paper_style():
+        figure = plot_flipping(family)
+        figure.canvas.draw()
+    legends = [*figure.legends, *filter(None, (axes.get_legend() for axes in figure.axes))]
+    (legend,) = (found.get_window_extent() for found in legends)
+    assert not any(legend.overlaps(axes.get_window_extent()) for axes in figure.axes)
+    plt.close(figure)
+
+
 def test_a_run_of_which_nothing_was_searched_ends_no_report(family, capsys):
     plant_search(family, [])
     assert plot_results.main([str(family.folder), "--format", "png"]) == 0
