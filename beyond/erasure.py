@@ -52,6 +52,7 @@ from engine.training.build import load_final_model, load_split, make_model
 from engine.training.devices import compute_precision, resolve_device
 from engine.training.evaluation import evaluate, evaluate_split
 from engine.training.loop import make_optimizer, train_epoch
+from layer_retraining import reset_group, retraining_config
 from models.dropout import dropout_mode, examples, forget, tied_layers
 from models.layer_groups import LayerGroup, StagedModel, layer_groups
 
@@ -184,15 +185,10 @@ def rewind_critical(task: Task) -> Iterator[Erased]:
 def retrain_critical(task: Task) -> Iterator[Erased]:
     """Train the most critical layer from its initialization on clean examples only."""
     group, _ = most_critical_layer(task)
-    model = copy.deepcopy(task.model)
-    state = model.state_dict()
-    for name in filter(group.owns, state):
-        state[name].copy_(task.initial[name])
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(group.owns(name))
-    own, clean = task.config.retraining, task.split.subset(~task.split.memorized)
-    schedule = {"epochs": own.epochs, "peak_lr": own.peak_lr, "peak_epoch": own.peak_epoch}
-    train(model, clean, task.config, **schedule, schedule="triangle")
+    model = reset_group(task.model, task.initial, group)
+    config = retraining_config(task.config, group.index)
+    config = dataclasses.replace(config, seed=task.config.seed)  # in the training's batch order
+    train(model, task.split.subset(~task.split.memorized), config)
     yield Erased(model, layer=group.name)
 
 

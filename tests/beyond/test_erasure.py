@@ -131,6 +131,17 @@ def test_rewinding_and_retraining_change_one_layer(tied):
         assert all(group.owns(key) for key in changed)
 
 
+def test_a_layer_is_retrained_by_its_schedule_in_the_training_s_batch_order(tied, monkeypatch):
+    _, task = tied
+    seen = []
+    monkeypatch.setattr(erasure, "train_epoch", lambda *given: seen.append(given[3]))
+    with erasure.retrain_critical(task):
+        pass
+    found = {(own.seed, own.train.schedule, own.train.peak_lr) for own in seen}
+    assert found == {(task.config.seed, "triangle", task.config.retraining.peak_lr)}
+    assert len(seen) == task.config.retraining.epochs
+
+
 def test_the_critical_layer_is_the_one_whose_rewinding_costs_most(tied):
     _, task = tied
     noisy = task.split.memorized.nonzero().flatten()
