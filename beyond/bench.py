@@ -56,7 +56,8 @@ def choose_rows(split: Split, correct: Tensor, count: int) -> dict[str, Tensor]:
     return found
 
 
-def draw_rows(purpose: str, n: int, count: int) -> Tensor:
+def draw_rows(purpose: str, n: int, count: int | None) -> Tensor:
+    """Return `count` of n rows, ascending, the same for every seed; None: all rows."""
     order = random_stream(purpose).permutation(n)
     return torch.from_numpy(order[:count]).sort().values
 

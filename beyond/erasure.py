@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beyond.agreement import closed_gate, compute_deletion, order_units
-from beyond.bench import find_gates
+from beyond.bench import draw_rows, find_gates
 from beyond.localizers import UnitGates, score_flipping
 from data import Examples, Split
 from data.random_streams import random_stream
@@ -329,13 +329,13 @@ def make_task(run: Run, split: Split, device: torch.device) -> Task:
     rows = choose_noisy(split, correct, config.erasure.examples)
     if not len(rows):
         raise RunFailed("no noisy example is predicted as trained")
-    order = random_stream("planted reference").permutation(split.n)[: config.erasure.reference]
+    referred = draw_rows("planted reference", split.n, config.erasure.reference)
     return Task(
         model=model,
         split=split,
         rows=rows,
         config=config,
-        reference=Examples.of(split, torch.from_numpy(order).sort().values),
+        reference=Examples.of(split, referred),
         earlier=run.read_checkpoint(earlier_epoch(run)),
         initial=run.read_checkpoint(0),
         make_model=lambda: make_model(config, split).to(device),

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from beyond.bench import draw_rows
 from data import Split, normalize
 from data.dataset import reason
-from data.random_streams import random_stream
 from engine.config.kinds import listed_epochs
 from engine.config.schema import Config
 from engine.errors import RunFailed, UserError
@@ -167,12 +167,6 @@ def compute_epoch(model: nn.Module, split: Split, rows: Tensor, about: str) -> d
     return {name: values.double().cpu() for name, values in columns.items()}
 
 
-def choose_rows(n: int, count: int | None) -> Tensor:
-    """Return `count` of n rows, ascending, the same for every seed; None: all rows."""
-    order = random_stream("gradient distance examples").permutation(n)
-    return torch.from_numpy(order[:count]).sort().values
-
-
 def make_rows(epoch: int, split: Split, rows: Tensor, columns: Mapping[str, Tensor]) -> list[dict]:
     columns = {
         "example": split.index[rows].tolist(),
@@ -237,7 +231,8 @@ def measure_distances(run: Run, measurement: Measurement, device: torch.device) 
     """
     split = load_split(run.config).to(device)
     model = load_final_model(run, split, device).eval()
-    rows = choose_rows(split.n, measurement.settings["examples"]).to(device)
+    count = measurement.settings["examples"]
+    rows = draw_rows("gradient distance examples", split.n, count).to(device)
     table = []
     with compute_precision("fp32", device):
         for epoch in measurement.settings["epochs"]:
