@@ -22,6 +22,7 @@ _REARRANGING = {
     *("view", "reshape", "view_as", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze"),
     *("matmul", "bmm", "einsum", "scaled_dot_product_attention"),
 }  # functions after which channels may lie in another dimension
+CLOSE = 1e-3  # of one image's output beside other images, relative: kernels may round differently
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,21 @@ class _Calls:
 def observe(model: nn.Module, images: Tensor) -> Wiring:
     """Run the images through a model in eval mode and return what was seen.
 
-    The images are on the model's device. The model's mode is put back.
+    There are two or more images, on the model's device. The model's mode is put back. Raise
+    ValueError where dimension 0 of a module's output does not hold the images in their order.
     """
+    calls = _watched(model, images)
+    if calls.watch.functional_norm:
+        raise ValueError(
+            "a batch norm that is a function (F.batch_norm): no experiment would see it; use "
+            "nn.BatchNorm2d"
+        )
+    _require_batch_first(calls, _watched(model, torch.cat([images[:-1], 1 - 2 * images[-1:]])))
+    return Wiring(_layers(calls), _outputs(calls))
+
+
+def _watched(model: nn.Module, images: Tensor) -> _Calls:
+    images = images.clone()  # a model may write into its input
     watch = _Watch()
     calls = _Calls(watch)
     modes = {module: module.training for module in model.modules()}
@@ -150,12 +164,21 @@ def observe(model: nn.Module, images: Tensor) -> Wiring:
             handle.remove()
         for module, training in modes.items():
             module.training = training
-    if watch.functional_norm:
-        raise ValueError(
-            "a batch norm that is a function (F.batch_norm): no experiment would see it; use "
-            "nn.BatchNorm2d"
-        )
-    return Wiring(_layers(calls), _outputs(calls))
+    return calls
+
+
+def _require_batch_first(calls: _Calls, changed: _Calls) -> None:
+    """Raise if another last image changes the first half of the rows of a module's output."""
+    for (name, *_, output), (*_, other) in zip(calls.runs, changed.runs):
+        if output is None or output.dim() < 2 or not output.is_floating_point():
+            continue
+        half = len(output) // 2
+        alike = other is not None and other.shape == output.shape
+        if not alike or (output - other)[:half].norm() > CLOSE * output[:half].norm():
+            raise ValueError(
+                f"{name or 'logits'}: its output for one image changes with another image of the "
+                "batch; put the batch first (batch_first=True)"
+            )
 
 
 def _layers(calls: _Calls) -> tuple[WiredLayer, ...]:

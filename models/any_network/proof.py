@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from models.any_network.errors import WAYS_OUT, NetworkError, last_line, place_of
 from models.any_network.record import restoring
 from models.layer_groups import StagedModel, layer_groups, run_stages
+from models.wiring import CLOSE
 
 SIZES = (2, 3)  # examples in a batch
-CLOSE = 1e-3  # of the same example beside others, relative: kernels may round differently
 
 
 def prove(network: nn.Module, chain: StagedModel, images: Tensor, classes: int) -> None:

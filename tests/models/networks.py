@@ -307,3 +307,19 @@ class OutsideRandom(Plain):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(self.calls(x))
+
+
+class Tokens(nn.Module):
+    """A transformer, whose tokens may lie in front of the batch."""
+
+    def __init__(self, batch_first: bool = False):
+        super().__init__()
+        self.embed = nn.Conv2d(1, 8, 4, 4)
+        self.encode = nn.TransformerEncoderLayer(8, 2, 12, 0.0, batch_first=batch_first)
+        self.linear = nn.Linear(8, 3)
+        self.batch_first = batch_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).flatten(2)
+        x = x.permute(0, 2, 1) if self.batch_first else x.permute(2, 0, 1)
+        return self.linear(self.encode(x).mean(1 if self.batch_first else 0))

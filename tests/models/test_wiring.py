@@ -50,14 +50,13 @@ def test_an_identity_between_layer_and_norm_makes_no_difference():
     assert layers(Between())["first.0"] == "first.2"
 
 
-def test_a_norm_that_runs_twice_or_lacks_statistics_belongs_to_no_layer():
+def test_a_norm_that_runs_twice_belongs_to_no_layer():
     class Twice(networks.Plain):
         def forward(self, x):
             x = self.first[1](self.first[1](self.first[0](x)))
             return self.linear(self.third(self.second(x)).mean((2, 3)))
 
     assert layers(Twice())["first.0"] is None
-    assert layers(networks.Beside())["second.0"] is None
 
 
 def test_layers_come_in_the_order_in_which_they_run_and_only_those_that_do():
@@ -99,6 +98,25 @@ def test_the_dimension_of_the_channels():
             return self.linear(self.mark(x.permute(0, 2, 3, 1)).mean((1, 2)))
 
     assert "mark" not in observe(Blind(), images()).outputs
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_tokens_in_front_of_the_batch_are_refused(count):
+    batch = torch.randn(count, 1, 8, 8)
+    assert observe(networks.Tokens(batch_first=True), batch).outputs["encode.norm1"].dim == -1
+    message = r"^encode\.\w+: .* put the batch first \(batch_first=True\)"
+    with pytest.raises(ValueError, match=message):
+        observe(networks.Tokens(), batch)
+    with pytest.raises(ValueError, match=r"^second\.1: its output for one image changes with"):
+        observe(networks.Beside(), batch)
+
+
+def test_a_model_that_writes_into_its_input_leaves_the_images_as_they_are():
+    network = nn.Sequential(nn.ReLU(inplace=True), networks.Plain())
+    batch = images()
+    before = batch.clone()
+    observe(network, batch)
+    assert torch.equal(batch, before)
 
 
 def test_nothing_is_left_behind():
