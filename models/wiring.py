@@ -82,10 +82,13 @@ class _Watch(TorchFunctionMode):
             taken = [*_tensors((args, kwargs))]
             self.kept += [*taken, *made]
             self.uses.update(map(id, taken))
-            self._follow_channels(function, taken, made)
+            whole = function is F.layer_norm and len(args[1]) > 1  # normalizes [C, H, W]
+            self._follow_channels(None if whole else function, taken, made)
         return result
 
-    def _follow_channels(self, function: Callable, taken: list[Tensor], made: list[Tensor]) -> None:
+    def _follow_channels(
+        self, function: Callable | None, taken: list[Tensor], made: list[Tensor]
+    ) -> None:
         """Note the dimension of the channels: known from the function, else from what it takes."""
         if function in _CHANNELS:
             self.dims.setdefault(id(taken[0]), _CHANNELS[function])
