@@ -115,21 +115,18 @@ def stage_features(model: StagedModel, split: Split) -> Iterator[Tensor]:
     """
     rows = torch.arange(split.n, device=split.label.device).split(batch_size(split.label.device))
     states = [normalize(split.images[batch]) for batch in rows]
-    yield _features(states)
+    yield _features([(images,) for images in states])
     with eval_mode(model):
         for group in layer_groups(model):
             for number, batch in enumerate(rows):
                 with examples(model, split.index[batch]):
                     states[number] = group.forward(states[number])
-            yield _features(states)
+            yield _features([model.values_behind(group.index, state) for state in states])
 
 
-def _features(states: Sequence[Tensor | tuple[Tensor, ...]]) -> Tensor:
+def _features(states: Sequence[tuple[Tensor, ...]]) -> Tensor:
     """Flatten what flows out of a stage: float32 [n, d], both branches of a residual block."""
-    rows = []
-    for state in states:
-        parts = state if isinstance(state, tuple) else (state,)
-        rows.append(torch.cat([part.flatten(1) for part in parts], dim=1).float())
+    rows = [torch.cat([part.flatten(1) for part in parts], dim=1).float() for parts in states]
     return torch.cat(rows)
 
 

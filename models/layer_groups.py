@@ -52,6 +52,10 @@ class StagedModel(nn.Module, ABC):
         """Map the modules behind which dropout is inserted to the channels that leave them."""
         return {}
 
+    def values_behind(self, stage: int, state: State) -> tuple[Tensor, ...]:
+        """Return the tensors of the state behind a stage without those needed for their size."""
+        return state if isinstance(state, tuple) else (state,)
+
     def forward(self, images: Tensor) -> Tensor:
         state = images
         for _, _, stage in self.stages():

@@ -39,6 +39,7 @@ class DerivedChain(StagedModel):
             self.get_submodule(outputs).add_module(name.removeprefix(f"{outputs}."), nn.Identity())
         self._owned: list[tuple[str, ...]] = []
         self._functions: dict[bool, list[Callable[..., State]]] = {}
+        self._by_value: dict[bool, list[list[int]]] = {}  # of each stage: places in the state
 
     def stages(self) -> list[Stage]:
         return [
@@ -49,6 +50,10 @@ class DerivedChain(StagedModel):
     def _run(self, number: int, state: State) -> State:
         function = self._functions[self.training][number]
         return function(self, *(state if isinstance(state, tuple) else (state,)))
+
+    def values_behind(self, stage: int, state: State) -> tuple[Tensor, ...]:
+        parts = super().values_behind(stage, state)
+        return tuple(parts[place] for place in self._by_value[self.training][stage])
 
     def dropout_sites(self, kind: str = "blocks") -> dict[str, int]:
         """Behind each layer but the last."""
@@ -83,6 +88,10 @@ def derive_chain(
             raise NetworkError(f"layer {layers[stage]}: no parameter is used in it; {WAYS_OUT}")
     for training, cut in cuts.items():
         chain._functions[training] = _compiled_stages(chain, cut, set())
+        chain._by_value[training] = [
+            [cut.alive(stage).index(node) for node in cut.by_value(stage)]
+            for stage in range(1, len(layers))
+        ] + [[0]]  # the logits
     for training, cut in cuts.items():
         changing = _changing_stages(chain, images, training)
         chain._functions[training] = _compiled_stages(chain, cut, changing)
@@ -137,7 +146,7 @@ def _compiled(cut: Cut, stage: int, outputs: Sequence[str], cloned: bool) -> Cal
             env[newest] = new.call_module(outputs[stage], (env[newest],))
         handed_on = cut.alive(stage + 1)
         for node in handed_on:
-            if cut.last_use.get(node, -1) <= stage:  # for its size alone: no gradient flows there
+            if node not in cut.by_value(stage + 1):  # for its size alone: no gradient flows there
                 env[node] = new.call_method("detach", (env[node],))
         state = tuple(env[node] for node in handed_on)
         new.output(state[0] if len(state) == 1 else state)

@@ -36,10 +36,13 @@ class Cut:
             and max(self.last_use.get(node, -1), self.last_size.get(node, -1)) >= stage
         ]
 
+    def by_value(self, stage: int) -> list[fx.Node]:
+        """Return those of the `alive` tensors that are needed for more than their size."""
+        return [node for node in self.alive(stage) if self.last_use.get(node, -1) >= stage]
+
     def newest(self, stage: int) -> fx.Node | None:
         """Return the last tensor that a stage makes and hands on; None: it hands on no own one."""
-        handed_on = self.alive(stage + 1)
-        own = [n for n in handed_on if self.stage[n] == stage and n in self.last_use]
+        own = [node for node in self.by_value(stage + 1) if self.stage[node] == stage]
         return own[-1] if own else None
 
 

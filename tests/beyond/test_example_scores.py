@@ -29,12 +29,14 @@ from engine.stats import rank_correlation
 from engine.training.build import load_final_model, load_split, make_model
 from engine.training.evaluation import evaluate
 from engine.training.record import read_examples
+from models.any_network import as_chain, example_images
 from models.dropout import dropout_mode, examples
 from plotting.beyond.scores import FIGURES, plot_roc, read_scores, roc_curve
 from plotting.families import Family
 from plotting.figures import draw_figure
 from tests.beyond.test_scores import slow_depth, slow_votes
 from tests.killing import killed_after_epoch
+from tests.models import networks
 
 CPU = torch.device("cpu")
 FLIPPING = (
@@ -160,6 +162,25 @@ def test_depth_of_tokens_and_of_masks_of_their_own(tiny):
             assert torch.equal(logits, model(normalize(split.images)))
         assert len(stages) == len(model.stages())
         assert all(len(features) == split.n for features in stages)
+
+
+def test_tensors_that_are_handed_on_for_their_size_are_no_features(tiny):
+    class Sized(networks.Shortcut):
+        def forward(self, x):
+            batch = x.shape[0]
+            return super().forward(x).view(batch, -1)
+
+    split = load_split(tiny()).subset(torch.arange(20))
+    plain, sized = networks.Shortcut(), Sized()
+    sized.load_state_dict(plain.state_dict())
+    images = example_images(split.shape[0], split.shape[1:])
+    expected, found = (
+        [*example_scores.stage_features(as_chain(network, images, 3), split)]
+        for network in (plain, sized)
+    )
+    assert len(expected) == 5
+    for one, other in zip(expected, found, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_neurons_stand_where_they_were_searched_and_fewer_are_higher(trained):
