@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from models.any_network.chain import derive_chain
+from models.any_network.chain import changing_stages, derive_chain
 from models.any_network.errors import NetworkError
 from models.any_network.load import (
     ImageSize,
@@ -76,11 +76,22 @@ def as_chain(
         chain = derive_chain(network, images[: SIZES[0]], layers)
     if proof:
         prove(network, chain, images, classes)
+        _require_unchanged_states(chain, images[: SIZES[0]])
     try:
         chain.wiring = observe(chain, images[: SIZES[0]])
     except ValueError as error:
         raise NetworkError(str(error)) from None
     return chain
+
+
+def _require_unchanged_states(chain: StagedModel, images: Tensor) -> None:
+    """Raise if a stage writes into what it is given, from which other stages continue."""
+    for training in (True, False):
+        for number in changing_stages(chain, images, training):
+            raise NetworkError(
+                f"layer {chain.stages()[number][0]}: changes its input in place; let the stage "
+                "work on a copy, or switch inplace off"
+            )
 
 
 def example_images(channels: int, image_size: ImageSize, count: int = SIZES[-1]) -> Tensor:

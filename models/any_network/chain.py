@@ -93,13 +93,13 @@ def derive_chain(
             for stage in range(1, len(layers))
         ] + [[0]]  # the logits
     for training, cut in cuts.items():
-        changing = _changing_stages(chain, images, training)
+        changing = changing_stages(chain, images, training)
         chain._functions[training] = _compiled_stages(chain, cut, changing)
     return chain
 
 
 @torch.no_grad()
-def _changing_stages(chain: DerivedChain, images: Tensor, training: bool) -> set[int]:
+def changing_stages(chain: StagedModel, images: Tensor, training: bool) -> set[int]:
     """Return the stages that change, in place, what they or an earlier stage were given."""
     state, given, before, changing = images.clone(), [], [], set()
     with restoring(chain, training):

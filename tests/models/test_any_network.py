@@ -134,6 +134,28 @@ def test_a_subclass_of_stagedmodel_stays_what_it_is():
         make(Staged, ["network"])
 
 
+@pytest.mark.parametrize("inplace", [True, False])
+def test_a_subclass_of_stagedmodel_may_not_change_its_states(inplace):
+    class Staged(StagedModel):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.act = nn.Conv2d(1, 4, 3), nn.LeakyReLU(inplace=inplace)
+            self.linear = nn.Linear(4, 3)
+
+        def stages(self):
+            return [
+                ("conv", ("conv",), self.conv),
+                ("linear", ("linear",), lambda x: self.linear(self.act(x).mean((2, 3)))),
+            ]
+
+    if not inplace:
+        make(Staged)
+        return
+    with pytest.raises(NetworkError, match=r"^layer linear: changes its input in place; let"):
+        make(Staged)
+    as_chain(Staged(), images(), CLASSES, proof=False)
+
+
 def test_what_cannot_be_traced_may_be_left_whole():
     """Control flow inside of a layer is no glue."""
 
