@@ -11,7 +11,7 @@ from models.wiring import Output, Wiring, observe
 
 def own_places(model: StagedModel, kind: str = "blocks") -> dict[str, Output]:
     """Return the places that a model chooses itself, in forward order."""
-    channels = model.dropout_sites(kind)
+    channels = type(model).dropout_sites(model, kind)
     if not channels:
         raise ValueError("sites: the network names none; list modules, as in [conv1, conv2]")
     if model.wiring is None:

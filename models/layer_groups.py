@@ -58,14 +58,16 @@ class StagedModel(nn.Module, ABC):
 
     def forward(self, images: Tensor) -> Tensor:
         state = images
-        for _, _, stage in self.stages():
+        for _, _, stage in type(self).stages(self):
             state = stage(state)
         return state
 
 
 def layer_groups(model: StagedModel) -> list[LayerGroup]:
     """The model's layer groups in forward order; they partition its parameters and buffers."""
-    groups = [LayerGroup(index, *stage) for index, stage in enumerate(model.stages())]
+    # By the class: a network may have a module with the name of this method (DerivedChain).
+    stages = type(model).stages(model)
+    groups = [LayerGroup(index, *stage) for index, stage in enumerate(stages)]
     for name in model.state_dict():
         owners = [group.name for group in groups if group.owns(name)]
         assert len(owners) == 1, f"{name} must belong to one layer group, not to {owners}"

@@ -22,43 +22,51 @@ from models.layer_groups import Stage, StagedModel, State
 class DerivedChain(StagedModel):
     """A network cut into stages, with the network's own parameter names.
 
-    The modules, parameters, buffers and attributes are the network's own. Behind each stage but the
-    last stands an Identity, for hooks: on the tensor that the stage makes last and hands on. Its
-    name is that of the layer, with / for each dot, inside of the module `outputs`.
+    The modules, parameters, buffers and attributes are the network's own, except attributes with
+    the name of one of the chain's. A module with such a name (stages) hides the method, which is
+    then called by its class. Behind each stage but the last stands an Identity, for hooks: on the
+    tensor that the stage makes last and hands on. Its name is that of the layer, with / for each
+    dot, inside of the module `outputs`.
     """
 
     def __init__(self, network: nn.Module, layers: Sequence[str], outputs: str):
         super().__init__()
+        modules, tensors = network._modules, [*network._parameters, *network._buffers]
+        for name in [*tensors, *modules.keys() & {"wiring"}]:
+            if hasattr(DerivedChain, name):
+                raise NetworkError(f"{name}: rename it; StagedModel has an attribute of this name")
         for key, value in vars(network).items():
-            # Containers of its own, so that the chain can add to them and the network stays whole.
-            vars(self)[key] = copy.copy(value) if isinstance(value, dict) else value
-        self._layers = tuple(layers)
-        self._outputs = [f"{outputs}.{layer.replace('.', '/')}" for layer in layers[:-1]]
+            if not hasattr(DerivedChain, key):
+                # Dictionaries of its own: the chain can add to them, the network stays whole.
+                vars(self)[key] = copy.copy(value) if isinstance(value, dict) else value
+        vars(self).update((k, m) for k, m in modules.items() if hasattr(DerivedChain, k))
+        self._chain_layers = tuple(layers)
+        self._chain_outputs = [f"{outputs}.{layer.replace('.', '/')}" for layer in layers[:-1]]
         self.add_module(outputs, nn.Module())
-        for name in self._outputs:
+        for name in self._chain_outputs:
             self.get_submodule(outputs).add_module(name.removeprefix(f"{outputs}."), nn.Identity())
-        self._owned: list[tuple[str, ...]] = []
-        self._functions: dict[bool, list[Callable[..., State]]] = {}
-        self._by_value: dict[bool, list[list[int]]] = {}  # of each stage: places in the state
+        self._chain_owned: list[tuple[str, ...]] = []
+        self._chain_functions: dict[bool, list[Callable[..., State]]] = {}
+        self._chain_by_value: dict[bool, list[list[int]]] = {}  # of each stage: places in the state
 
     def stages(self) -> list[Stage]:
         return [
-            (name, owned, partial(self._run, number))
-            for number, (name, owned) in enumerate(zip(self._layers, self._owned))
+            (name, owned, partial(DerivedChain._run, self, number))
+            for number, (name, owned) in enumerate(zip(self._chain_layers, self._chain_owned))
         ]
 
     def _run(self, number: int, state: State) -> State:
-        function = self._functions[self.training][number]
+        function = self._chain_functions[self.training][number]
         return function(self, *(state if isinstance(state, tuple) else (state,)))
 
     def values_behind(self, stage: int, state: State) -> tuple[Tensor, ...]:
         parts = super().values_behind(stage, state)
-        return tuple(parts[place] for place in self._by_value[self.training][stage])
+        return tuple(parts[place] for place in self._chain_by_value[self.training][stage])
 
     def dropout_sites(self, kind: str = "blocks") -> dict[str, int]:
         """Behind each layer but the last."""
         seen = self.wiring.outputs
-        return {name: seen[name].channels for name in self._outputs if name in seen}
+        return {name: seen[name].channels for name in self._chain_outputs if name in seen}
 
 
 def derive_chain(
@@ -82,19 +90,19 @@ def derive_chain(
         outputs += "_"
     chain = DerivedChain(network, layers, outputs)
     owners = find_owners(network, [*cuts.values()])
-    chain._owned = [shortest_names(network, owners, stage) for stage in range(len(layers))]
-    for stage, owned in enumerate(chain._owned):
+    chain._chain_owned = [shortest_names(network, owners, stage) for stage in range(len(layers))]
+    for stage, owned in enumerate(chain._chain_owned):
         if not owned:
             raise NetworkError(f"layer {layers[stage]}: no parameter is used in it; {WAYS_OUT}")
     for training, cut in cuts.items():
-        chain._functions[training] = _compiled_stages(chain, cut, set())
-        chain._by_value[training] = [
+        chain._chain_functions[training] = _compiled_stages(chain, cut, set())
+        chain._chain_by_value[training] = [
             [cut.alive(stage).index(node) for node in cut.by_value(stage)]
             for stage in range(1, len(layers))
         ] + [[0]]  # the logits
     for training, cut in cuts.items():
         changing = changing_stages(chain, images, training)
-        chain._functions[training] = _compiled_stages(chain, cut, changing)
+        chain._chain_functions[training] = _compiled_stages(chain, cut, changing)
     return chain
 
 
@@ -103,7 +111,7 @@ def changing_stages(chain: StagedModel, images: Tensor, training: bool) -> set[i
     """Return the stages that change, in place, what they or an earlier stage were given."""
     state, given, before, changing = images.clone(), [], [], set()
     with restoring(chain, training):
-        for number, (_, _, forward) in enumerate(chain.stages()):
+        for number, (_, _, forward) in enumerate(type(chain).stages(chain)):
             given += state if isinstance(state, tuple) else (state,)
             before += [tensor.clone() for tensor in given[len(before) :]]
             state = forward(state)
@@ -121,7 +129,7 @@ def _compiled_stages(
 ) -> list[Callable[..., State]]:
     """Return all stages; those that change what they are given work on a copy of it."""
     numbers = range(len(cut.layers))
-    return [_compiled(cut, number, chain._outputs, number in changing) for number in numbers]
+    return [_compiled(cut, number, chain._chain_outputs, number in changing) for number in numbers]
 
 
 def _compiled(cut: Cut, stage: int, outputs: Sequence[str], cloned: bool) -> Callable[..., State]:

@@ -166,6 +166,24 @@ class Mixed(nn.Module):
         return self.fc((x + y).mean((2, 3)))
 
 
+class Stages(nn.Module):
+    """Modules and attributes with names that a chain of stages has for its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.wiring, self.dropout_sites, self._run = [2, 2], 0.1, None
+        self._layers = block(1, 4)
+        self.stages = nn.ModuleList([block(4, 6), block(6, 6)])
+        self.channel_dim = block(6, 6)
+        self._chain = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self._layers(x)
+        for stage in self.stages:
+            x = stage(x)
+        return self._chain(self.channel_dim(x).mean((2, 3)))
+
+
 def mlp() -> nn.Sequential:
     """Linear layers alone, with batch norms for vectors."""
     hidden = [nn.Linear(64, 7), nn.BatchNorm1d(7), nn.ReLU(), nn.Linear(7, 5), nn.ReLU()]
@@ -184,6 +202,7 @@ CUTTABLE = {
     "pre_activation": PreActivation,
     "mixed": Mixed,
     "mlp": mlp,
+    "stages": Stages,
 }
 
 
@@ -251,6 +270,15 @@ class Frozen(Plain):
     def __init__(self):
         super().__init__()
         self.first.requires_grad_(False)
+
+
+class Wired(Plain):
+    def __init__(self):
+        super().__init__()
+        self.wiring = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.wiring(x))
 
 
 class Wide(Plain):

@@ -7,8 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 
+from engine.flipping.gates import neuron_sites
 from models.any_network import NetworkError, as_chain, example_images
+from models.dropout_places import own_places
+from models.folding import folded
 from models.layer_groups import StagedModel, layer_groups, run_stages
 from tests.models import networks
 from tests.models.networks import CUTTABLE
@@ -61,7 +65,7 @@ def test_groups_partition_the_network_in_forward_order(name):
     assert sorted(owned) == sorted(chain.state_dict())
     assert all(group.parameters(chain) for group in groups)
     assert len(groups) == {"mlp": 3, "in_place_first": 3, "lists": 3, "pre_activation": 3}.get(
-        name, {"mixed": 6}.get(name, 4)
+        name, {"mixed": 6, "stages": 5}.get(name, 4)
     )
 
 
@@ -110,6 +114,18 @@ def test_a_cut_inside_of_a_child():
     assert [group.prefixes for group in layer_groups(chain)] == [
         ("first",), ("second.0",), ("second.1", "third"), ("linear",),
     ]  # fmt: skip
+
+
+def test_modules_with_names_of_the_chain_are_found_by_name():
+    chain = make(networks.Stages).eval()
+    logits = chain(images())
+    assert [*own_places(chain)][1] == "layer_outputs.stages/0"
+    assert [site.name for site in neuron_sites(chain)][1] == "stages.0.0"
+    assert torch.allclose(folded(chain)(images()), logits, atol=1e-5)
+    compiled = torch.compile(chain, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(images()), logits)
+    zero = {name: torch.zeros_like(value) for name, value in chain.named_parameters()}
+    assert not functional_call(chain, zero, images()).any()
 
 
 def test_a_module_may_run_twice_within_a_layer():
@@ -233,6 +249,7 @@ def test_dropout_stands_behind_each_layer():
         (networks.Unused, None, "spare: the network's forward pass does not use this parameter"),
         (networks.UnusedInside, None, "third.1.spare: the output in training mode does not"),
         (networks.Frozen, None, "first.0.weight: does not require a gradient"),
+        (networks.Wired, None, "wiring: rename it; StagedModel has an attribute of this name"),
         (networks.Wide, None, "its output for 2 images is 2 x 5, not 2 x 3: one logit a class"),
         (networks.TupleInside, None, f"front of it and is no tensor but a list{BOTH}"),
         (networks.TooDeep, None, "fails on images of 1 x 8 x 8: RuntimeError"),
