@@ -1,7 +1,9 @@
 """Prove that a chain computes what its network computes, before anything is trained on it."""
 
+import random
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -47,10 +49,16 @@ def _run(
     """Return logits, gradients and buffers after one step, by name; the model stays as it was."""
     parameters = dict(model.named_parameters())
     label = torch.arange(len(images)) % classes
+    random_numbers = _state_outside_of_torch()
     with restoring(model, training):
         torch.default_generator.manual_seed(0)
         # A network may write into its input.
         logits = _forward(model, images.clone(), staged)
+        if _state_outside_of_torch() != random_numbers:
+            raise NetworkError(
+                "draws random numbers outside of torch (random, numpy.random), which no seed of a "
+                "run decides; draw them with torch"
+            )
         _require_logits(logits, len(images), classes)
         try:
             loss = F.cross_entropy(logits.float(), label)
@@ -61,6 +69,12 @@ def _run(
         result |= {f"the gradient of {n}": g for n, g in zip(parameters, gradients)}
         result |= {f"the buffer {n}": buffer.clone() for n, buffer in model.named_buffers()}
     return result
+
+
+def _state_outside_of_torch() -> tuple[object, ...]:
+    """Return the states of Python's and of NumPy's global random numbers."""
+    _, keys, *rest = np.random.get_state()  # noqa: NPY002
+    return random.getstate(), keys.tobytes(), rest
 
 
 def _forward(model: nn.Module, images: Tensor, staged: bool = False) -> Tensor:

@@ -1,8 +1,11 @@
 """A derived chain is its network, bit for bit; what cannot be cut gets one line."""
 
 import copy
+import random
 import re
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -254,13 +257,19 @@ def test_dropout_stands_behind_each_layer():
         (networks.TupleInside, None, f"front of it and is no tensor but a list{BOTH}"),
         (networks.TooDeep, None, "fails on images of 1 x 8 x 8: RuntimeError"),
         (networks.Beside, None, "an image's logits depend on the other images of its batch"),
-        (networks.OutsideRandom, None, "cut into stages it computes something else"),
+        (networks.Counting, None, "cut into stages it computes something else"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_used_gets_one_line(kind, layers, message):
     with pytest.raises(NetworkError, match=re.escape(message)) as error:
         make(kind, layers)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand])
+def test_random_numbers_outside_of_torch_are_refused(draw):
+    with pytest.raises(NetworkError, match=r"^draws random numbers outside"):
+        make(partial(networks.OutsideRandom, draw))
 
 
 def test_a_module_with_weights_in_two_layers_is_refused():
