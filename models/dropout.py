@@ -301,12 +301,17 @@ def dropout_mode(
 
 @contextmanager
 def forget(model: nn.Module, index: Indices | int) -> Iterator[None]:
-    """Drop the memorization channels that are tied to any of these examples, for all examples."""
+    """Drop the memorization channels that are tied to any of these examples, for all examples.
+
+    Inside of another `forget` those of its examples stay dropped, too.
+    """
     layers = tied_layers(model)
     if not layers:
         raise ValueError("the model has no example-tied dropout: nothing can be forgotten")
+    before = [layer.forgotten for layer in layers]
     with _changed(layers, forgotten=None):
-        for layer in layers:
+        for layer, outer in zip(layers, before):
             chosen = torch.atleast_1d(torch.as_tensor(index))
-            layer.forgotten = layer._masks_of(chosen).any(dim=0)
+            own = layer._masks_of(chosen).any(dim=0)
+            layer.forgotten = own if outer is None else own | outer
         yield

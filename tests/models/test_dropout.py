@@ -197,6 +197,15 @@ def test_forget_drops_the_neurons_of_the_chosen_for_everybody():
     assert layer.forgotten is None
 
 
+def test_forget_inside_of_forget_drops_the_neurons_of_both():
+    layer = ExampleTiedDropout(50, 60, p_gen=0.2, p_mem=0.1)
+    with forget(layer, 4):
+        with forget(layer, 9):
+            assert torch.equal(layer.forgotten, layer.masks[4] | layer.masks[9])
+        assert torch.equal(layer.forgotten, layer.masks[4])
+    assert layer.forgotten is None
+
+
 @pytest.mark.parametrize("index", [4, torch.tensor(4), torch.tensor([4])])
 def test_one_example_is_forgotten_however_it_is_named(index):
     layer = ExampleTiedDropout(50, 60, p_gen=0.2, p_mem=0.1)
