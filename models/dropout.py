@@ -308,10 +308,14 @@ def forget(model: nn.Module, index: Indices | int) -> Iterator[None]:
     layers = tied_layers(model)
     if not layers:
         raise ValueError("the model has no example-tied dropout: nothing can be forgotten")
+    chosen = torch.as_tensor(index).reshape(-1)
+    if len(chosen) and (chosen.is_floating_point() or chosen.dtype == torch.bool):
+        kind = str(chosen.dtype).removeprefix("torch.")
+        raise ValueError(f"examples to forget are named by whole numbers; these are {kind}")
+    chosen = chosen.long()
     before = [layer.forgotten for layer in layers]
     with _changed(layers, forgotten=None):
         for layer, outer in zip(layers, before):
-            chosen = torch.atleast_1d(torch.as_tensor(index))
             own = layer._masks_of(chosen).any(dim=0)
             layer.forgotten = own if outer is None else own | outer
         yield

@@ -206,11 +206,30 @@ def test_forget_inside_of_forget_drops_the_neurons_of_both():
     assert layer.forgotten is None
 
 
-@pytest.mark.parametrize("index", [4, torch.tensor(4), torch.tensor([4])])
+@pytest.mark.parametrize(
+    "index",
+    [
+        4, torch.tensor(4), torch.tensor([4]), np.array([4, 4], dtype=np.uint8),
+        torch.tensor([[4]], dtype=torch.int16),
+    ],
+)  # fmt: skip
 def test_one_example_is_forgotten_however_it_is_named(index):
     layer = ExampleTiedDropout(50, 60, p_gen=0.2, p_mem=0.1)
     with forget(layer, index):
         assert torch.equal(layer.forgotten, layer.masks[4])
+
+
+def test_no_example_is_forgotten_by_an_empty_list():
+    layer = ExampleTiedDropout(50, 60, p_gen=0.2, p_mem=0.1)
+    with forget(layer, []):
+        assert not layer.forgotten.any()
+
+
+@pytest.mark.parametrize("index", [True, [0.0, 1.0], torch.arange(60) == 4])
+def test_examples_to_forget_are_named_by_whole_numbers(index):
+    layer = ExampleTiedDropout(50, 60, p_gen=0.2, p_mem=0.1)
+    with pytest.raises(ValueError, match="named by whole numbers; these are"), forget(layer, index):
+        pass
 
 
 def test_forgetting_in_a_model_without_tied_neurons_is_a_mistake():
