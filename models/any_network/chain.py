@@ -24,9 +24,11 @@ class DerivedChain(StagedModel):
 
     The modules, parameters, buffers and attributes are the network's own, except attributes with
     the name of one of the chain's. A module with such a name (stages) hides the method, which is
-    then called by its class. Behind each stage but the last stands an Identity, for hooks: on the
-    tensor that the stage makes last and hands on. Its name is that of the layer, with / for each
-    dot, inside of the module `outputs`.
+    then called by its class. The network's own forward hooks are recorded as part of the stages.
+
+    Behind each stage but the last stands an Identity, for hooks: on the tensor that the stage makes
+    last and hands on. Its name is that of the layer, with / for each dot, inside of the module
+    `outputs`.
     """
 
     def __init__(self, network: nn.Module, layers: Sequence[str], outputs: str):
@@ -39,6 +41,8 @@ class DerivedChain(StagedModel):
             if not hasattr(DerivedChain, key):
                 # Dictionaries of its own: the chain can add to them, the network stays whole.
                 vars(self)[key] = copy.copy(value) if isinstance(value, dict) else value
+        self._forward_hooks.clear()
+        self._forward_pre_hooks.clear()
         vars(self).update((k, m) for k, m in modules.items() if hasattr(DerivedChain, k))
         self._chain_layers = tuple(layers)
         self._chain_outputs = [f"{outputs}.{layer.replace('.', '/')}" for layer in layers[:-1]]

@@ -105,6 +105,15 @@ def test_the_modules_of_a_chain_can_be_replaced_and_hooked():
     assert not torch.equal(chain(images()), make(networks.Plain).eval()(images()))
 
 
+def test_hooks_of_the_network_itself_run_once():
+    network = networks.Plain().eval()
+    network.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
+    network.register_forward_hook(lambda module, inputs, output: output + 1)
+    chain = as_chain(copy.deepcopy(network), images(), CLASSES)
+    for logits in (chain(images()), run_stages(layer_groups(chain), images())):
+        assert torch.equal(logits, network(images()))
+
+
 def test_glue_joins_the_layer_before_it():
     chain = make(networks.Plain, ["first", "third"])
     groups = layer_groups(chain)
