@@ -70,7 +70,13 @@ class DerivedChain(StagedModel):
     def dropout_sites(self, kind: str = "blocks") -> dict[str, int]:
         """Behind each layer but the last."""
         seen = self.wiring.outputs
-        return {name: seen[name].channels for name in self._chain_outputs if name in seen}
+        for name in self._chain_outputs:
+            if name not in seen:
+                raise NetworkError(
+                    f"sites: {name} hands on no tensor of its own whose dimension of channels is "
+                    "known; list modules in dropout.sites"
+                )
+        return {name: seen[name].channels for name in self._chain_outputs}
 
 
 def derive_chain(

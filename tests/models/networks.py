@@ -186,6 +186,18 @@ class Stages(nn.Module):
         return self._chain(self.channel_dim(x).mean((2, 3)))
 
 
+class Shuffled(Plain):
+    """Channels in another order behind a layer: nothing says in which dimension they lie."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.third(self.second(self.first(x)))
+        return self.linear(x.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2))
+
+
 def mlp() -> nn.Sequential:
     """Linear layers alone, with batch norms for vectors."""
     hidden = [nn.Linear(64, 7), nn.BatchNorm1d(7), nn.ReLU(), nn.Linear(7, 5), nn.ReLU()]

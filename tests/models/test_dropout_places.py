@@ -160,8 +160,13 @@ def test_places_have_the_dimension_of_their_channels():
         ("Plain", ["linear"], "linear does not run once and hand on channels (the logits are none"),
         ("UsedTwice", ["third"], "sites: third does not run once and hand on channels"),
         ("Lists", ["layers"], "sites: layers does not run once"),
+        (
+            "Shuffled", "blocks",
+            "dropout: sites: layer_outputs.third hands on no tensor of its own whose dimension of "
+            "channels is known; list modules in dropout.sites",
+        ),
     ],
-)
+)  # fmt: skip
 def test_a_place_that_cannot_be_gets_one_line(build, name, sites, message):
     with pytest.raises(UserError) as error:
         build(name, "example_tied", sites)
