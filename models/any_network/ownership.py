@@ -33,6 +33,11 @@ def find_owners(network: nn.Module, cuts: Sequence[Cut]) -> dict[str, int]:
     for name in names:
         if name not in owners:
             if name in parameters:
+                same = (n for n in owners if parameters.get(n) is parameters[name])
+                if (other := next(same, None)) is not None:
+                    raise NetworkError(
+                        f"{name} and {other} are one parameter under two names; keep one of them"
+                    )
                 raise NetworkError(
                     f"{name}: the network's forward pass does not use this parameter; delete it, "
                     "or subclass StagedModel (docs/your_network.md)"

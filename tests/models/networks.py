@@ -274,6 +274,12 @@ class Unused(Plain):
         self.spare = nn.Parameter(torch.ones(3))
 
 
+class TwoNames(Plain):
+    def __init__(self):
+        super().__init__()
+        self.head = self.linear
+
+
 class UnusedInside(Plain):
     def __init__(self):
         super().__init__()

@@ -259,6 +259,10 @@ def test_dropout_stands_behind_each_layer():
         (networks.Plain, ["first", "second.2"], "layer second.2: holds no parameters"),
         (networks.Lists, ["layers"], "a ModuleList computes nothing itself; name the modules "),
         (networks.Unused, None, "spare: the network's forward pass does not use this parameter"),
+        (
+            networks.TwoNames, None,
+            "head.weight and linear.weight are one parameter under two names; keep one of them",
+        ),
         (networks.UnusedInside, None, "third.1.spare: the output in training mode does not"),
         (networks.Frozen, None, "first.0.weight: does not require a gradient"),
         (networks.Wired, None, "wiring: rename it; StagedModel has an attribute of this name"),
