@@ -133,6 +133,8 @@ def _prove_independence(chain: StagedModel, images: Tensor) -> None:
         beside = chain(images[:2].clone())[0]
         again = chain(images[:2].clone())[0]
         other = chain(torch.stack([images[0], -2 * images[1]]))[0]
+    if beside.isnan().any():
+        raise NetworkError("in eval mode its logits of random normal images are NaN")
     if not torch.equal(beside, again):
         raise NetworkError("in eval mode the same images give different logits each time")
     if (beside - other).norm() > CLOSE * beside.norm():

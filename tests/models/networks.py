@@ -322,6 +322,11 @@ class Halves(nn.Module):
         return [x, -x]
 
 
+class NotANumber(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.log(x))
+
+
 class SquareOnly(Plain):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x + x.transpose(2, 3))

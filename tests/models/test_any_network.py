@@ -268,6 +268,7 @@ def test_dropout_stands_behind_each_layer():
         (networks.Wired, None, "wiring: rename it; StagedModel has an attribute of this name"),
         (networks.Wide, None, "its output for 2 images is 2 x 5, not 2 x 3: one logit a class"),
         (networks.TupleInside, None, f"front of it and is no tensor but a list{BOTH}"),
+        (networks.NotANumber, None, "in eval mode its logits of random normal images are NaN"),
         (networks.TooDeep, None, "fails on images of 1 x 8 x 8: RuntimeError"),
         (networks.Beside, None, "an image's logits depend on the other images of its batch"),
         (networks.Counting, None, "cut into stages it computes something else"),
