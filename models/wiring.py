@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 LAYERS = (nn.Conv2d, nn.Linear)
-_CHANNELS = {F.conv2d: 1, F.batch_norm: 1, F.linear: -1, F.layer_norm: -1}  # dim, of images
+_CHANNELS = {  # dim, of images
+    F.conv2d: 1,
+    F.batch_norm: 1,
+    F.linear: -1,
+    F.layer_norm: -1,
+    F.rms_norm: -1,
+}
 _REARRANGING = {
     *("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "__get__"),
     *("view", "reshape", "view_as", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze"),
@@ -82,7 +88,8 @@ class _Watch(TorchFunctionMode):
             taken = [*_tensors((args, kwargs))]
             self.kept += [*taken, *made]
             self.uses.update(map(id, taken))
-            whole = function is F.layer_norm and len(args[1]) > 1  # normalizes [C, H, W]
+            # A norm of [C, H, W] says nothing about the channels.
+            whole = function in (F.layer_norm, F.rms_norm) and len(args[1]) > 1
             self._follow_channels(None if whole else function, taken, made)
         return result
 

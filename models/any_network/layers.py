@@ -10,6 +10,7 @@ from models.any_network.record import record_calls
 NORMALIZATIONS = (
     nn.modules.batchnorm._NormBase,
     nn.LayerNorm,
+    nn.RMSNorm,
     nn.GroupNorm,
     nn.LocalResponseNorm,
 )

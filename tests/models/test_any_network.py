@@ -121,6 +121,14 @@ def test_glue_joins_the_layer_before_it():
     assert groups[0].forward(images()).shape == (3, 6, 4, 4)  # pooled already
 
 
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_norms_begin_no_layer(norm):
+    chain = as_chain(
+        nn.Sequential(nn.Flatten(), nn.Linear(64, 5), norm(5), nn.Linear(5, 3)), images(), CLASSES
+    )
+    assert [group.prefixes for group in layer_groups(chain)] == [("1", "2"), ("3",)]
+
+
 def test_a_cut_inside_of_a_child():
     chain = make(networks.Plain, ["first.0", "second.0", "second.1", "linear"])
     assert [group.prefixes for group in layer_groups(chain)] == [

@@ -100,9 +100,10 @@ def test_the_dimension_of_the_channels():
     assert "mark" not in observe(Blind(), images()).outputs
 
 
-def test_a_layer_norm_of_whole_images_leaves_the_channels_where_they_are():
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_a_norm_of_whole_images_leaves_the_channels_where_they_are(norm):
     network = nn.Sequential(
-        nn.Conv2d(1, 4, 1), nn.LayerNorm([4, 8, 8]), nn.ReLU(), nn.Flatten(), nn.Linear(256, 3)
+        nn.Conv2d(1, 4, 1), norm([4, 8, 8]), nn.ReLU(), nn.Flatten(), nn.Linear(256, 3)
     )
     seen = observe(network, images()).outputs
     assert seen["0"] == seen["1"] == seen["2"] == Output(4, 1)
