@@ -6,11 +6,18 @@ from inspect import signature
 
 import torch
 
-from models.any_network import ImageSize, build_network, is_name_of_network, network_file
+from models.any_network import (
+    ImageSize,
+    build_network,
+    example_images,
+    is_name_of_network,
+    network_file,
+)
 from models.layer_groups import StagedModel
 from models.resnet9 import ResNet9
 from models.resnet50 import ResNet50
 from models.vit_small import ViTSmall
+from models.wiring import observe
 
 __all__ = ["MODELS", "build_model", "is_name_of_network", "model_options", "network_file"]
 
@@ -76,4 +83,7 @@ def build_model(
             raise ValueError(f"{name} needs square images, not {height}x{width}")
         options["image_size"] = height
     with _seeded(seed):
-        return model(**shape, **options)
+        made = model(**shape, **options)
+        if model not in (ResNet9, ResNet50, ViTSmall):  # whose modules are declared in their order
+            made.wiring = observe(made, example_images(channels, image_size, 2))
+    return made

@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+from torch import nn
 
+from engine.flipping.gates import neuron_sites
 from models import MODELS, build_model, model_options
+from models.folding import folded
+from models.layer_groups import StagedModel
 
 SHAPE = {"channels": 1, "classes": 10, "image_size": 16}
 SMALL = {"resnet9": {"width": 0.1}, "resnet50": {}, "vit_small": {"dim": 16, "depth": 1}}
@@ -59,3 +63,27 @@ def test_images_that_are_too_small_for_resnet9():
         ValueError, match="resnet9 needs images of at least 11x11 pixels, not 10x10"
     ):
         build_model("resnet9", **least | {"image_size": 10}, seed=0)
+
+
+def test_the_wiring_of_an_added_network_is_observed(monkeypatch):
+    """The batch norm declared behind conv1 takes another tensor than its output."""
+
+    class PreActivation(StagedModel):
+        def __init__(self, channels, classes):
+            super().__init__()
+            self.conv1, self.norm = nn.Conv2d(channels, 4, 3), nn.BatchNorm2d(4)
+            self.linear = nn.Linear(4, classes)
+
+        def stages(self):
+            return [("conv1", ("conv1",), self.conv1), ("rest", ("norm", "linear"), self.rest)]
+
+        def rest(self, x):
+            return self.linear((x + self.norm(x).relu()).mean((2, 3)))
+
+    monkeypatch.setitem(MODELS, "added", PreActivation)
+    model = build_model("added", channels=1, classes=3, image_size=8, seed=0)
+    images = torch.randn(9, 1, 8, 8)
+    model(images)
+    assert torch.allclose(folded(model.eval())(images), model(images), atol=1e-6)
+    assert [site.module for site in neuron_sites(model)] == [model.conv1, model.linear]
+    assert build_model("resnet9", **SHAPE, seed=0).wiring is None
