@@ -151,7 +151,8 @@ def observe(model: nn.Module, images: Tensor) -> Wiring:
             "a batch norm that is a function (F.batch_norm): no experiment would see it; use "
             "nn.BatchNorm2d"
         )
-    _require_batch_first(calls, _watched(model, torch.cat([images[:-1], 1 - 2 * images[-1:]])))
+    changed = _watched(model, torch.cat([images[:-1], 1 - 2 * images[-1:]]))
+    _require_batch_first(calls, changed, len(images))
     return Wiring(_layers(calls), _outputs(calls))
 
 
@@ -177,14 +178,17 @@ def _watched(model: nn.Module, images: Tensor) -> _Calls:
     return calls
 
 
-def _require_batch_first(calls: _Calls, changed: _Calls) -> None:
-    """Raise if another last image changes the first half of the rows of a module's output."""
+def _require_batch_first(calls: _Calls, changed: _Calls, count: int) -> None:
+    """Raise if another last image changes the first half of the rows of a module's output.
+
+    Where the rows cannot be shared out among the images evenly, it may change no row.
+    """
     for (name, *_, output), (*_, other) in zip(calls.runs, changed.runs):
         if output is None or output.dim() < 2 or not output.is_floating_point():
             continue
-        half = len(output) // 2
+        rows = len(output) if len(output) % count else len(output) // 2
         alike = other is not None and other.shape == output.shape
-        if not alike or (output - other)[:half].norm() > CLOSE * output[:half].norm():
+        if not alike or (output - other)[:rows].norm() > CLOSE * output[:rows].norm():
             raise ValueError(
                 f"{name or 'logits'}: its output for one image changes with another image of the "
                 "batch; put the batch first (batch_first=True)"

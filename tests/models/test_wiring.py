@@ -109,11 +109,11 @@ def test_a_norm_of_whole_images_leaves_the_channels_where_they_are(norm):
     assert seen["0"] == seen["1"] == seen["2"] == Output(4, 1)
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_tokens_in_front_of_the_batch_are_refused(count):
-    batch = torch.randn(count, 1, 8, 8)
+@pytest.mark.parametrize(("count", "size"), [(2, 8), (3, 8), (2, 4)])  # 4: a single token
+def test_tokens_in_front_of_the_batch_are_refused(count, size):
+    batch = torch.randn(count, 1, size, size)
     assert observe(networks.Tokens(batch_first=True), batch).outputs["encode.norm1"].dim == -1
-    message = r"^encode\.\w+: .* put the batch first \(batch_first=True\)"
+    message = r"^encode\.\w+: .* image of the batch; put the batch first \(batch_first=True\)"
     with pytest.raises(ValueError, match=message):
         observe(networks.Tokens(), batch)
     with pytest.raises(ValueError, match=r"^second\.1: its output for one image changes with"):
