@@ -53,7 +53,7 @@ class StagedModel(nn.Module, ABC):
         return {}
 
     def values_behind(self, stage: int, state: State) -> tuple[Tensor, ...]:
-        """Return the tensors of the state behind a stage without those needed for their size."""
+        """Return the state's tensors behind a stage, without those kept for their size alone."""
         return state if isinstance(state, tuple) else (state,)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from models.any_network.load import (
     require_file,
 )
 from models.any_network.proof import SIZES, prove, require_classifier
-from models.layer_groups import StagedModel
+from models.layer_groups import StagedModel, layer_groups
 from models.wiring import observe
 
 __all__ = [
@@ -86,11 +86,12 @@ def as_chain(
 
 def _require_unchanged_states(chain: StagedModel, images: Tensor) -> None:
     """Raise if a stage writes into what it is given, from which other stages continue."""
+    names = [group.name for group in layer_groups(chain)]
     for training in (True, False):
         for number in changing_stages(chain, images, training):
             raise NetworkError(
-                f"layer {chain.stages()[number][0]}: changes its input in place; let the stage "
-                "work on a copy, or switch inplace off"
+                f"layer {names[number]}: changes its input in place; let the stage work on a copy, "
+                "or switch inplace off"
             )
 
 
