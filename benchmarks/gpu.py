@@ -331,12 +331,14 @@ def resume(device: torch.device) -> Rows:
 
 def gpu_tests(device: torch.device) -> Rows:
     """Run the tests that need a GPU; each is passed, failed, skipped or an error."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-p", "no:cacheprovider",
+               "-p", "failures", "--no-summary"]  # fmt: skip
     if device.type != "cuda":
         return
-    wide = os.environ | {"COLUMNS": "400"}  # or pytest cuts the reasons of failures short
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    where = os.environ | {"PYTHONPATH": paths}  # of the plugin failures.py
     with subprocess.Popen(
-        command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, env=wide
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, env=where
     ) as process:
         for line in process.stdout:
             yield from tested(line)
@@ -347,7 +349,7 @@ def gpu_tests(device: torch.device) -> Rows:
 def tested(line: str) -> Rows:
     """Yield the name and the outcome of the test that a line of pytest reports.
 
-    The summary at the end, which has no worker's number in front, says why a test failed.
+    A line without a worker's number in front is of failures.py and says why a test failed.
     """
     if found := re.match(r"\[gw\d+\] .*(PASSED|FAILED|ERROR|SKIPPED) (tests/.*\S)", line):
         yield found.group(2), found.group(1).lower()

@@ -121,7 +121,8 @@ def stage_features(model: StagedModel, split: Split) -> Iterator[Tensor]:
             for number, batch in enumerate(rows):
                 with examples(model, split.index[batch]):
                     states[number] = group.forward(states[number])
-            yield _features([model.values_behind(group.index, state) for state in states])
+            values = type(model).values_behind  # a network may have a module of this name
+            yield _features([values(model, group.index, state) for state in states])
 
 
 def _features(states: Sequence[tuple[Tensor, ...]]) -> Tensor:

@@ -85,7 +85,9 @@ def compute_gradient_norms(
         except RuntimeError as error:
             if out_of_memory(error):
                 raise
-            raise RunFailed(f"torch.func.vmap cannot run the network: {reason(error)}") from None
+            raise RunFailed(
+                f"gradients of single examples failed (torch.func.vmap): {reason(error)}"
+            ) from error
 
 
 def chunk_size(model: nn.Module) -> int:

@@ -328,7 +328,10 @@ def score_unitmem_own_masks(
 
 
 def other_images(reference: Examples, image: Tensor) -> Tensor:
-    """bool [n]: reference examples with another image; indices say only whose masks these are."""
+    """Return which reference examples have another image: bool [n].
+
+    Indices do not tell: under another example's mask they say whose mask it is.
+    """
     return (reference.images != image).flatten(1).any(1)
 
 

@@ -65,7 +65,7 @@ class StagedModel(nn.Module, ABC):
 
 def layer_groups(model: StagedModel) -> list[LayerGroup]:
     """The model's layer groups in forward order; they partition its parameters and buffers."""
-    # By the class: a network may have a module with the name of this method (DerivedChain).
+    # Called on the class: a network's own module named stages hides the method (DerivedChain).
     stages = type(model).stages(model)
     groups = [LayerGroup(index, *stage) for index, stage in enumerate(stages)]
     for name in model.state_dict():

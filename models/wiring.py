@@ -183,6 +183,8 @@ def _require_batch_first(calls: _Calls, changed: _Calls, count: int) -> None:
 
     Where the rows cannot be shared out among the images evenly, it may change no row.
     """
+    if [name for name, *_ in calls.runs] != [name for name, *_ in changed.runs]:
+        raise ValueError("which modules run depends on the images")
     for (name, *_, output), (*_, other) in zip(calls.runs, changed.runs):
         if output is None or output.dim() < 2 or not output.is_floating_point():
             continue

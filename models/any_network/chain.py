@@ -73,8 +73,8 @@ class DerivedChain(StagedModel):
         for name in self._chain_outputs:
             if name not in seen:
                 raise NetworkError(
-                    f"sites: {name} hands on no tensor of its own whose dimension of channels is "
-                    "known; list modules in dropout.sites"
+                    f"sites: {name} hands on no tensor whose channel dimension is known; list "
+                    "modules in dropout.sites"
                 )
         return {name: seen[name].channels for name in self._chain_outputs}
 

@@ -163,8 +163,9 @@ def table_3(families: Sequence[Family]) -> Table:
         paper = (spread([value]) for value in PAPER_TABLE_3.get(dropout.kind, (math.nan, math.nan)))
         method = describe_dropout(dropout) or "none"
         rows.append((family.title, method, str(len(family.runs)), *ours, *paper))
-    header = ("data", "method", "n", "clean", "noisy", "paper: clean", "paper: noisy")
-    caption = "Table 3: accuracy of example-tied dropout and its baselines (paper: CIFAR-10)"
+    paper = ("paper (CIFAR-10): clean", "paper (CIFAR-10): noisy")
+    header = ("data", "method", "n", "clean", "noisy", *paper)
+    caption = "Table 3: accuracy of example-tied dropout and its baselines"
     return Table("table_3", caption, header, tuple(rows))
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,12 @@ CPU = torch.device("cpu")
 def gpu(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     return importlib.import_module("gpu")
+
+
+@pytest.fixture
+def failures(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("failures")
 
 
 def script(path: Path, ending: str) -> list[str]:
@@ -120,12 +127,16 @@ def test_a_stage_measures_numbers(gpu, name):
             assert all(v > 0 for v in value.values() if v is not None), found
 
 
-def test_each_test_of_a_gpu_is_reported(gpu):
+def test_each_test_of_a_gpu_is_reported(gpu, failures, capsys):
     line = "[gw1] [ 50%] FAILED tests/test_on_a_gpu.py::test_it[bf16-a, b] \n"
     assert list(gpu.tested(line)) == [("tests/test_on_a_gpu.py::test_it[bf16-a, b]", "failed")]
-    summary = "FAILED tests/test_on_a_gpu.py::test_it[bf16-a, b] - assert 1 == 2 - 3\n"
     name, _ = line.removeprefix("[gw1] [ 50%] FAILED ").rsplit(" ", 1)
-    assert list(gpu.tested(summary)) == [(name, "failed: assert 1 == 2 - 3")]
+    crash = SimpleNamespace(message="assert 1 == 2 - 3\nand more")
+    report = {"nodeid": name, "longrepr": SimpleNamespace(reprcrash=crash)}
+    for failed in (True, False):
+        failures.pytest_runtest_logreport(SimpleNamespace(failed=failed, **report))
+    said = capsys.readouterr().out.splitlines()
+    assert [*gpu.tested(said[-1])] == [(name, "failed: assert 1 == 2 - 3")]
     assert not list(gpu.tested("FAILED elsewhere.py::test_it - AssertionError\n"))
 
 

@@ -162,8 +162,8 @@ def test_places_have_the_dimension_of_their_channels():
         ("Lists", ["layers"], "sites: layers does not run once"),
         (
             "Shuffled", "blocks",
-            "dropout: sites: layer_outputs.third hands on no tensor of its own whose dimension of "
-            "channels is known; list modules in dropout.sites",
+            "dropout: sites: layer_outputs.third hands on no tensor whose channel dimension is "
+            "known; list modules in dropout.sites",
         ),
     ],
 )  # fmt: skip

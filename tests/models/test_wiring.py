@@ -120,6 +120,21 @@ def test_tokens_in_front_of_the_batch_are_refused(count, size):
         observe(networks.Beside(), batch)
 
 
+def test_modules_that_run_for_some_images_alone_are_refused():
+    class Choosing(networks.Plain):
+        def __init__(self):
+            super().__init__()
+            self.bright = nn.Identity()
+
+        def forward(self, x):
+            return super().forward(self.bright(x) if x[-1].mean() > 9 else x)
+
+    batch = images()
+    batch[-1] = -100
+    with pytest.raises(ValueError, match=r"^which modules run depends on the images$"):
+        observe(Choosing(), batch)
+
+
 def test_a_model_that_writes_into_its_input_leaves_the_images_as_they_are():
     network = nn.Sequential(nn.ReLU(inplace=True), networks.Plain())
     batch = images()
