@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from data import Examples, Split, normalize
-from data.random_streams import random_stream
+from data.random_streams import draw_rows, random_stream
 from engine.flipping.estimates import correctness, reference_gradient
 from engine.flipping.gates import Gates
 from engine.flipping.search import Candidate, chunk_size, search
@@ -96,12 +96,6 @@ def noisy_copies(image: Tensor, example: int, seed: int, copies: int, ratio: flo
     return image + noise * (ratio * image.norm() / size)
 
 
-def draw_rows(purpose: str, seed: int, n: int, size: int | None) -> Tensor:
-    """Draw `size` rows without replacement, in ascending order; None draws all rows."""
-    order = random_stream(purpose, seed).permutation(n)
-    return torch.from_numpy(order[:size]).sort().values
-
-
 def half(size: int | None) -> int | None:
     """Return half of a sample's size: the test set gets half as many images."""
     return size and size // 2
@@ -129,9 +123,9 @@ def compute_flipping(
         return noisy_copies(image, int(split.index[row]), seed, copies, settings.noise_ratio)
 
     drawn_by = seed if reference_seed is None else reference_seed
-    referred = draw_rows("flipping reference", drawn_by, split.n, settings.reference_batch)
-    kept = draw_rows("flipping remaining", seed, split.n, settings.remaining)
-    tested = draw_rows("flipping test", seed, len(split.test_label), half(settings.remaining))
+    referred = draw_rows(split.n, settings.reference_batch, "flipping reference", drawn_by)
+    kept = draw_rows(split.n, settings.remaining, "flipping remaining", seed)
+    tested = draw_rows(len(split.test_label), half(settings.remaining), "flipping test", seed)
     referred, kept, tested = (rows.to(device) for rows in (referred, kept, tested))
 
     copies = settings.noise_copies

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import gradient_accounting
 from data import Split, normalize
+from data.random_streams import draw_rows
 from engine.config.schema import EXACT_SEARCH, FlippingConfig
 from engine.flipping import cached_passes
 from engine.flipping.gates import neuron_sites
@@ -37,12 +38,7 @@ from engine.runs.run import Run
 from engine.training.build import load_final_model, load_split
 from engine.training.devices import compute_precision, resolve_device
 from engine.training.evaluation import evaluate
-from neuron_flipping import (
-    choose_searched,
-    compute_flipping,
-    draw_rows,
-    noisy_copies,
-)
+from neuron_flipping import choose_searched, compute_flipping, noisy_copies
 
 BATCH = 500  # images in one pass of the slow way
 FULL_WIDTH = [
@@ -57,7 +53,7 @@ class SlowSearch:
     def __init__(self, run: Run, split: Split, model: nn.Module) -> None:
         self.run, self.split, self.original = run, split, copy.deepcopy(model)
         settings = run.config.flipping
-        rows = draw_rows("flipping reference", run.config.seed, split.n, settings.reference_batch)
+        rows = draw_rows(split.n, settings.reference_batch, "flipping reference", run.config.seed)
         self.reference = torch.cat([self.copies_of(row) for row in rows.tolist()])
         self.reference_label = split.label[rows.to(split.label.device)]
 

@@ -332,14 +332,10 @@ def resume(device: torch.device) -> Rows:
 def gpu_tests(device: torch.device) -> Rows:
     """Run the tests that need a GPU; each is passed, failed, skipped or an error."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-p", "no:cacheprovider",
-               "-p", "failures", "--no-summary"]  # fmt: skip
+               "-p", "benchmarks.failures", "--no-summary"]  # fmt: skip
     if device.type != "cuda":
         return
-    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    where = os.environ | {"PYTHONPATH": paths}  # of the plugin failures.py
-    with subprocess.Popen(
-        command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, env=where
-    ) as process:
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             yield from tested(line)
     if process.returncode > 1:  # 1: a test failed
@@ -353,8 +349,8 @@ def tested(line: str) -> Rows:
     """
     if found := re.match(r"\[gw\d+\] .*(PASSED|FAILED|ERROR|SKIPPED) (tests/.*\S)", line):
         yield found.group(2), found.group(1).lower()
-    elif found := re.match(r"(FAILED|ERROR) (tests/.*?) - (.*\S)", line):
-        yield found.group(2), f"{found.group(1).lower()}: {found.group(3)[:300]}"
+    elif found := re.match(r"FAILED (tests/.*?) - (.*\S)", line):
+        yield found.group(1), f"failed: {found.group(2)[:300]}"
 
 
 def configs(device: torch.device) -> Rows:

@@ -8,7 +8,7 @@ from torch import Tensor
 from beyond.channel_planting import Channels, find_channels
 from beyond.localizers import UnitGates
 from data import Examples, Split, normalize
-from data.random_streams import random_stream
+from data.random_streams import draw_rows, random_stream
 from engine.config.schema import Config
 from engine.errors import UserError
 from engine.runs.run import Run
@@ -56,12 +56,6 @@ def choose_rows(split: Split, correct: Tensor, count: int) -> dict[str, Tensor]:
     return found
 
 
-def draw_rows(purpose: str, n: int, count: int | None) -> Tensor:
-    """Return `count` of n rows, ascending, the same for every seed; None: all rows."""
-    order = random_stream(purpose).permutation(n)
-    return torch.from_numpy(order[:count]).sort().values
-
-
 def find_gates(model: StagedModel, config: Config, images: Tensor) -> UnitGates:
     """Return the gates behind the configured places of dropout, with dropout or without."""
     try:
@@ -73,7 +67,7 @@ def find_gates(model: StagedModel, config: Config, images: Tensor) -> UnitGates:
 def make_bench(run: Run, split: Split, model: StagedModel) -> Bench:
     own = run.config.planted
     correct = evaluate(model, split.images, split.label, index=split.index).correct
-    tested = draw_rows("planted test", len(split.test_label), own.others).to(split.label.device)
+    tested = draw_rows(len(split.test_label), own.others, "planted test").to(split.label.device)
     test = Examples(normalize(split.test_images[tested]), split.test_label[tested], tested)
     wiring = model.wiring or observe(model, test.images[:2])
     gates = find_gates(model, run.config, test.images[:2])
@@ -85,7 +79,7 @@ def make_bench(run: Run, split: Split, model: StagedModel) -> Bench:
         channels={name: known[name] for name in planted},
         split=split,
         rows=choose_rows(split, correct, own.examples),
-        reference=Examples.of(split, draw_rows("planted reference", split.n, own.reference)),
-        others=Examples.of(split, draw_rows("planted others", split.n, own.others)),
+        reference=Examples.of(split, draw_rows(split.n, own.reference, "planted reference")),
+        others=Examples.of(split, draw_rows(split.n, own.others, "planted others")),
         test=test,
     )

@@ -29,10 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beyond.agreement import closed_gate, compute_deletion, order_units
-from beyond.bench import draw_rows, find_gates
+from beyond.bench import find_gates
 from beyond.localizers import UnitGates, score_flipping
 from data import Examples, Split
-from data.random_streams import random_stream
+from data.random_streams import draw_rows, random_stream
 from engine.config.schema import Config, DropoutConfig
 from engine.errors import RunFailed
 from engine.launch.cli import run_script
@@ -329,7 +329,7 @@ def make_task(run: Run, split: Split, device: torch.device) -> Task:
     rows = choose_noisy(split, correct, config.erasure.examples)
     if not len(rows):
         raise RunFailed("no noisy example is predicted as trained")
-    referred = draw_rows("planted reference", split.n, config.erasure.reference)
+    referred = draw_rows(split.n, config.erasure.reference, "planted reference")
     return Task(
         model=model,
         split=split,

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from beyond.bench import draw_rows
 from data import Split, normalize
 from data.dataset import reason
+from data.random_streams import draw_rows
 from engine.config.kinds import listed_epochs
 from engine.config.schema import Config
 from engine.errors import RunFailed, UserError
@@ -234,7 +234,7 @@ def measure_distances(run: Run, measurement: Measurement, device: torch.device) 
     split = load_split(run.config).to(device)
     model = load_final_model(run, split, device).eval()
     count = measurement.settings["examples"]
-    rows = draw_rows("gradient distance examples", split.n, count).to(device)
+    rows = draw_rows(split.n, count, "gradient distance examples").to(device)
     table = []
     with compute_precision("fp32", device):
         for epoch in measurement.settings["epochs"]:

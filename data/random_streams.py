@@ -1,6 +1,8 @@
 """Local random streams, one per purpose; no global generator is used."""
 
 import numpy as np
+import torch
+from torch import Tensor
 
 
 def random_stream(purpose: str, *numbers: int) -> np.random.Generator:
@@ -10,3 +12,9 @@ def random_stream(purpose: str, *numbers: int) -> np.random.Generator:
     stream, so that the noisy examples of seed 0 would be the first batches of epoch 0.
     """
     return np.random.default_rng([*purpose.encode(), *numbers])
+
+
+def draw_rows(n: int, count: int | None, purpose: str, *numbers: int) -> Tensor:
+    """Draw `count` of n rows without replacement, in ascending order; None draws all rows."""
+    order = random_stream(purpose, *numbers).permutation(n)
+    return torch.from_numpy(order[:count]).sort().values

@@ -6,11 +6,12 @@ import torch
 
 import gradient_accounting
 import neuron_flipping
+from data.random_streams import draw_rows
 from engine.flipping.gates import Gates
 from engine.runs import files
 from engine.runs.run import Run
 from engine.training.build import load_final_model, load_split
-from neuron_flipping import FLIPPING, draw_rows, search_measurement
+from neuron_flipping import FLIPPING, search_measurement
 from tests.slow_neurons import SlowNeurons
 
 SETTINGS = (
@@ -35,7 +36,7 @@ def searched(tiny):
 def test_accuracies_are_those_of_the_slow_way(searched, remaining):
     run = searched(f"flipping.remaining={remaining}")
     split = load_split(run.config)
-    chosen = draw_rows("flipping test", 0, 30, None if remaining == "null" else 9)
+    chosen = draw_rows(30, None if remaining == "null" else 9, "flipping test", 0)
     assert len(chosen) == (30 if remaining == "null" else 9)
     images, label = split.test_images[chosen], split.test_label[chosen]
     model = load_final_model(run, split, torch.device("cpu")).eval()

@@ -106,7 +106,7 @@ def test_a_run_against_the_slow_way(run_of):
     neuron_flipping.EXPERIMENT.main(run)
     split = load_split(run.config)
     model = load_final_model(run, split, torch.device("cpu")).eval()
-    order = neuron_flipping.draw_rows("flipping reference", 0, split.n, 20)
+    order = neuron_flipping.draw_rows(split.n, 20, "flipping reference", 0)
 
     def copies(row):
         return noisy_copies(normalize(split.images[row]), int(split.index[row]), 0, 2, 0.01)
@@ -267,7 +267,7 @@ def test_another_draw_of_the_reference_batch(run_of, monkeypatch):
     model = load_final_model(run, split, torch.device("cpu")).eval().requires_grad_(False)
     drawn, whole = [], neuron_flipping.draw_rows
     monkeypatch.setattr(
-        neuron_flipping, "draw_rows", lambda *given: drawn.append(given[:2]) or whole(*given)
+        neuron_flipping, "draw_rows", lambda *given: drawn.append(given[2:]) or whole(*given)
     )
     for seed in (None, 1000):
         list(compute_flipping(run, split, model, [0], seed))

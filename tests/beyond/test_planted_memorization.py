@@ -9,7 +9,7 @@ import torch
 
 import example_tied_dropout
 from beyond import channel_control, planted_memorization
-from beyond.bench import choose_rows, draw_rows, make_bench
+from beyond.bench import choose_rows, make_bench
 from beyond.channel_control import CHANNEL_RANKS, plant_and_localize, relabel
 from beyond.localizers import LOCALIZERS
 from beyond.planted_memorization import DELETIONS, EXPERIMENT, TRUTHS
@@ -156,12 +156,6 @@ def test_chosen_rows_are_learned_and_of_their_subset(run):
     place = torch.isin(split.index, relabelled.index)
     assert len(set(relabelled.label.tolist())) == 1
     assert (split.true_label[place] != relabelled.label[0]).all()
-
-
-def test_the_rows_of_a_purpose_are_those_of_kept_results():
-    rows = draw_rows("gradient distance examples", 100, 7)
-    assert rows.tolist() == [7, 12, 57, 74, 77, 79, 91]
-    assert draw_rows("gradient distance examples", 5, None).tolist() == [0, 1, 2, 3, 4]
 
 
 def test_a_run_without_tied_neurons_is_refused(folder):
