@@ -118,7 +118,6 @@ def peak_memory(device: torch.device) -> float | None:
 
 def environment(device: torch.device) -> Rows:
     """Describe the machine."""
-    yield "provenance", provenance.describe(device, resolved(configured(device)).precision)
     yield "threads", torch.get_num_threads()
     yield "free_memory", free_memory(device)
 
@@ -198,8 +197,9 @@ def steps(device: torch.device, ways: Sequence[str] = ("eager", "tuned")) -> Row
 
 
 def compiled_steps(device: torch.device) -> Rows:
-    """Time steps of ResNet-9 that torch.compile made, which takes minutes on a CPU."""
-    return steps(device, ("compiled", "graphs")) if device.type == "cuda" else iter(())
+    """Time eager steps of ResNet-9 and those that torch.compile made, which takes minutes."""
+    ways = ("eager", "compiled", "graphs")
+    return steps(device, ways) if device.type == "cuda" else iter(())
 
 
 def models(device: torch.device) -> Rows:
@@ -384,11 +384,15 @@ STAGES: dict[str, tuple[Callable[[torch.device], Rows], float]] = {
 
 
 def work_on(stage: str, device: torch.device, path: Path) -> None:
-    """Do one stage in this process; rewrite its file after each measurement."""
-    found = {}
+    """Do one stage in this process; rewrite its file after each measurement.
+
+    Every stage says where it was measured: a report may be completed on another machine.
+    """
+    source = provenance.describe(device, resolved(configured(device)).precision)
+    files.write_json(path, report := {"provenance": source, "results": {}})
     for name, value in STAGES[stage][0](device):
-        found[name] = value
-        files.write_json(path, found)
+        report["results"][name] = value
+        files.write_json(path, report)
 
 
 def measure_stage(command: Sequence[str], path: Path, timeout: float) -> dict[str, object]:
@@ -409,9 +413,9 @@ def measure_stage(command: Sequence[str], path: Path, timeout: float) -> dict[st
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started
             process.communicate()
-    results = json.loads(path.read_text()) if path.exists() else {}
+    content = json.loads(path.read_text()) if path.exists() else {"results": {}}
     end = {"seconds": round(time.monotonic() - began, 1)} | ({"error": error} if error else {})
-    return end | {"results": results}
+    return end | content
 
 
 def earlier_stages(given: argparse.Namespace) -> dict[str, object]:

@@ -15,6 +15,7 @@ import torch
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 CPU = torch.device("cpu")
+STAGE = json.dumps({"provenance": {"device": "this"}, "results": {"a": 1}})
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def failures(monkeypatch):
 
 def script(path: Path, ending: str) -> list[str]:
     """Return a command that writes one result, and then ends in some way."""
-    write = f"import sys, time; open({str(path)!r}, 'w').write('{{\"a\": 1}}');"
+    write = f"import sys, time; open({str(path)!r}, 'w').write('{STAGE}');"
     return [sys.executable, "-c", write + ending]
 
 
@@ -50,7 +51,7 @@ def script(path: Path, ending: str) -> list[str]:
 def test_what_a_stage_measured_is_kept_however_it_ends(gpu, tmp_path, ending, error):
     path, began = tmp_path / "stage.json", time.monotonic()
     found = gpu.measure_stage(script(path, ending), path, timeout=3)
-    assert found["results"] == {"a": 1}
+    assert {key: found[key] for key in json.loads(STAGE)} == json.loads(STAGE)
     assert found.get("error") == error
     assert time.monotonic() - began < 30
 
@@ -114,9 +115,7 @@ def test_a_way_that_fails_is_told_and_the_others_are_measured(gpu, monkeypatch):
 def test_a_stage_measures_numbers(gpu, name):
     found = dict(gpu.STAGES[name][0](CPU))
     json.dumps(found)
-    if name == "environment":
-        assert found["provenance"]["precision"] == "fp32"
-    elif name == "parity":
+    if name == "parity":
         assert len(found) == 5
         for ways in found.values():
             assert ways["from the CPU"] == 0, "a CPU agrees with itself"
@@ -124,7 +123,17 @@ def test_a_stage_measures_numbers(gpu, name):
     else:
         assert found
         for value in found.values():
-            assert all(v > 0 for v in value.values() if v is not None), found
+            numbers = value.values() if isinstance(value, dict) else [value]
+            assert all(v > 0 for v in numbers if v is not None), found
+
+
+def test_every_stage_says_where_it_was_measured(gpu, tmp_path):
+    path = tmp_path / "stage.json"
+    gpu.work_on("environment", CPU, path)
+    written = json.loads(path.read_text())
+    assert written["provenance"]["precision"] == "fp32"
+    assert written["provenance"]["device"]
+    assert set(written["results"]) == {"threads", "free_memory"}
 
 
 def test_each_test_of_a_gpu_is_reported(gpu, failures, capsys):
