@@ -1,8 +1,6 @@
 """This machine: what `auto` means on it, and a warning where torch cannot use its GPU."""
 
-import importlib.util
 import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -21,12 +19,6 @@ def default_precision(device: str) -> str:
     if device != "cuda" or not torch.cuda.is_available():
         return "fp32"
     return "tf32" if torch.cuda.get_device_capability()[0] >= TENSOR_CORES_FOR_TF32 else "fp32"
-
-
-def can_compile() -> bool:
-    """Return whether torch.compile finds what it needs on a GPU: Triton and a C compiler."""
-    compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
-    return bool(importlib.util.find_spec("triton") and compiler and shutil.which(compiler))
 
 
 def describe_gpu(device: torch.device) -> dict[str, object]:

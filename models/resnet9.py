@@ -70,8 +70,10 @@ class ResNet9(StagedModel):
             "conv5": lambda x: self.pool(self.conv5(x)),
             "conv6": lambda x: (self.conv6(x), x),
             "conv7": lambda state: self.residual2((self.conv7(state[0]), state[1])),
-            # Not AdaptiveMaxPool2d, whose gradient is not deterministic on CUDA.
-            "conv8": lambda x: self.conv8(x).amax((2, 3)),
+            # Not AdaptiveMaxPool2d, whose gradient is not deterministic on CUDA; not amax, whose
+            # gradient looks for the maximum among activations that a compiled network computes
+            # again and, in bf16, rounds otherwise: it finds none, and is NaN.
+            "conv8": lambda x: self.conv8(x).flatten(2).max(2).values,
             "linear": lambda x: LOGIT_SCALE * self.linear(x),
         }
         return [(name, (name,), forward) for name, forward in forwards.items()]

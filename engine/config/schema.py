@@ -127,10 +127,9 @@ class TrainConfig:
         "sum clean and noisy gradients separately (Section 4); takes a second backward pass",
     )
     compile: bool | str = option(
-        "auto",
-        flag("auto", "graphs"),
-        "torch.compile for the training; auto: in bf16 on a GPU, where Triton is installed; "
-        "graphs: with CUDA graphs",
+        False,
+        flag("graphs"),
+        "torch.compile for the training; graphs: with CUDA graphs",
     )
 
 

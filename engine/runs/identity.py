@@ -21,7 +21,7 @@ from engine.config.schema import (
     TrainConfig,
 )
 from engine.errors import UserError
-from engine.machine import can_compile, default_precision, device_type
+from engine.machine import default_precision, device_type
 from models import MODELS, model_options, network_file
 from models.any_network import NetworkError, require_file
 
@@ -56,31 +56,18 @@ _DROPOUT_KEYS = {
 
 def resolved(config: Config) -> Config:
     """Return the configuration with this machine's choice in place of `auto`."""
-    device, precision, compile = device_type(config.device), config.precision, config.train.compile
-    if precision == "auto":
-        precision = default_precision(device)
-    if compile == "auto":
-        compile = device == "cuda" and precision == "bf16" and can_compile()
-    return _with_choice(config, precision, compile)
-
-
-def _with_choice(config: Config, precision: str, compile: bool) -> Config:
-    train = dataclasses.replace(config.train, compile=compile)
-    return dataclasses.replace(config, precision=precision, train=train)
+    if config.precision != "auto":
+        return config
+    return dataclasses.replace(config, precision=default_precision(device_type(config.device)))
 
 
 def resolutions(config: Config) -> list[Config]:
     """Return what `auto` may have meant where the run was begun; this machine's choice first."""
     own = resolved(config)
+    if config.precision != "auto":
+        return [own]
     precisions = dict.fromkeys([own.precision, "fp32", "tf32"])
-    found = [own.precision] if config.precision != "auto" else list(precisions)
-    compiled = {own.train.compile: None, not own.train.compile: None}
-    either = config.train.compile == "auto" and own.precision == "bf16"
-    return [
-        _with_choice(config, precision, compile)
-        for compile in (compiled if either else [own.train.compile])
-        for precision in found
-    ]
+    return [dataclasses.replace(config, precision=precision) for precision in precisions]
 
 
 def measuring_precision(config: Config, device: torch.device) -> str:

@@ -205,6 +205,7 @@ def _with_advice(train: TrainConfig) -> Iterator[None]:
         raise RunFailed(
             f"{error}; epoch {error.epoch - 1} is kept. "
             f"A lower train.peak_lr than {train.peak_lr:g} may help"
+            + (", or train.compile=false" if train.compile else "")
         ) from None
 
 

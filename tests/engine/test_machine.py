@@ -1,4 +1,4 @@
-"""Resolution of `auto` on a machine: device, precision, compiling; messages about its GPU.
+"""Resolution of `auto` on a machine: device, precision; messages about its GPU.
 
 No GPU is needed: torch is made to report one, and is asked for nothing else.
 """
@@ -29,8 +29,6 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA Fake")
-        monkeypatch.setattr(machine, "can_compile", lambda: True)
-        monkeypatch.setattr("engine.runs.identity.can_compile", lambda: True)
 
     return pretend
 
@@ -80,14 +78,6 @@ def test_config_and_provenance_say_the_resolved_precision(tiny):
     (saved,) = load_configs(run.config_path)
     assert (saved.precision, saved.train.compile) == ("fp32", False)
     assert files.read_json(run.provenance_path)["precision"] == "fp32"
-
-
-def test_compiling_is_the_default_in_bf16_on_a_gpu_alone(tiny, gpu):
-    assert not resolved(tiny("precision=bf16")).train.compile
-    gpu(9, 0)
-    assert resolved(tiny("device=auto", "precision=bf16")).train.compile
-    assert not resolved(tiny("device=auto")).train.compile
-    assert not resolved(tiny("device=auto", "precision=bf16", "train.compile=false")).train.compile
 
 
 # ---------------------------------------------------------------- measuring

@@ -10,11 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor import lowering  # noqa: F401  # its decompositions need it
+from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.exc import InvalidCxxCompiler
 
 import example_tied_dropout
 import gradient_accounting
-from data import Split
+from data import Split, normalize
 from engine.config.schema import Config
 from engine.launch.cli import run_script
 from engine.runs.run import Run
@@ -27,6 +32,7 @@ from engine.training.record import PlainBackward
 from models.layer_groups import StagedModel
 
 REPOSITORY = Path(__file__).resolve().parents[3]
+CPU = torch.device("cpu")
 # Batches of 32, 32 and 6; in evaluation one of 70 and one of 30.
 SMALL = ("data.train_size=70", "data.test_size=30", "train.epochs=2")
 GRAPHS = 4
@@ -191,6 +197,33 @@ def check_against_eager(tiny, device: str, *overrides: str) -> None:
     assert list(twin.state_dict()) == list(model.state_dict())
     for (name, own), value in zip(model.state_dict().items(), twin.state_dict().values()):
         torch.testing.assert_close(value, own, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("name", ["resnet9", "resnet50", "vit_small"])
+def test_no_gradient_compares_activations(tiny, monkeypatch, name):
+    """A backward pass computes some of them again, and in bf16 a GPU then rounds otherwise.
+
+    A maximum that its gradient looks for is not found among them, and 0 / 0 of them share it.
+    """
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append([node.target for node in graph.graph.nodes])
+        return make_boxed_func(graph.forward)
+
+    config = tiny(f"model.name={name}", "model.width=1.0", "data.train_size=20")
+    split = load_split(config)
+    backend = aot_autograd(
+        fw_compiler=keep,
+        bw_compiler=keep,
+        decompositions=select_decomp_table(),
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    with_backend(monkeypatch, backend)
+    with compute_precision("bf16", CPU), compiled(make_model(config, split), True) as network:
+        network(normalize(split.images[:4])).float().sum().backward()
+    _, backward = graphs
+    assert torch.ops.aten.eq.Tensor not in backward
 
 
 @pytest.mark.slow(reason="a C++ compiler makes four graphs, backward too: minutes on a busy CPU")
