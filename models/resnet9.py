@@ -71,8 +71,8 @@ class ResNet9(StagedModel):
             "conv6": lambda x: (self.conv6(x), x),
             "conv7": lambda state: self.residual2((self.conv7(state[0]), state[1])),
             # Not AdaptiveMaxPool2d, whose gradient is not deterministic on CUDA; not amax, whose
-            # gradient looks for the maximum among activations that a compiled network computes
-            # again and, in bf16, rounds otherwise: it finds none, and is NaN.
+            # gradient was NaN in a compiled network in bf16: it compares the maximum with
+            # activations that are computed again there, and rounded otherwise.
             "conv8": lambda x: self.conv8(x).flatten(2).max(2).values,
             "linear": lambda x: LOGIT_SCALE * self.linear(x),
         }
