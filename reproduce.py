@@ -117,11 +117,10 @@ def command(given: argparse.Namespace, *more: str) -> list[str]:
 def command_for(run: Path, jobs: Sequence[Job], given: argparse.Namespace) -> list[str]:
     """Return the command for one run, which resolves `auto` there as it was resolved here."""
     config = next(job.run.config for job in jobs if job.run.directory == run)
-    settled = {"precision": config.precision, "train.compile": str(config.train.compile).lower()}
-    keys = tuple(f"{prefix}{key}=" for key in settled for prefix in ("", "sweep."))
+    keys = ("precision=", "sweep.precision=")
     kept = [override for override in given.overrides if not override.startswith(keys)]
+    kept.append(f"precision={config.precision}")
     own = argparse.Namespace(**vars(given) | {"overrides": kept})
-    own.overrides = [*kept, *(f"{key}={value}" for key, value in settled.items())]
     return command(own, "--only", str(run))
 
 

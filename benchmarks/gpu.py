@@ -94,7 +94,7 @@ def configured(device: torch.device, *overrides: str) -> Config:
     """Return the benchmark's configuration, with steps so small that they lead nowhere."""
     keys = {override.partition("=")[0]: override for override in size_for(device).overrides}
     keys |= {override.partition("=")[0]: override for override in overrides}
-    config = without_dropout(quickstart([*keys.values(), "train.compile=false"]))
+    config = without_dropout(quickstart([*keys.values()]))
     return replace(config, train=replace(config.train, peak_lr=1e-12))
 
 
@@ -117,7 +117,7 @@ def peak_memory(device: torch.device) -> float | None:
 
 
 def environment(device: torch.device) -> Rows:
-    """Describe the machine."""
+    """Report the CPU threads and the free memory."""
     yield "threads", torch.get_num_threads()
     yield "free_memory", free_memory(device)
 
@@ -389,7 +389,8 @@ def work_on(stage: str, device: torch.device, path: Path) -> None:
     Every stage says where it was measured: a report may be completed on another machine.
     """
     source = provenance.describe(device, resolved(configured(device)).precision)
-    files.write_json(path, report := {"provenance": source, "results": {}})
+    report = {"provenance": source, "results": {}}
+    files.write_json(path, report)
     for name, value in STAGES[stage][0](device):
         report["results"][name] = value
         files.write_json(path, report)
@@ -458,8 +459,7 @@ def write_table(report: Mapping) -> Iterator[str]:
     yield "|---|---|---|"
     for stage, content in report["stages"].items():
         for name, value in content["results"].items():
-            if stage != "environment":
-                yield f"| {stage} | {name} | {_written(value)} |"
+            yield f"| {stage} | {name} | {_written(value)} |"
         if "error" in content:
             yield f"| {stage} | ended early | {content['error']} |"
 

@@ -12,12 +12,14 @@ from beyond.example_scores import EXAMPLES
 from data import file_digest
 from engine.errors import UserError
 from engine.runs import files
+from example_tied_dropout import FORGOTTEN
 from plotting.families import Family, measured, refusing_malformed
 from plotting.report.findings import Finding
 
 NAME = "summary.json"
 SOURCES = "provenance.json"
-PACKED = (EXAMPLES.name, COUNTERFACTUAL.name)  # a row an example: kept as .csv.xz
+# Long tables, with a row for every example: kept as .csv.xz.
+PACKED = (EXAMPLES.name, COUNTERFACTUAL.name, FORGOTTEN.name)
 DIGITS = 6  # significant ones: two machines' sums differ in the last ones of all
 
 

@@ -87,7 +87,8 @@ def test_stacked_training_moves_weights_as_trainings_apart(changes):
 def test_stacked_training_in_bf16_differs_by_rounding_alone(changes):
     """Rounding depends on the processor; trainings in fp32 and bf16 tell how large it is.
 
-    On average over seeds: it moves single maxima, and each moves much.
+    Compared on average over seeds: rounding moves the place of a maximum, which changes a single
+    seed's gradient a lot.
     """
     exact = changes("fp32")[1]
     together, apart = changes("bf16")

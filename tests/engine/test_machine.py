@@ -53,7 +53,7 @@ def test_auto_is_tf32_where_tensor_cores_have_it(tiny, gpu, capability, device, 
 
 def test_fp32_keeps_the_identity_that_it_always_had(tiny, gpu):
     directory = run_directory(tiny())
-    assert directory == run_directory(tiny("precision=fp32", "train.compile=false"))
+    assert directory == run_directory(tiny("precision=fp32"))
     assert "fp32" not in directory.parent.name
     gpu(9, 0)
     assert run_directory(tiny("device=auto", "precision=fp32")) == directory

@@ -229,6 +229,13 @@ def test_a_loss_that_is_no_number_stops_the_run(tiny, monkeypatch, step, seen, r
     assert not run.checkpoint_path(kept + 1).exists()
 
 
+def test_a_compiled_training_that_diverges_may_try_without(tiny, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model, **rest: model)
+    diverge(monkeypatch, 6, math.nan)
+    with pytest.raises(RunFailed, match=r"than 0\.1 may help, or train\.compile=false$"):
+        gradient_accounting.EXPERIMENT.main(Run.of(tiny("train.compile=true")))
+
+
 @pytest.mark.parametrize(
     ("step", "signal_at", "said"),
     [(7, 9, "the loss became nan"), (9, 9, "the largest weight became nan")],

@@ -1,6 +1,7 @@
 """The report is one whole page: everything in it, readable at any width, true to the results."""
 
 import json
+import lzma
 import re
 import shutil
 import subprocess
@@ -109,11 +110,16 @@ def test_results_can_be_kept_apart_from_their_runs(folder, tmp_path, capsys):
     sources = json.loads((kept / "provenance.json").read_text())
     assert len(sources) == 2
     for place, source in sources.items():
-        tables = sorted(path.name for path in (kept / place).iterdir())
+        paths = sorted((kept / place).iterdir())
         run = folder / Path(place).parent.name / Path(place).name
+        tables = [path.name.removesuffix(".xz") for path in paths]
         assert tables == sorted(path.name for path in run.glob("*.csv"))
-        for name in tables:
-            assert (kept / place / name).read_text() == (run / name).read_text()
+        for path, name in zip(paths, tables):
+            opened = lzma.open if path.suffix == ".xz" else open
+            with opened(path, "rt") as file:
+                assert file.read() == (run / name).read_text()
+        packed = [path.name for path in paths if path.suffix == ".xz"]
+        assert packed == sorted(source.get("sha256", {}))
         assert source["versions"]["torch"]
         assert source["settings"]["data.name"] == "glyphs"
         assert str(tmp_path.parent) not in json.dumps(source), "no path of this machine"
