@@ -146,7 +146,8 @@ def check(runs: Runs, base: Path, place: Path, damage: str, script, tmp_path: Pa
     assert status == 0, f"{what}: {error}"
     if script is plot_results and error:
         assert error.count("\n") == 0, what
-        assert re.search(rf"left out: .*{re.escape(str(place))}", error), f"{what}: {error}"
+        named = rf"left out: .*{re.escape(str(place.parent))}/.*\b{re.escape(place.name)}"
+        assert re.search(named, error), f"{what}: {error}"
         assert out.count("\n") == runs.said[script].count("\n"), f"{what}: {out}"
         figures = {path for path in before if path.parent.name == "figures"}
         after = contents(folder)
