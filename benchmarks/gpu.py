@@ -94,7 +94,7 @@ def configured(device: torch.device, *overrides: str) -> Config:
     """Return the benchmark's configuration, with steps so small that they lead nowhere."""
     keys = {override.partition("=")[0]: override for override in size_for(device).overrides}
     keys |= {override.partition("=")[0]: override for override in overrides}
-    config = without_dropout(quickstart([*keys.values()]))
+    config = without_dropout(quickstart(list(keys.values())))
     return replace(config, train=replace(config.train, peak_lr=1e-12))
 
 
