@@ -146,8 +146,9 @@ def check(runs: Runs, base: Path, place: Path, damage: str, script, tmp_path: Pa
     assert status == 0, f"{what}: {error}"
     if script is plot_results and error:
         assert error.count("\n") == 0, what
-        named = rf"left out: .*{re.escape(str(place.parent))}/.*\b{re.escape(place.name)}"
-        assert re.search(named, error), f"{what}: {error}"
+        pair = f"{place.with_suffix('.csv')}: is not what {place.name} describes"  # one of the two
+        named = re.escape(pair if pair in error else str(place))
+        assert re.search(rf"left out: .*{named}", error), f"{what}: {error}"
         assert out.count("\n") == runs.said[script].count("\n"), f"{what}: {out}"
         figures = {path for path in before if path.parent.name == "figures"}
         after = contents(folder)

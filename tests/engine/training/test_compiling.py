@@ -188,7 +188,6 @@ def all_weights(model: nn.Module) -> torch.Tensor:
 
 
 def check_against_eager(tiny, device: str, *overrides: str) -> None:
-    """Weights as a whole: rounding that moves the place of one maximum changes single ones more."""
     torch._dynamo.reset()
     eager, other = (tiny(*SMALL, *overrides, f"train.compile={c}") for c in ("false", "true"))
     split = load_split(eager).to(torch.device(device))
@@ -204,6 +203,10 @@ def check_against_eager(tiny, device: str, *overrides: str) -> None:
     assert (others - ours).norm() < 0.05 * (ours - start).norm()
     for own, value in zip(model.buffers(), twin.buffers()):
         torch.testing.assert_close(value, own, rtol=0.01, atol=1e-3)
+    if eager.dropout.kind == "example_tied":
+        return  # rounding moves the place of a maximum, which changes single weights more
+    for (name, own), value in zip(model.state_dict().items(), twin.state_dict().values()):
+        torch.testing.assert_close(value, own, rtol=1e-3, atol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("name", ["resnet9", "resnet50", "vit_small"])
